@@ -1,0 +1,645 @@
+"""Weights of Keras and of PyTorch: converted, they compute the same; what is harmful is not read."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from resgrid.config import Architecture
+from resgrid.convert import CIFAR10_CLASSES, import_keras, import_torch
+from resgrid.errors import ResgridError
+from resgrid.models import Classifier, build_model
+from resgrid.models.weights import load_model
+
+UNITS: dict[Architecture, int] = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+VGG16_CONVOLUTIONS = [f"conv{block}_{i + 1}" for block, n in enumerate([2, 2, 3, 3, 3], 1) for i in range(n)]
+
+
+def _random_model(architecture: Architecture, num_classes: int = 10) -> Classifier:
+    """Every tensor drawn anew, so that no two layers could be exchanged unnoticed."""
+    torch.manual_seed(0)
+    model = build_model(architecture, num_classes)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.normal_(0.5, 0.5)
+    return model.eval()
+
+
+# --- Keras files, named as in the one that the original published ---------------------------------
+
+
+def _resnet_layers(units: int, first: int = 0) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Keras layers in the order of the model, each with (its part in Keras, its module of ours)."""
+
+    def name(layer: str, number: int) -> str:
+        return f"{layer}_{number}" if number else layer
+
+    layers = [(name("conv2d", first), [("", "base.stem")])]
+    for stage in range(3):
+        parts = [
+            (f"/res_net_unit_{unit + 1}/{theirs}", f"base.stage{stage + 1}.{unit}.{ours}")
+            for unit in range(units)
+            for theirs, ours in [
+                ("batchnorm_1", "norm1"), ("conv1", "conv1"), ("batchnorm_2", "norm2"), ("conv2", "conv2"),
+            ]
+        ]  # fmt: skip
+        layers.append((name("sequential", first + stage), parts))
+    layers.append((name("batch_normalization", first), [("", "head.norm")]))
+    layers.append((name("conv2d", first + 1), [("", "head.classifier")]))
+    layers.append((name("activation", first), []))
+    return layers
+
+
+def _vgg16_layers() -> list[tuple[str, list[tuple[str, str]]]]:
+    layers: list[tuple[str, list[tuple[str, str]]]] = []
+    for number, ours in enumerate(VGG16_CONVOLUTIONS):
+        end = f"_{number}" if number else ""
+        parts = [(f"/conv2d{end}", f"base.{ours}.conv"), (f"/batch_normalization{end}", f"base.{ours}.norm")]
+        layers.append((f"conv_bn_relu{end}", parts))
+    return [
+        *layers,
+        ("flatten", []),
+        ("dropout_13", []),
+        ("dense", [("", "head.dense")]),
+        ("batch_normalization_13", [("", "head.norm")]),
+        ("dense_1", [("", "head.classifier")]),
+        ("activation", []),
+    ]
+
+
+def _flat_vgg16_layers() -> list[tuple[str, list[tuple[str, str]]]]:
+    """The same network without groups, numbered from 1 as older versions of Keras did."""
+    layers = []
+    for number, ours in enumerate(VGG16_CONVOLUTIONS, start=1):
+        layers.append((f"conv2d_{number}", [("", f"base.{ours}.conv")]))
+        layers.append((f"batch_normalization_{number}", [("", f"base.{ours}.norm")]))
+    return [
+        *layers,
+        ("dense_1", [("", "head.dense")]),
+        ("batch_normalization_14", [("", "head.norm")]),
+        ("dense_2", [("", "head.classifier")]),
+    ]
+
+
+def _write_keras(
+    root: h5py.Group, layers: list[tuple[str, list[tuple[str, str]]]], model: nn.Module, listed_by_name: bool
+) -> None:
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    names = [layer for layer, _ in layers]
+    root.attrs["layer_names"] = np.array(sorted(names) if listed_by_name else names, "S")
+    root.attrs["backend"] = b"tensorflow"
+    root.attrs["keras_version"] = b"2.2.4-tf"
+    for layer, parts in layers:
+        group = root.create_group(layer)
+        trainable, moving = [], []
+        for part, ours in parts:
+            weight = state[f"{ours}.weight"]
+            if weight.ndim > 1:
+                kernel = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
+                trainable.append((f"{layer}{part}/kernel:0", kernel))
+                if f"{ours}.bias" in state:
+                    trainable.append((f"{layer}{part}/bias:0", state[f"{ours}.bias"]))
+            else:
+                trainable.append((f"{layer}{part}/gamma:0", weight))
+                trainable.append((f"{layer}{part}/beta:0", state[f"{ours}.bias"]))
+                moving.append((f"{layer}{part}/moving_mean:0", state[f"{ours}.running_mean"]))
+                moving.append((f"{layer}{part}/moving_variance:0", state[f"{ours}.running_var"]))
+        group.attrs["weight_names"] = np.array([name for name, _ in trainable + moving], "S")
+        for name, array in trainable + moving:
+            group.create_dataset(name, data=array)
+
+
+def _keras_file(
+    path: Path, architecture: Architecture, model: nn.Module, listed_by_name: bool = False
+) -> Path:
+    layers = _vgg16_layers() if architecture == "vgg16" else _resnet_layers(UNITS[architecture])
+    with h5py.File(path, "w") as file:
+        _write_keras(file, layers, model, listed_by_name)
+    return path
+
+
+def _computes_the_same(path: Path, model: nn.Module) -> None:
+    converted, _ = load_model(path)
+    ours, theirs = converted.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "num_batches" not in name)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(converted(images), model(images))
+
+
+def test_names_of_the_written_files_are_those_of_the_published_one(reference_data: Path) -> None:
+    def listing(file: h5py.File) -> dict[str, list[bytes]]:
+        return {name.decode(): list(file[name].attrs["weight_names"]) for name in file.attrs["layer_names"]}
+
+    with (
+        h5py.File(reference_data / "keras-resnet20.h5") as published,
+        h5py.File(io.BytesIO(), "w") as written,
+    ):
+        _write_keras(written, _resnet_layers(3), build_model("resnet20", 10), listed_by_name=False)
+        ours, theirs = listing(written), listing(published)
+    assert list(ours) == list(theirs)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("architecture", "listed_by_name"),
+    [
+        ("resnet20", False),
+        ("resnet32", False),
+        ("resnet44", False),
+        ("resnet56", False),
+        ("resnet110", False),
+        ("resnet110", True),
+        ("vgg16", False),
+        ("vgg16", True),
+    ],
+)
+def test_keras_weights_compute_the_same_here(
+    architecture: Architecture, listed_by_name: bool, tmp_path: Path
+) -> None:
+    model = _random_model(architecture)
+    source = _keras_file(tmp_path / "keras.h5", architecture, model, listed_by_name)
+    info = import_keras(source, architecture, tmp_path / "out.safetensors")
+    assert info.class_names == CIFAR10_CLASSES
+    assert info.mean == pytest.approx((0.47336, 0.47336, 0.47336), abs=1e-5)
+    assert info.std == pytest.approx((0.25157, 0.25157, 0.25157), abs=1e-5)
+    _computes_the_same(tmp_path / "out.safetensors", model)
+
+
+def test_a_whole_saved_keras_model_is_read_too(tmp_path: Path) -> None:
+    model = _random_model("resnet20")
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        _write_keras(file.create_group("model_weights"), _resnet_layers(3), model, listed_by_name=False)
+        file["optimizer_weights/SGD/iter:0"] = np.int64(5)
+        file.create_group("model_weights/top_level_model_weights").attrs["weight_names"] = np.zeros(0)
+    import_keras(tmp_path / "model.h5", "resnet20", tmp_path / "out")
+    _computes_the_same(tmp_path / "out", model)
+
+
+def test_layer_numbers_may_go_on_from_an_earlier_model(tmp_path: Path) -> None:
+    model = _random_model("resnet20")  # sequential_9, sequential_10, sequential_11; conv2d_9 and conv2d_10
+    with h5py.File(tmp_path / "later.h5", "w") as file:
+        _write_keras(file, _resnet_layers(3, first=9), model, listed_by_name=True)
+    import_keras(tmp_path / "later.h5", "resnet20", tmp_path / "out")
+    _computes_the_same(tmp_path / "out", model)
+
+
+def test_a_flat_vgg16_is_read_too(tmp_path: Path) -> None:
+    model = _random_model("vgg16")
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        _write_keras(file, _flat_vgg16_layers(), model, listed_by_name=True)
+    import_keras(tmp_path / "flat.h5", "vgg16", tmp_path / "out")
+    _computes_the_same(tmp_path / "out", model)
+
+
+def test_other_classes_and_statistics_are_kept(tmp_path: Path) -> None:
+    model = _random_model("resnet20", 3)
+    source = _keras_file(tmp_path / "keras.h5", "resnet20", model)
+    import_keras(
+        source, "resnet20", tmp_path / "out", ["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+    )
+    _computes_the_same(tmp_path / "out", model)
+    info = load_model(tmp_path / "out")[1]
+    assert (info.class_names, info.mean, info.std) == (("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+# --- an independent ResNet-20: NumPy in float64, written from the description, on Keras's own arrays -
+
+
+def _same_convolution(x: NDArray[Any], kernel: NDArray[Any], stride: int) -> NDArray[Any]:
+    """TensorFlow's SAME, as its documentation defines it: (N, H, W, C) to (N, H / stride, W / stride, C')."""
+    size, side = kernel.shape[0], x.shape[1]
+    outputs = -(-side // stride)
+    padding = max((outputs - 1) * stride + size - side, 0)
+    before = padding // 2
+    x = np.pad(x, [(0, 0), (before, padding - before), (before, padding - before), (0, 0)])
+    y = np.zeros((len(x), outputs, outputs, kernel.shape[3]))
+    for i in range(outputs):
+        for j in range(outputs):
+            window = x[:, i * stride : i * stride + size, j * stride : j * stride + size]
+            y[:, i, j] = np.tensordot(window, kernel, axes=3)
+    return y
+
+
+def _naive_resnet(file: h5py.File, images: NDArray[Any], units: int) -> NDArray[Any]:
+    def array(path: str) -> NDArray[Any]:
+        return np.asarray(file[f"{path.split('/')[0]}/{path}:0"], dtype=np.float64)
+
+    def norm_relu(x: NDArray[Any], path: str) -> NDArray[Any]:
+        gamma, beta, mean, variance = (
+            array(f"{path}/{kind}") for kind in ("gamma", "beta", "moving_mean", "moving_variance")
+        )
+        return np.maximum((x - mean) / np.sqrt(variance + 1e-3) * gamma + beta, 0)
+
+    x = _same_convolution(images, array("conv2d/kernel"), 1)
+    for stage, layer in enumerate(["sequential", "sequential_1", "sequential_2"]):
+        for unit in range(1, units + 1):
+            path = f"{layer}/res_net_unit_{unit}"
+            stride = 2 if stage > 0 and unit == 1 else 1
+            y = norm_relu(x, f"{path}/batchnorm_1")
+            shortcut = y if stage == 0 and unit == 1 else x
+            if stride == 2:
+                n, h, w, c = shortcut.shape
+                shortcut = shortcut.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+                shortcut = np.pad(shortcut, [(0, 0), (0, 0), (0, 0), (c // 2, c // 2)])
+            y = _same_convolution(y, array(f"{path}/conv1/kernel"), stride)
+            y = norm_relu(y, f"{path}/batchnorm_2")
+            x = shortcut + _same_convolution(y, array(f"{path}/conv2/kernel"), 1)
+    pooled = norm_relu(x, "batch_normalization").mean(axis=(1, 2))
+    return pooled @ array("conv2d_1/kernel")[0, 0] + array("conv2d_1/bias")  # type: ignore[no-any-return]
+
+
+def test_resnet20_equals_a_naive_one_on_keras_arrays(tmp_path: Path) -> None:
+    source = _keras_file(tmp_path / "keras.h5", "resnet20", _random_model("resnet20"))
+    import_keras(source, "resnet20", tmp_path / "out")
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+    with h5py.File(source) as file:
+        expected = _naive_resnet(file, images, units=3)
+    with torch.no_grad():
+        ours = load_model(tmp_path / "out")[0](torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2))
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def _test_images(reference_data: Path) -> tuple[Tensor, Tensor]:
+    """The 1,000 bit-exact test images, (N, 3, 32, 32) on the 0-1 scale, and their labels."""
+    with tarfile.open(reference_data / "cifar-10-python-6k.tar.gz") as archive:
+        member = archive.extractfile("cifar-10-batches-py/test_batch")
+        assert member is not None
+        batch = pickle.load(member, encoding="bytes")
+    return torch.tensor(batch[b"data"]).view(-1, 3, 32, 32) / 255, torch.tensor(batch[b"labels"])
+
+
+def test_the_published_resnet20_scores_as_its_authors_say(reference_data: Path, tmp_path: Path) -> None:
+    info = import_keras(reference_data / "keras-resnet20.h5", "resnet20", tmp_path / "out")
+    model, _ = load_model(tmp_path / "out")
+    images, labels = _test_images(reference_data)
+    images = (images - torch.tensor(info.mean).view(3, 1, 1)) / torch.tensor(info.std).view(3, 1, 1)
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in images.split(250)])
+    assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(0.926, abs=0.001)
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(0.241, abs=0.001)
+
+    with h5py.File(reference_data / "keras-resnet20.h5") as file:
+        expected = _naive_resnet(file, images[:2].permute(0, 2, 3, 1).double().numpy(), units=3)
+    np.testing.assert_allclose(logits[:2], expected, atol=1e-4)
+
+
+# --- Keras files that are refused -----------------------------------------------------------------
+
+
+@pytest.fixture
+def keras20(tmp_path: Path) -> Path:
+    return _keras_file(tmp_path / "keras.h5", "resnet20", _random_model("resnet20"))
+
+
+def _keras_refused(
+    source: Path, message: str, architecture: Architecture = "resnet20", **kwargs: Any
+) -> None:
+    out = source.parent / "out"
+    with pytest.raises(ResgridError, match=message) as error:
+        import_keras(source, architecture, out, **kwargs)
+    assert str(source) in str(error.value)
+    assert not out.exists()
+
+
+def test_a_missing_keras_file_is_refused(tmp_path: Path) -> None:
+    _keras_refused(tmp_path / "none.h5", "no such file to convert")
+
+
+def test_what_is_not_hdf5_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.h5").write_text("not HDF5")
+    _keras_refused(tmp_path / "text.h5", "cannot be read as HDF5")
+
+
+@pytest.mark.parametrize("kept", [100, 5_000, 500_000])
+def test_a_cut_keras_file_is_refused(keras20: Path, kept: int) -> None:
+    keras20.write_bytes(keras20.read_bytes()[:kept])
+    _keras_refused(keras20, "cannot be read as HDF5")
+
+
+def test_hdf5_of_something_else_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["measurements"] = np.arange(10)
+    _keras_refused(tmp_path / "other.h5", "no layer_names")
+
+
+def test_keras_weights_of_another_depth_name_the_right_one(keras20: Path) -> None:
+    _keras_refused(keras20, r"where resnet32 has 32 and 31\. These look like .* resnet20", "resnet32")
+    _keras_refused(keras20, r"where vgg16 has 15 and 14\. These look like .* resnet20", "vgg16")
+
+
+def test_keras_weights_for_a_wide_resnet_are_refused(keras20: Path) -> None:
+    _keras_refused(keras20, "the Keras original has no resnet10", "resnet10")
+
+
+def test_another_number_of_classes_is_refused(keras20: Path) -> None:
+    message = (
+        r"head\.classifier\.weight has the shape \(10, 64, 1, 1\), where resnet20 with 3 classes has \(3, 64"
+    )
+    _keras_refused(keras20, message, class_names=["a", "b", "c"])
+
+
+def test_impossible_statistics_are_refused(keras20: Path) -> None:
+    with pytest.raises(ResgridError, match=r"std\.1: Input should be greater than 0"):
+        import_keras(keras20, "resnet20", keras20.parent / "out", std=(0.5, 0.0, 0.5))
+
+
+def test_a_missing_array_is_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file["sequential_1/sequential_1/res_net_unit_2/batchnorm_2/beta:0"]
+    _keras_refused(keras20, r"base\.stage2\.1\.norm2\.bias is missing")
+
+
+STEM = "conv2d/conv2d/kernel:0"
+
+
+def test_an_array_of_another_shape_is_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file[STEM] = np.zeros((5, 5, 3, 16), np.float32)
+    _keras_refused(keras20, r"base\.stem\.weight has the shape \(16, 3, 5, 5\)")
+
+
+def test_an_array_of_declared_terabytes_is_refused_unread(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file.create_dataset(STEM, (3, 3, 3, 2**40), "f4", chunks=(3, 3, 3, 1))  # 118 TB, none of it written
+    _keras_refused(keras20, r"has the shape \(1099511627776, 3, 3, 3\)")
+
+
+def test_chunks_larger_than_their_array_are_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file.create_dataset(STEM, (3, 3, 3, 16), "f4", chunks=(3, 3, 3, 2**20), maxshape=(3, 3, 3, None))
+    _keras_refused(keras20, r"has chunks \(3, 3, 3, 1048576\), larger than itself")
+
+
+@pytest.mark.parametrize("dtype", [h5py.string_dtype(), h5py.vlen_dtype("f4"), "i8", "c8"])
+def test_an_array_of_no_floats_is_refused(keras20: Path, dtype: Any) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file.create_dataset(STEM, (3, 3, 3, 16), dtype)
+    _keras_refused(keras20, "but weights are floats")
+
+
+def test_an_array_without_a_shape_is_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file[STEM] = h5py.Empty("f4")
+    _keras_refused(keras20, "neither a group nor an array")
+
+
+@pytest.mark.parametrize("link", [h5py.ExternalLink("/etc/hosts", "/x"), h5py.SoftLink("/conv2d_1")])
+@pytest.mark.parametrize("place", ["conv2d", STEM, "model_weights"])
+def test_links_are_not_followed(keras20: Path, link: Any, place: str) -> None:
+    with h5py.File(keras20, "a") as file:
+        if place in file:
+            del file[place]
+        file[place] = link
+    _keras_refused(keras20, "is a link, perhaps out of the file")
+
+
+def test_values_in_another_file_are_not_read(keras20: Path) -> None:
+    secret = keras20.parent / "secret"
+    secret.write_bytes(bytes(3 * 3 * 3 * 16 * 4))
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        file.create_dataset(STEM, (3, 3, 3, 16), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+    _keras_refused(keras20, "has its values in another file")
+
+
+def test_virtual_arrays_are_not_read(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        del file[STEM]
+        layout = h5py.VirtualLayout((3, 3, 3, 16), "f4")
+        layout[...] = h5py.VirtualSource("elsewhere.h5", "x", (3, 3, 3, 16))
+        file.create_virtual_dataset(STEM, layout)
+    _keras_refused(keras20, "has its values in another file")
+
+
+def test_groups_in_a_circle_are_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        file["sequential/again"] = file["sequential"]
+    _keras_refused(keras20, "leads in a circle")
+
+
+def test_an_unknown_kind_of_array_is_refused(keras20: Path) -> None:
+    with h5py.File(keras20, "a") as file:
+        file["conv2d/conv2d/depthwise_kernel:0"] = np.zeros((3, 3, 3, 1), np.float32)
+    _keras_refused(keras20, "holds 'depthwise_kernel'")
+
+
+# --- PyTorch: an independent wide ResNet with the customary names ---------------------------------
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return torch.relu(out + self.shortcut(x))
+
+
+class CustomaryResNet(nn.Module):
+    def __init__(self, blocks: list[int], num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for number, (count, outputs) in enumerate(zip(blocks, [64, 128, 256, 512], strict=True), start=1):
+            stage = []
+            for index in range(count):
+                stage.append(BasicBlock(inputs, outputs, 2 if index == 0 and number > 1 else 1))
+                inputs = outputs
+            setattr(self, f"layer{number}", nn.Sequential(*stage))
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for number in range(1, 5):
+            x = getattr(self, f"layer{number}")(x)
+        return self.linear(F.avg_pool2d(x, 4).flatten(1))  # type: ignore[no-any-return]
+
+
+def _customary(blocks: list[int]) -> CustomaryResNet:
+    torch.manual_seed(0)
+    model = CustomaryResNet(blocks)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def customary() -> CustomaryResNet:
+    return _customary([1, 1, 1, 1])
+
+
+def _scores_alike(path: Path, model: nn.Module) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(load_model(path)[0](images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks"),
+    [("resnet10", [1, 1, 1, 1]), ("resnet18", [2, 2, 2, 2]), ("resnet26", [3, 3, 3, 3])],
+)
+def test_customary_torch_weights_compute_the_same_here(
+    architecture: Architecture, blocks: list[int], tmp_path: Path
+) -> None:
+    model = _customary(blocks)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    info = import_torch(tmp_path / "w.pt", architecture, tmp_path / "out")
+    assert info.mean == (0.4914, 0.4822, 0.4465)
+    assert info.std == (0.2023, 0.1994, 0.2010)
+    assert info.class_names[3] == "cat"
+    _scores_alike(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "net", "model"])
+def test_wrapped_and_prefixed_torch_weights_are_found(
+    key: str, customary: CustomaryResNet, tmp_path: Path
+) -> None:
+    state = {f"module.{name}": tensor for name, tensor in customary.state_dict().items()}
+    torch.save({key: state, "acc": 91.0, "epoch": 200}, tmp_path / "w.pt")
+    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    _scores_alike(tmp_path / "out", customary)
+
+
+def test_customary_names_are_told_in_any_order(customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save(dict(sorted(customary.state_dict().items())), tmp_path / "w.pt")
+    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    _scores_alike(tmp_path / "out", customary)
+
+
+def test_other_names_are_told_by_order_and_shape(customary: CustomaryResNet, tmp_path: Path) -> None:
+    state = OrderedDict(
+        (f"part{number}.{name.rpartition('.')[2]}", tensor)
+        for number, (name, tensor) in enumerate(customary.state_dict().items())
+    )
+    torch.save(state, tmp_path / "w.pt")
+    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    _scores_alike(tmp_path / "out", customary)
+
+
+@pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
+def test_our_own_names_are_read_for_every_family(architecture: Architecture, tmp_path: Path) -> None:
+    model = _random_model(architecture, 4)
+    torch.save(model.half().state_dict(), tmp_path / "w.pt")
+    import_torch(tmp_path / "w.pt", architecture, tmp_path / "out", class_names=("a", "b", "c", "d"))
+    _scores_alike(tmp_path / "out", model.float())
+
+
+# --- PyTorch files that are refused ---------------------------------------------------------------
+
+
+def _torch_refused(
+    source: Path, message: str, architecture: Architecture = "resnet10", **kwargs: Any
+) -> None:
+    out = source.parent / "out"
+    with pytest.raises(ResgridError, match=message) as error:
+        import_torch(source, architecture, out, **kwargs)
+    assert str(source) in str(error.value)
+    assert not out.exists()
+
+
+class Malice:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.target}",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_a_program_is_refused_unrun(zipped: bool, tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    torch.save({"a": Malice(target)}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    _torch_refused(
+        tmp_path / "w.pt", r"it asks for posix\.system.*torch\.save\(model\.state_dict\(\), FILE\)"
+    )
+    assert not target.exists()
+
+
+def test_a_whole_pickled_model_is_refused(customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save(customary, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", "it asks for .*CustomaryResNet")
+
+
+def test_a_missing_torch_file_is_refused(tmp_path: Path) -> None:
+    _torch_refused(tmp_path / "none.pt", "no such file to convert")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 not a zip", b"\x80\x02."])
+def test_what_is_no_torch_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    _torch_refused(tmp_path / "w.pt", "no file of tensors alone")
+
+
+def test_a_cut_torch_file_is_refused(customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save(customary.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:1_000_000])
+    _torch_refused(tmp_path / "w.pt", "no file of tensors alone")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, torch.zeros(3)])
+def test_what_is_no_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", "not a state dict")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    "value", [3.0, torch.zeros(3, dtype=torch.int32), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")]
+)
+def test_what_is_no_weight_is_refused(value: Any, customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save({**customary.state_dict(), "conv1.weight": value}, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"'conv1\.weight' is no dense tensor of floats")
+
+
+def test_torch_weights_of_another_model_name_the_right_one(
+    customary: CustomaryResNet, tmp_path: Path
+) -> None:
+    torch.save(customary.state_dict(), tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"is missing.*These look like the weights of resnet10", "resnet18")
+    _torch_refused(tmp_path / "w.pt", r"shape \(10, 512\), where resnet10 with 2", class_names=["a", "b"])
+
+
+def test_a_cifar_resnet_of_foreign_names_is_refused_though_its_shapes_fit(tmp_path: Path) -> None:
+    # It might as well normalise after its convolutions: the shapes would be the same.
+    state = {
+        f"x{i}.{n.rpartition('.')[2]}": t
+        for i, (n, t) in enumerate(build_model("resnet20", 10).state_dict().items())
+    }
+    torch.save(state, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"base\.stem\.weight is missing", "resnet20")
