@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +24,37 @@ def reference_data() -> Path:
     path = Path(folder)
     if not path.is_dir():
         pytest.fail(f"RESGRID_REFERENCE_DATA={folder} is no folder")
+    return path
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Handwritten digits as PNG and JPEG: train/ has 4 of each of "one", "three" and "two", test/ has 2."""
+    digits = load_digits()
+    for number, class_name in ((1, "one"), (2, "two"), (3, "three")):
+        pixels = (digits.images[digits.target == number] * 15).astype("uint8")
+        for i in range(6):
+            folder = tmp_path / "images" / ("train" if i < 4 else "test") / class_name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two batches and a test batch of 20 drawn images in 4 classes, pickled and packed as CIFAR-10 is."""
+    path = tmp_path_factory.mktemp("cifar") / "tiny.tar.gz"
+    values = np.random.default_rng(0)
+    held: dict[str, Any] = {
+        "batches.meta": {b"label_names": [b"ant", b"bee", b"cow", b"dog"], b"num_vis": 3072}
+    }
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        rows = values.integers(0, 256, (20, 3072), dtype=np.uint8)
+        held[name] = {b"batch_label": name.encode(), b"labels": [i % 4 for i in range(20)], b"data": rows}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in held.items():
+            pickled = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(pickled)
+            archive.addfile(member, io.BytesIO(pickled))
     return path

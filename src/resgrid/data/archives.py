@@ -1,0 +1,433 @@
+"""Archives read member by member in memory, and pickles read as data.
+
+Nothing is ever extracted, so nothing can leave a folder; a member that tries to is refused all the same,
+for then the archive is not what it says. A folder, a tar (gzip, xz, bzip2 or plain) and a zip look alike from
+here: `names` and `contents`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import pickletools
+import re
+import stat
+import struct
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Container, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resgrid.errors import ResgridError
+
+# A bomb is what inflates past these. A batch of the official archive has 31 MB, a photograph 5 to 30 MB.
+MAX_MEMBERS = 2_000_000
+MAX_MEMBER_BYTES = 128 * 2**20
+MAX_TOTAL_BYTES = 256 * 2**30
+MAX_RATIO = 250  # of inflated to packed bytes: 5 for JPEGs in a tar.xz, 1,000 and more for zeros …
+FREE_BYTES = 256 * 2**20  # … and not looked at below this
+MAX_DEPTH = 4  # folders below the one that is given
+
+# What a damaged archive or member raises, by way of tarfile, zipfile and the decompressors.
+_DAMAGE = (
+    OSError, EOFError, ValueError, OverflowError, NotImplementedError, tarfile.TarError, zipfile.BadZipFile,
+    zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
+
+
+def names(path: Path) -> list[str]:
+    """The files of an archive or a folder as `a/b/c`, in its own order, after a check of every member.
+
+    Raises ResgridError, naming archive and member, for whatever is damaged, unsafe or there twice.
+    """
+    found = [name for name, _ in _members(path, wanted=())]
+    if len(set(found)) != len(found):
+        seen: set[str] = set()
+        twice = next(name for name in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ResgridError(f"{path}: holds {twice!r} twice. Make the archive again.")
+    return found
+
+
+def contents(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the files in `wanted`, in the archive's order; raises as `names` does."""
+    for name, content in _members(path, wanted):
+        if content is not None:
+            yield name, content
+
+
+def _members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+    if not path.exists():
+        raise ResgridError(f"{path}: no such file or folder.")
+    if path.is_dir():
+        yield from _folder_members(path, wanted)
+        return
+    packing = _packing(path)
+    if packing is None:
+        raise ResgridError(
+            f"{path}: neither a tar (gzip, xz, bzip2 or plain) nor a zip. If it was downloaded, what came "
+            "may be an error page: delete it and fetch it again."
+        )
+    try:
+        yield from (_zip_members if packing == "zip" else _tar_members)(path, wanted)
+    except _DAMAGE as error:
+        raise ResgridError(
+            f"{path}: the archive is cut or damaged ({_reason(error)}). Fetch or make it again."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an exception's text, or its type's name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _packing(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise ResgridError(f"{path}: cannot be read ({error.strerror}).") from None
+    magics = {b"PK\x03\x04": "zip", b"\x1f\x8b": "gz", b"\xfd7zXZ\0": "xz", b"BZh": "bz2"}
+    for magic, packing in magics.items():
+        if start.startswith(magic):
+            return packing
+    return "tar" if start[257:262] == b"ustar" else None
+
+
+def _folder_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+    def unreadable(error: OSError) -> NoReturn:
+        raise ResgridError(f"{error.filename}: cannot be read ({error.strerror}).")
+
+    for folder, subfolders, files in os.walk(path, onerror=unreadable, followlinks=True):
+        within = Path(folder).relative_to(path)
+        subfolders.sort()
+        if len(within.parts) >= MAX_DEPTH:
+            subfolders.clear()
+        for file in sorted(files):
+            name = (within / file).as_posix()
+            _require_utf8(path, name)
+            if name not in wanted:
+                yield name, None
+                continue
+            whole = path / name
+            try:
+                if not whole.is_file() or whole.stat().st_size > MAX_MEMBER_BYTES:
+                    raise ResgridError(f"{whole}: not a file of at most {MAX_MEMBER_BYTES / 2**20:.0f} MiB.")
+                content = whole.read_bytes()
+            except OSError as error:
+                unreadable(error)
+            yield name, content
+
+
+# --- tar --------------------------------------------------------------------------------------------
+
+
+class _Inflated:
+    """The inflated bytes of a tar, for tarfile: no header may ask for more than a member may have."""
+
+    def __init__(self, path: Path, packing: str) -> None:
+        openers: dict[str, Any] = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open, "tar": open}
+        self._file: BinaryIO = openers[packing](path, "rb")
+        self._path = path
+        self.last = b""  # what was read last
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_MEMBER_BYTES:
+            raise ResgridError(f"{self._path}: a header of {size:,} bytes is refused: no tar needs it.")
+        self.last = self._file.read(size)
+        return self.last
+
+    def seek(self, offset: int) -> int:
+        if offset < 0:
+            raise ValueError("a member starts before the archive")
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tar_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+    packing = _packing(path)
+    assert packing is not None
+    inflated = _Inflated(path, packing)
+    budget = _Budget(path)
+    try:
+        # It reads forward only: no name is looked up, so xz need never start again.
+        with tarfile.open(fileobj=cast(BinaryIO, inflated), mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps all of them: 1 kB each
+                name = _safe_name(path, member.name)
+                if member.islnk() or member.issym():
+                    _refuse(path, name, f"a link to {member.linkname!r}; pack the file that it points to")
+                if not member.isdir() and (not member.isreg() or member.issparse()):
+                    _refuse(path, name, "neither a file nor a folder")
+                budget.spend(name, member.size, member.offset_data + member.size)
+                if member.isdir():
+                    continue
+                content = None
+                if name in wanted:
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    content = stream.read()
+                    if len(content) != member.size:
+                        raise tarfile.ReadError(f"{name} ends early")
+                yield name, content
+        if inflated.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a bad header for the end
+            raise tarfile.ReadError("a header is damaged, or the end is missing")
+        while inflated.read(2**20):  # to the very end, where the decompressor compares its checksum
+            budget.spend("the end", 0, inflated.tell())
+    finally:
+        inflated.close()
+
+
+# --- zip --------------------------------------------------------------------------------------------
+
+
+def _zip_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+    budget = _Budget(path)
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = _safe_name(path, member.filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where it was not packed on Unix
+            if kind == stat.S_IFLNK:
+                _refuse(path, name, "a link; pack the file that it points to")
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                _refuse(path, name, "neither a file nor a folder")
+            if member.flag_bits & 1:
+                _refuse(path, name, "encrypted; pack it without a password")
+            total += member.file_size
+            budget.spend(name, member.file_size, total)
+            if not member.is_dir():
+                # zipfile stops at the size that the directory claims, and compares the checksum there
+                yield name, archive.read(member) if name in wanted else None
+
+
+# --- what no archive may do -------------------------------------------------------------------------
+
+
+class _Budget:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._members = 0
+        self._limit = min(MAX_TOTAL_BYTES, max(FREE_BYTES, MAX_RATIO * path.stat().st_size))
+
+    def spend(self, name: str, size: int, total: int) -> None:
+        """One more member of `size` bytes, which ends `total` inflated bytes after the archive's start."""
+        self._members += 1
+        if self._members > MAX_MEMBERS:
+            raise ResgridError(f"{self._path}: more than {MAX_MEMBERS:,} members. Take a smaller archive.")
+        if size > MAX_MEMBER_BYTES:
+            _refuse(self._path, name, f"{size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+        if total > self._limit:
+            _refuse(self._path, name, f"at it the archive has inflated to more than {self._limit:,} bytes")
+
+
+def _refuse(path: Path, name: str, why: str) -> NoReturn:
+    raise ResgridError(f"{path}: member {name!r} is refused: {why}.")
+
+
+def _safe_name(path: Path, name: str) -> str:
+    """`name` with single forward slashes and no `./`; backslashes, from Windows, separate as well."""
+    slashed = name.replace("\\", "/")
+    if slashed.startswith("/") or re.match(r"[A-Za-z]:", slashed) or ".." in slashed.split("/"):
+        _refuse(path, name, "its name points outside of the archive")
+    _require_utf8(path, name)
+    return PurePosixPath(slashed).as_posix()
+
+
+def _require_utf8(path: Path, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _refuse(path, name, "its name is not UTF-8; rename it")
+
+
+# --- pickles ----------------------------------------------------------------------------------------
+
+
+class _Global(str):
+    """A name that a pickle asks for. It is never looked up, let alone called."""
+
+
+class _Array:
+    """What becomes a NumPy array once its state has come."""
+
+    def __init__(self) -> None:
+        self.values: NDArray[np.uint8] | None = None
+
+
+class _Dtype:
+    """numpy.dtype("u1"): there is no other in a CIFAR batch."""
+
+
+_RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")  # NumPy 1 and 2
+_ALLOWED = (*_RECONSTRUCT, "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+_LITERALS = (
+    "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+)  # fmt: skip
+_MARK = object()
+
+
+def load_pickle(content: bytes, origin: str) -> dict[str, Any]:
+    """The dictionary that a pickled CIFAR batch holds, its keys as text, of protocol 2 to 4.
+
+    This is no unpickler with a list of exceptions but a reader of the few opcodes that a batch is made of
+    (dictionaries, lists, tuples, text, bytes, integers, arrays of uint8): there is nothing in it that could
+    import or call what the file names. Text of Python 2, and bytes, become latin-1 text.
+
+    Raises ResgridError, naming `origin` and what the pickle asks for, for everything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickletools, on a damaged name
+            value = _Reader(origin).read(content)
+        if type(value) is dict:
+            return {key: _plain(item) for key, item in value.items()}
+    except ResgridError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ResgridError(
+            f"{origin}: a cut or damaged pickle ({_reason(error)}). Fetch the archive again."
+        ) from None
+    raise ResgridError(f"{origin}: not a CIFAR batch: it holds a {type(value).__name__}, not a dictionary.")
+
+
+class _Reader:
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def read(self, content: bytes) -> Any:
+        stack, memo = self._stack, self._memo
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(content):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "MARK":
+                    stack.append(_MARK)
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+                case name if name in _LITERALS:
+                    stack.append(argument)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "TUPLE":
+                    stack.append(tuple(self._since_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple(self._pop(int(opcode.name[-1]))))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "APPEND" | "APPENDS":
+                    items = self._since_mark() if opcode.name == "APPENDS" else self._pop(1)
+                    _as(list, stack[-1]).extend(items)
+                case "SETITEM" | "SETITEMS":
+                    items = self._since_mark() if opcode.name == "SETITEMS" else self._pop(2)
+                    # text alone: the hash of tuples within tuples can take for ever
+                    keys = [_text(key) for key in items[::2]]
+                    _as(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+                case "GLOBAL":
+                    stack.append(self._global(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    stack.append(self._global(*self._pop(2)))
+                case "REDUCE":
+                    stack.append(self._reduce(*self._pop(2)))
+                case "BUILD":
+                    (state,) = self._pop(1)
+                    self._build(stack[-1], state)
+                case other:
+                    raise ResgridError(
+                        f"{self._origin}: refused: the pickle uses {other}, which no CIFAR batch needs. Use "
+                        "the original archive, or write the batches again with pickle protocol 2."
+                    )
+        raise ValueError("no end")
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise IndexError("the stack is empty")
+        items = self._stack[-count:]
+        del self._stack[-count:]
+        return items
+
+    def _since_mark(self) -> list[Any]:
+        position = len(self._stack) - 1
+        while self._stack[position] is not _MARK:  # IndexError below the bottom
+            position -= 1
+        items = self._stack[position + 1 :]
+        del self._stack[position:]
+        return items
+
+    def _global(self, module: str, name: str) -> _Global:
+        asked = f"{_as(str, module)}.{_as(str, name)}"[:80]
+        if asked not in _ALLOWED:
+            raise ResgridError(
+                f"{self._origin}: refused: the pickle asks for {asked}, which no CIFAR batch needs. It may "
+                "be meant to do harm: use an archive that you trust."
+            )
+        return _Global(asked)
+
+    def _reduce(self, function: Any, arguments: Any) -> Any:
+        """The three calls of a batch, done here: what they name is not called."""
+        match function, arguments:
+            case _Global("_codecs.encode"), (str() as text, "latin1"):
+                return text.encode("latin-1")
+            case _Global("numpy.dtype"), ("u1" | "|u1", *_):
+                return _Dtype()
+            case _Global(name), (_Global("numpy.ndarray"), (0,), _) if name in _RECONSTRUCT:
+                return _Array()
+        asked = function if isinstance(function, _Global) else f"a {type(function).__name__}"
+        raise ResgridError(
+            f"{self._origin}: refused: the pickle calls {asked} as no CIFAR batch does (its arrays are "
+            "uint8, its text latin-1)."
+        )
+
+    def _build(self, thing: Any, state: Any) -> None:
+        match thing, state:
+            case _Dtype(), tuple():
+                return
+            case _Array(), (1, tuple(shape), _Dtype(), bool() as fortran, str() | bytes() as raw):
+                data = raw.encode("latin-1") if isinstance(raw, str) else raw
+                thing.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
+                return
+        raise ResgridError(f"{self._origin}: refused: the pickle sets a state that no CIFAR batch has.")
+
+
+def _as(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"a {kind.__name__} was expected")
+    return value
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else cast(str, _as(str, value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, list):
+        return [_text(item) if isinstance(item, bytes) else item for item in value]
+    return _text(value) if isinstance(value, bytes) else value

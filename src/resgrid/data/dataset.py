@@ -1,0 +1,134 @@
+"""The processed form: a file of arrays a split, and `meta.json` with what describes them.
+
+`<split>.safetensors` holds `images`, uint8 (N, 32, 32, 3), and `labels`, int64 (N,). The same images always
+make the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from resgrid.config import ChannelStatistics, FixedStatistics, Normalization, ScalarStatistics, Strict, Triple
+from resgrid.errors import ResgridError
+
+SIDE = 32  # pixels
+FIX = "`dvc repro preprocess` makes it anew."
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Tensor  # uint8 (N, 32, 32, 3), RGB
+    labels: Tensor  # int64 (N,)
+
+
+class Meta(Strict):
+    """What `meta.json` holds. Means and deviations are the training split's, on the 0–1 scale."""
+
+    source: str
+    class_names: tuple[str, ...]  # in the order of the labels
+    num_images: dict[str, int]  # by split
+    scalar_mean: float
+    scalar_std: float
+    channel_mean: Triple
+    channel_std: Triple
+    split_digests: dict[str, str]
+    digest: str  # sha256:… of the class names and the splits' digests
+
+
+def split_digest(split: Split) -> str:
+    """`sha256:…` over the bytes of the images, then of the labels."""
+    sha256 = hashlib.sha256()
+    for tensor in (split.images, split.labels):
+        sha256.update(tensor.contiguous().numpy().data)
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def content_digest(class_names: tuple[str, ...], split_digests: Mapping[str, str]) -> str:
+    """`sha256:…` of the whole content: of its class names and of each split."""
+    content = json.dumps([class_names, sorted(split_digests.items())])
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def save(folder: Path, meta: Meta, splits: Mapping[str, Split]) -> None:
+    """Write `folder` anew: whole, or not at all."""
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name, split in splits.items():
+        tensors = {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
+        save_file(tensors, aside / f"{name}.safetensors")
+    (aside / "meta.json").write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.replace(folder)
+
+
+def load_meta(folder: Path) -> Meta:
+    """Raises ResgridError for a `meta.json` that is missing or was changed."""
+    path = folder / "meta.json"
+    try:
+        meta = Meta.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResgridError(f"{path}: no such file. `dvc repro preprocess` makes it.") from None
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ResgridError(f"{path}: cannot be read ({first}). {FIX}") from None
+    if meta.digest != content_digest(meta.class_names, meta.split_digests):
+        raise ResgridError(f"{path}: its digest is not that of its content. {FIX}")
+    return meta
+
+
+def load_split(folder: Path, split: str) -> Split:
+    """Raises ResgridError for a split that is missing, or whose bytes are not those that were written."""
+    meta = load_meta(folder)
+    if split not in meta.num_images:
+        advice = " preprocess.validation_fraction above 0 makes one." if split == "validation" else ""
+        known = ", ".join(meta.num_images)
+        raise ResgridError(f"{folder}: there is no split {split!r}, only {known}.{advice}")
+    path = folder / f"{split}.safetensors"
+    try:
+        tensors = load_file(path)
+        loaded = Split(images=tensors["images"], labels=tensors["labels"])
+    except FileNotFoundError:
+        raise ResgridError(f"{path}: no such file. {FIX}") from None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ResgridError(f"{path}: the file is damaged ({error}). {FIX}") from None
+    if split_digest(loaded) != meta.split_digests[split]:
+        raise ResgridError(f"{path}: the file is damaged (its digest is not the one in meta.json). {FIX}")
+    num_images = meta.num_images[split]
+    assert loaded.images.shape == (num_images, SIDE, SIDE, 3), loaded.images.shape
+    assert loaded.labels.shape == (num_images,), loaded.labels.shape
+    assert (loaded.images.dtype, loaded.labels.dtype) == (torch.uint8, torch.int64)
+    return loaded
+
+
+def statistics(meta: Meta, normalization: Normalization) -> tuple[Triple, Triple]:
+    """Mean and standard deviation a channel, on the 0–1 scale.
+
+    Raises ResgridError if the images do not vary, so that nothing can be divided by their deviation.
+    """
+    mean: Triple
+    std: Triple
+    match normalization:
+        case ScalarStatistics():
+            mean, std = (meta.scalar_mean,) * 3, (meta.scalar_std,) * 3
+        case ChannelStatistics():
+            mean, std = meta.channel_mean, meta.channel_std
+        case FixedStatistics():
+            mean, std = normalization.mean, normalization.std
+    if min(std) == 0:
+        raise ResgridError(
+            f"normalization {normalization.name}: the training images have the same value everywhere in a "
+            "channel, and a deviation of 0 cannot be divided by. Take scalar or fixed figures."
+        )
+    return mean, std

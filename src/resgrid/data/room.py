@@ -1,0 +1,48 @@
+"""Enough disk and memory, as far as it can be known before the work starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from resgrid.errors import ResgridError
+
+
+def require_disk(folder: Path, num_bytes: int, what: str) -> None:
+    """Raises ResgridError if the disk of `folder`, which exists, has no room for `num_bytes` of `what`."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ResgridError(
+            f"{folder}: {what} needs {_amount(num_bytes)} of disk, and {_amount(free)} is free. "
+            "Make room, or use another disk."
+        )
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """Raises ResgridError if this machine cannot give `num_bytes` of memory to `what`."""
+    free = available_memory()
+    if free is not None and num_bytes > free:
+        raise ResgridError(
+            f"{what} needs {_amount(num_bytes)} of memory, and {_amount(free)} is free. "
+            "Take fewer images, or a machine with more memory."
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping: on Linux as the kernel estimates it, elsewhere all there is."""
+    try:
+        estimate = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        estimate = None
+    if estimate:
+        return int(estimate[1]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such figure on this system
+        return None
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

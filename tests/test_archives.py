@@ -1,0 +1,375 @@
+"""Archives and pickles that are damaged or mean harm: each is refused by name, and nothing of it is run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import stat
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from resgrid.data.archives import contents, load_pickle, names
+from resgrid.errors import ResgridError
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w:gz", **fields: Any) -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_zip(path: Path, members: dict[str, bytes], external_attr: int = 0) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            member = zipfile.ZipInfo(name)
+            member.external_attr = external_attr
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, content)
+    return path
+
+
+FILES = {"b/2.txt": b"two", "a/1.txt": b"one" * 1000, "empty": b"", "a/3.txt": bytes(range(256))}
+
+
+def read(path: Path, *wanted: str) -> dict[str, bytes]:
+    return dict(contents(path, wanted))
+
+
+# --- what is read -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["w:gz", "w:xz", "w:bz2", "w:", "zip", "folder"])
+def test_every_form_gives_the_same_names_and_contents(form, tmp_path):
+    path = tmp_path / "thing"
+    if form == "zip":
+        write_zip(path, FILES)
+    elif form == "folder":
+        for name, content in FILES.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    else:
+        write_tar(path, FILES, form)
+    assert sorted(names(path)) == sorted(FILES)
+    assert read(path, *FILES) == FILES
+    assert read(path, "a/1.txt", "absent") == {"a/1.txt": b"one" * 1000}
+
+
+def test_a_tar_of_the_current_folder_and_a_zip_from_windows_have_plain_names(tmp_path):
+    assert names(write_tar(tmp_path / "a", {"./train/cat/1.png": b"x"})) == ["train/cat/1.png"]
+    assert names(write_zip(tmp_path / "b", {"train\\cat\\1.png": b"x"})) == ["train/cat/1.png"]
+
+
+def test_links_in_a_folder_of_ones_own_are_followed_and_a_circle_ends(tmp_path):
+    (tmp_path / "real").write_bytes(b"x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "real")
+    (folder / "circle").symlink_to(folder)
+    assert names(folder)[:2] == ["link", "circle/link"]
+    assert read(folder, "link") == {"link": b"x"}
+
+
+# --- members that are refused -----------------------------------------------------------------------
+
+OUTSIDE = ["/etc/passwd", "../x", "a/../../x", "a/..", "..\\x", "C:\\x", "c:x", "\\\\host\\x", "\\x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("write", [write_tar, write_zip])
+def test_a_member_that_points_outside_is_refused_by_name(write, name, tmp_path):
+    path = write(tmp_path / "bad", {"good": b"x", name: b"x"})
+    with pytest.raises(ResgridError, match=r"bad: member .* is refused: its name points outside") as caught:
+        names(path)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (tarfile.SYMTYPE, "a link to '/etc'"),
+        (tarfile.LNKTYPE, "a link to '/etc'"),
+        (tarfile.CHRTYPE, "neither a file nor a folder"),
+        (tarfile.BLKTYPE, "neither a file nor a folder"),
+        (tarfile.FIFOTYPE, "neither a file nor a folder"),
+        (tarfile.GNUTYPE_SPARSE, "neither a file nor a folder"),
+    ],
+)
+def test_links_and_devices_in_a_tar_are_refused(kind, message, tmp_path):
+    path = write_tar(tmp_path / "bad.tgz", {"thing": b""}, type=kind, linkname="/etc")
+    with pytest.raises(ResgridError, match=rf"bad\.tgz: member 'thing' is refused: {message}"):
+        names(path)
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(
+        ResgridError, match=r"bad\.tar: member '\\udcff\.png' is refused: its name is not UTF-8"
+    ):
+        names(write_tar(tmp_path / "bad.tar", {"\udcff.png": b"x"}, "w:"))
+
+
+@pytest.mark.parametrize(("mode", "message"), [(stat.S_IFLNK, "a link"), (stat.S_IFIFO, "neither a file")])
+def test_links_and_pipes_in_a_zip_are_refused(mode, message, tmp_path):
+    path = write_zip(tmp_path / "bad.zip", {"thing": b"/etc"}, external_attr=(mode | 0o777) << 16)
+    with pytest.raises(ResgridError, match=rf"bad\.zip: member 'thing' is refused: {message}"):
+        names(path)
+
+
+def test_an_encrypted_zip_is_refused(tmp_path):
+    path = write_zip(tmp_path / "bad.zip", {"thing": b"x"})
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(raw)
+    with pytest.raises(ResgridError, match="'thing' is refused: encrypted"):
+        names(path)
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "bad.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a", "b", "./a"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ResgridError, match=r"bad\.tar: holds 'a' twice"):
+        names(path)
+
+
+def test_bombs_are_refused_before_they_inflate(tmp_path):
+    """285 MB of zeros in 285 kB: more than 250 times its size, and more than 256 MiB."""
+    zeros = bytes(95_000_000)
+    write_tar(tmp_path / "bomb.tar.gz", {str(i): zeros for i in range(3)}, "w:gz")
+    write_zip(tmp_path / "bomb.zip", {str(i): zeros for i in range(3)})
+    for name in ("bomb.tar.gz", "bomb.zip"):
+        with pytest.raises(ResgridError, match="has inflated to more than 268,435,456 bytes"):
+            names(tmp_path / name)
+
+
+def test_a_member_of_too_many_bytes_is_refused(tmp_path):
+    path = tmp_path / "bad.zip"
+    write_zip(path, {"huge": bytes(128 * 2**20 + 1)})
+    with pytest.raises(ResgridError, match="'huge' is refused: 134,217,729 bytes, more than 134,217,728"):
+        names(path)
+
+
+def test_a_tar_header_that_asks_for_much_memory_is_refused(tmp_path):
+    """A pax header is read whole, so its size is an attack as well."""
+    header = tarfile.TarInfo("long")
+    header.type, header.size = tarfile.XHDTYPE, 2**32
+    path = tmp_path / "bad.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(ResgridError, match=r"a header of 4,294,967,296 bytes is refused"):
+        names(path)
+
+
+# --- cut and damaged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["w:gz", "w:xz", "w:bz2", "w:", "zip"])
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+def test_a_cut_archive_is_named(form, part, tmp_path):
+    path = tmp_path / "cut"
+    members = {f"{i}.bin": os.urandom(3000) for i in range(20)}
+    write_zip(path, members) if form == "zip" else write_tar(path, members, form)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(part * len(raw))])
+    with pytest.raises(
+        ResgridError, match=r"cut: the archive is cut or damaged \(.+\)\. Fetch or make it again"
+    ):
+        names(path)
+
+
+def test_a_plain_tar_that_was_cut_between_two_members_is_noticed(tmp_path):
+    path = write_tar(tmp_path / "cut.tar", {"a": b"x", "b": b"y"}, "w:")
+    path.write_bytes(path.read_bytes()[:1024])  # a's header and a's block
+    with pytest.raises(ResgridError, match="the end is missing"):
+        names(path)
+
+
+def test_a_header_that_was_altered_is_not_taken_for_the_end(tmp_path):
+    path = write_tar(tmp_path / "altered.tar", {"a": b"x", "b": b"y"}, "w:")
+    raw = bytearray(path.read_bytes())
+    raw[1024] ^= 1  # the name of b, so that the header's checksum is wrong
+    path.write_bytes(raw)
+    with pytest.raises(ResgridError, match="a header is damaged"):
+        names(path)
+
+
+@pytest.mark.parametrize("form", ["w:gz", "w:xz", "w:bz2", "zip"])
+def test_one_altered_bit_in_the_packed_bytes_is_noticed(form, tmp_path):
+    path = tmp_path / "altered"
+    members = {f"{i}.bin": os.urandom(3000) for i in range(20)}
+    write_zip(path, members) if form == "zip" else write_tar(path, members, form)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ResgridError, match=r"altered: the archive is cut or damaged"):
+        dict(contents(path, names(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "neither a tar"), (b"<html>Not found</html>", "an error page"), (b"PK\x03\x04", "cut or damaged")],
+)
+def test_what_is_no_archive_is_refused(content, message, tmp_path):
+    path = tmp_path / "cifar-10-python.tar.gz"
+    path.write_bytes(content)
+    with pytest.raises(ResgridError, match=message):
+        names(path)
+    with pytest.raises(ResgridError, match="no such file"):
+        names(tmp_path / "absent")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    form=st.sampled_from(["w:", "zip", "w:gz"]),
+    where=st.floats(0, 1),
+    value=st.binary(min_size=1, max_size=8),
+)
+def test_no_damage_ever_raises_anything_else(form, where, value, tmp_path):
+    path = tmp_path / "damaged"
+    write_zip(path, FILES) if form == "zip" else write_tar(path, FILES, form)
+    raw = path.read_bytes()
+    at = int(where * (len(raw) if form != "w:" else 2048))
+    path.write_bytes(raw[:at] + value + raw[at + len(value) :])
+    message = str(path)
+    try:
+        dict(contents(path, names(path)))
+    except ResgridError as error:
+        message = str(error)
+    assert str(path) in message
+
+
+# --- pickles ----------------------------------------------------------------------------------------
+
+ROWS = np.arange(3 * 3072, dtype=np.uint8).reshape(3, 3072)
+BATCH = {
+    b"batch_label": b"training batch 1 of 5",
+    b"labels": [6, 9, 300],
+    b"data": ROWS,
+    b"filenames": [b"a.png"] * 3,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_batch_reads_as_pickle_itself_reads_it(protocol, order):
+    pickled = pickle.dumps(BATCH | {b"data": np.array(ROWS, order=order)}, protocol=protocol)
+    batch = load_pickle(pickled, "data_batch_1")
+    assert list(batch) == ["batch_label", "labels", "data", "filenames"]
+    assert batch["labels"] == [6, 9, 300]
+    assert batch["filenames"] == ["a.png"] * 3
+    assert batch["batch_label"] == "training batch 1 of 5"
+    assert batch["data"].dtype == np.uint8
+    np.testing.assert_array_equal(batch["data"], ROWS)
+
+
+def python2_batch(rows: np.ndarray) -> bytes:
+    """The opcodes that Python 2's cPickle and NumPy 1 wrote into the official archive, by hand."""
+    raw = rows.tobytes()
+    return (
+        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03"
+        b"U\x06labelsq\x04]q\x05(K\x06K\x09e"
+        b"U\x04dataq\x06cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85q\x09U\x01bq\x0a"
+        b"\x87q\x0bRq\x0c(K\x01K\x02M\x00\x0c\x86q\x0dcnumpy\ndtype\nq\x0eU\x02u1q\x0fK\x00K\x01\x87q\x10Rq\x11"
+        b"(K\x03U\x01|q\x12NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + struct.pack("<I", len(raw)) + raw +
+        b"q\x13tbU\x09filenamesq\x14]q\x15(U\x05a.pngq\x16U\x05b.pngq\x17eu."
+    )  # fmt: skip
+
+
+def test_the_official_archives_own_opcodes_are_read():
+    batch = load_pickle(python2_batch(ROWS[:2]), "data_batch_1")
+    np.testing.assert_array_equal(batch["data"], ROWS[:2])
+    assert batch["labels"] == [6, 9]
+    assert batch["filenames"] == ["a.png", "b.png"]
+
+
+class Harm:
+    """Unpickling it calls `function` with `arguments`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("harm", "asked"),
+    [
+        (Harm(os.system, "touch /tmp/harm"), r"(posix|nt)\.system"),
+        (Harm(eval, "1"), r"(__builtin__|builtins)\.eval"),
+        (Harm(np.load, "x"), r"numpy\.load"),
+        (np.float64(1.0), r"numpy\._?core\.multiarray\.scalar"),
+        (Path("x"), r"pathlib"),
+        ({1, 2}, r"set"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_asks_for_anything_executable_is_refused_by_name(harm, asked, protocol):
+    if isinstance(harm, set) and protocol == 4:
+        asked = "EMPTY_SET"
+    with pytest.raises(ResgridError, match=rf"tiny\.tar\.gz: data_batch_1: refused: .*{asked}"):
+        load_pickle(pickle.dumps({b"data": harm}, protocol=protocol), "tiny.tar.gz: data_batch_1")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (pickle.dumps({b"data": Harm(np.dtype, "O")}, 2), "the pickle calls numpy.dtype as no"),
+        (pickle.dumps({b"data": np.zeros(2, np.float32)}, 2), "the pickle calls numpy.dtype as no"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00ax\x05\x00\x00\x00rot13\x86R.", "damaged"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "calls _codecs.encode"),
+        (
+            b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\xff\xff\xff\x7f\x85U\x01b\x87R.",
+            "calls numpy.core.multiarray._reconstruct",  # of 2147483647 bytes
+        ),
+        (b"\x80\x02]K\x01R.", "calls a list"),
+        (b"\x80\x02c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb.", "sets a state"),
+        (b"\x80\x02c_codecs\nencode\n)\x81.", "uses NEWOBJ"),
+        (b"\x80\x02(i__main__\nx\n.", "uses INST"),
+        (b"\x80\x02K\x01Q.", "uses BINPERSID"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "damaged"),
+        (b"\x80\x02K\x01r\xff\xff\xff\x7f.", "holds a int"),
+        (b"\x80\x02}))s.", "a str was expected"),
+        (b"\x80\x02]q\x00.", "holds a list, not a dictionary"),
+        (b"", "damaged"),
+        (b"not a pickle", "refused|damaged"),
+    ],
+)  # fmt: skip
+def test_a_pickle_with_anything_else_than_a_batch_holds_is_refused(pickled, message):
+    with pytest.raises(ResgridError, match=rf"(?s)^batch: .*({message})"):
+        load_pickle(pickled, "batch")
+
+
+def test_an_array_whose_shape_and_bytes_differ_is_refused():
+    pickled = python2_batch(ROWS[:2]).replace(b"K\x01K\x02M\x00\x0c", b"K\x01K\x03M\x00\x0c")
+    with pytest.raises(ResgridError, match=r"batch: a cut or damaged pickle \(cannot reshape"):
+        load_pickle(pickled, "batch")
+
+
+SMALL = [pickle.dumps(BATCH | {b"data": ROWS[:1, :8]}, protocol) for protocol in (2, 4)]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(SMALL), st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6))
+def test_no_altered_pickle_ever_raises_anything_else(pickled, where, value, removed):
+    at = int(where * len(pickled))
+    message = "batch: "
+    try:
+        load_pickle(pickled[:at] + value + pickled[at + removed :], "batch")
+    except ResgridError as error:
+        message = str(error)
+    assert message.startswith("batch: ")

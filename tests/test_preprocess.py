@@ -1,0 +1,650 @@
+"""Sources to the processed form on real images: splits, sizes, statistics, digests, and bad image folders."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import pickle
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from sklearn.datasets import load_digits
+
+from resgrid import config
+from resgrid.data.dataset import Meta, load_meta, load_split, statistics
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import histograms, moments, preprocess
+from resgrid.data.sources import Digits, draw, open_source, to_square
+from resgrid.errors import ResgridError
+
+PLAIN = config.Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+DIGITS = config.Digits(source="digits", test_fraction=0.2, split_seed=0)
+
+
+def with_validation(fraction: float, seed: int = 0) -> config.Preprocess:
+    return PLAIN.model_copy(update={"validation_fraction": fraction, "validation_seed": seed})
+
+
+def sha256(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def archive(path: Path) -> config.Archive:
+    return config.Archive(source="archive", location=str(path), checksum=sha256(path))
+
+
+def images(path: Path) -> config.ImageFolder:
+    checksum = sha256(path) if path.is_file() else None
+    return config.ImageFolder(source="image-folder", location=str(path), checksum=checksum)
+
+
+def process(data: config.Data, folder: Path, settings: config.Preprocess = PLAIN) -> Meta:
+    """Both stages; the result is in folder/processed."""
+    download(data, folder / "raw")
+    return preprocess(data, settings, folder / "raw", folder / "processed")
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------
+
+
+def test_the_real_images_of_cifar_10_come_out_bit_for_bit(reference_data, tmp_path):
+    """Read by pickle itself, and in float64 by NumPy, beside the reader and the exact integers."""
+    path = reference_data / "cifar-10-python-6k.tar.gz"
+    meta = process(archive(path), tmp_path)
+    with tarfile.open(path) as tar:
+        batches = [
+            pickle.load(tar.extractfile(f"cifar-10-batches-py/{name}"), encoding="bytes")
+            for name in (
+                "data_batch_1",
+                "data_batch_2",
+                "data_batch_3",
+                "data_batch_4",
+                "data_batch_5",
+                "test_batch",
+            )
+        ]
+    rows = np.concatenate([batch[b"data"] for batch in batches[:5]])
+    train, test = load_split(tmp_path / "processed", "train"), load_split(tmp_path / "processed", "test")
+    np.testing.assert_array_equal(train.images.numpy()[:, :, :, 0].reshape(5000, -1), rows[:, :1024])
+    np.testing.assert_array_equal(train.images.numpy()[:, :, :, 1].reshape(5000, -1), rows[:, 1024:2048])
+    np.testing.assert_array_equal(train.images.numpy()[:, :, :, 2].reshape(5000, -1), rows[:, 2048:])
+    assert train.labels.tolist() == [label for batch in batches[:5] for label in batch[b"labels"]]
+    assert test.labels.tolist() == batches[5][b"labels"]
+    assert meta.num_images == {"train": 5000, "test": 1000}
+    assert meta.class_names == (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    )  # fmt: skip
+    values = rows.astype(np.float64) / 255
+    assert meta.scalar_mean == pytest.approx(values.mean(), rel=1e-12)
+    assert meta.scalar_std == pytest.approx(values.std(), rel=1e-12)
+    channels = values.reshape(5000, 3, 1024)
+    assert meta.channel_mean == pytest.approx(channels.mean(axis=(0, 2)), rel=1e-12)
+    assert meta.channel_std == pytest.approx(channels.std(axis=(0, 2)), rel=1e-12)
+    # 121.18 and 64.38 here; 120.7076 and 64.1501 over all 50,000 images
+    assert (255 * meta.scalar_mean, 255 * meta.scalar_std) == pytest.approx((120.7076, 64.1501), rel=0.01)
+
+
+def test_a_smaller_archive_in_cifars_layout_keeps_its_order_and_names(cifar_archive, tmp_path):
+    meta = process(archive(cifar_archive), tmp_path)
+    assert meta.source == "archive"
+    assert meta.class_names == ("ant", "bee", "cow", "dog")
+    assert meta.num_images == {"train": 40, "test": 20}
+    assert load_split(tmp_path / "processed", "train").labels.tolist() == [i % 4 for i in range(20)] * 2
+    first = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)  # as the fixture draws it
+    image = load_split(tmp_path / "processed", "train").images[3]
+    assert image[1, 2].tolist() == [first[3, 34], first[3, 1024 + 34], first[3, 2048 + 34]]  # row 1, column 2
+
+
+def repacked(source: Path, path: Path, change: Callable[[dict[str, bytes]], Any]) -> Path:
+    """`source` with its members changed."""
+    with tarfile.open(source) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    change(members)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+B = "cifar-10-batches-py/"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop(B + "test_batch"), "there is no test_batch"),
+        (lambda m: m.pop(B + "batches.meta"), r"there is no batches\.meta"),
+        (lambda m: m.pop(B + "data_batch_1"), "there is no data_batch_1"),
+        (lambda m: m.clear(), "cut or damaged|there is no batches"),
+        (lambda m: m.update({"other/test_batch": b""}), "test_batch is there twice"),
+        (
+            lambda m: m.update({B + "data_batch_2": b"\x80\x02cos\nsystem\n."}),
+            r"data_batch_2: refused: .*os\.system",
+        ),
+        (
+            lambda m: m.update({B + "data_batch_2": m[B + "data_batch_2"][:9999]}),
+            "data_batch_2: a cut or damaged",
+        ),
+        (lambda m: m.update({B + "test_batch": m[B + "batches.meta"]}), "test_batch: `data` must be"),
+        (
+            lambda m: m.update({B + "batches.meta": m[B + "test_batch"]}),
+            r"batches\.meta: label_names must be",
+        ),
+        (
+            lambda m: m.update({B + "test_batch": m[B + "test_batch"].replace(b"K\x03", b"K\x04")}),
+            "must be 0 to 3",
+        ),
+        (
+            lambda m: m.update({B + "test_batch": m[B + "test_batch"].replace(b"K\x03e", b"e")}),
+            "`labels` must be",
+        ),
+    ],
+)
+def test_an_archive_that_is_not_in_cifars_layout_is_named_with_what_is_wrong(
+    change, message, cifar_archive, tmp_path
+):
+    path = repacked(cifar_archive, tmp_path / "bad.tar.gz", change)
+    with pytest.raises(ResgridError, match=rf"(?s)bad\.tar\.gz: .*({message})"):
+        process(archive(path), tmp_path)
+    assert not (tmp_path / "processed").exists()
+
+
+def test_raw_data_that_was_altered_after_its_download_is_noticed(cifar_archive, tmp_path):
+    data = archive(cifar_archive)
+    download(data, tmp_path / "raw")
+    raw = tmp_path / "raw/tiny.tar.gz"
+    raw.write_bytes(raw.read_bytes()[:-1])
+    with pytest.raises(ResgridError, match=r"tiny\.tar\.gz: its checksum is .* `dvc repro -f download`"):
+        preprocess(data, PLAIN, tmp_path / "raw", tmp_path / "processed")
+    with pytest.raises(ResgridError, match=r"absent: no such folder. `dvc repro download`"):
+        preprocess(data, PLAIN, tmp_path / "absent", tmp_path / "processed")
+
+
+# --- image folders ----------------------------------------------------------------------------------
+
+
+def pack(folder: Path, path: Path, inside: str = "") -> Path:
+    """An archive of `folder`; its kind is that of the suffix."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as target:
+            for file in sorted(folder.rglob("*"), reverse=True):
+                target.write(file, inside + file.relative_to(folder).as_posix())
+    else:
+        with tarfile.open(path, f"w:{path.suffix[1:]}") as target:
+            target.add(folder, inside or ".")
+    return path
+
+
+def test_a_folder_and_every_kind_of_archive_of_it_give_the_same_content(image_folder, tmp_path):
+    metas = [process(images(image_folder), tmp_path / "folder")]
+    for name, inside in (("a.tar.gz", ""), ("b.tar.xz", "pictures/"), ("c.zip", ""), ("d.zip", "pictures/")):
+        metas.append(process(images(pack(image_folder, tmp_path / name, inside)), tmp_path / name[:1]))
+    assert len({meta.model_dump_json() for meta in metas}) == 1
+    assert (
+        len(
+            {
+                (tmp_path / where / "processed/train.safetensors").read_bytes()
+                for where in ("folder", "a", "d")
+            }
+        )
+        == 1
+    )
+    meta = metas[0]
+    assert meta.class_names == ("one", "three", "two")  # by name
+    assert meta.num_images == {"train": 12, "test": 6}
+    assert load_split(tmp_path / "folder/processed", "train").labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_images_come_in_the_order_of_class_and_name(image_folder, tmp_path):
+    process(images(image_folder), tmp_path)
+    train = load_split(tmp_path / "processed", "train").images
+    path = image_folder / "train/three/3.png"
+    with Image.open(path) as image:
+        expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(train[7, :, :, 1], expected)  # three's are 4 to 7
+
+
+def add(content: bytes, name: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def huge_png() -> bytes:
+    """20,000 x 20,000 pixels in its header, and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+RED = Image.new("RGB", (9, 9), (255, 0, 0))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+BAD_FOLDERS = {
+    "no images": (lambda f: [path.unlink() for path in f.rglob("*.*")], "there is no image in train/"),
+    "no test": (lambda f: shutil.rmtree(f / "test"), "there is no image in test/"),
+    "class missing from test": (lambda f: shutil.rmtree(f / "test/two"), "class 'two' has no image in test/"),
+    "class missing from train": (add(encoded(RED), "test/four/1.png"), "class 'four' has no image in train/"),
+    "one class": (
+        lambda f: [shutil.rmtree(path) for path in f.glob("*/t*")],
+        "'one' is the only class",
+    ),
+    "not an image": (add(b"GIF89a", "train/one/x.png"), r"train/one/x\.png cannot be read as an image"),
+    "empty image": (add(b"", "train/one/x.jpg"), r"train/one/x\.jpg cannot be read as an image"),
+    "cut image": (add(encoded(NOISE)[:6000], "test/one/x.png"), r"test/one/x\.png cannot .*truncated"),
+    "cut JPEG": (add(encoded(NOISE, "JPEG")[:2000], "test/one/x.jpg"), r"test/one/x\.jpg cannot .*truncated"),
+    "a bomb": (add(huge_png(), "train/one/x.png"), r"x\.png cannot be read .*400000000 pixels"),
+    "16 bits": (
+        add(encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "train/one/x.png"),
+        "pixels of type I;16.*8 bits",
+    ),
+    "another format": (add(encoded(RED, "BMP"), "train/one/x.bmp"), r"x\.bmp is neither PNG nor JPEG"),
+    "too deep": (add(encoded(RED), "train/one/more/x.png"), r"train/one/more/x\.png lies in the wrong place"),
+    "too shallow": (add(encoded(RED), "train/x.png"), r"train/x\.png lies in the wrong place"),
+    "two of them": (add(encoded(RED), "other/train/one/x.png"), "holds more than one image folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_image_folder_is_refused_with_the_name_of_what_is_wrong(case, form, image_folder, tmp_path):
+    change, message = BAD_FOLDERS[case]
+    change(image_folder)
+    path = image_folder if form == "folder" else pack(image_folder, tmp_path / "images.zip")
+    with pytest.raises(ResgridError, match=message) as caught:
+        process(images(path), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_image_or_hidden_is_passed_over(image_folder, tmp_path):
+    before = process(images(image_folder), tmp_path / "a")
+    for name in (
+        "train/one/Thumbs.db", "train/one/.DS_Store", "__MACOSX/train/one/x.png", "train/one/._1.png",
+        "test/.ipynb_checkpoints/x.png", "README.md", "valid/one/x.png",
+    ):  # fmt: skip
+        add(b"nothing", name)(image_folder)
+    after = process(images(pack(image_folder, tmp_path / "b.zip")), tmp_path / "b")
+    assert after == before
+
+
+TRANSPARENT_PALETTE = Image.new("P", (32, 32), 1)
+TRANSPARENT_PALETTE.putpalette([0, 0, 0, 255, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("content", "pixel"),
+    [
+        (encoded(Image.new("RGB", (32, 32), (10, 20, 30))), [10, 20, 30]),
+        (encoded(Image.new("L", (32, 32), 77)), [77, 77, 77]),
+        (encoded(Image.new("1", (32, 32), 1)), [255, 255, 255]),
+        (encoded(TRANSPARENT_PALETTE), [255, 0, 0]),
+        (encoded(TRANSPARENT_PALETTE, transparency=1), [0, 0, 0]),  # all of it is transparent: black
+        (encoded(Image.new("RGBA", (32, 32), (200, 100, 50, 128))), [100, 50, 25]),  # 128/255 of each
+        (encoded(Image.new("LA", (32, 32), (100, 128))), [50, 50, 50]),
+        (encoded(Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG"), [255, 255, 255]),
+        (encoded(Image.new("L", (32, 32), 128), "JPEG"), [128, 128, 128]),
+    ],
+)
+def test_every_mode_becomes_rgb_and_what_is_transparent_shows_black(content, pixel, image_folder, tmp_path):
+    suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
+    add(content, f"train/one/00.{suffix}")(image_folder)
+    process(images(image_folder), tmp_path)
+    train = load_split(tmp_path / "processed", "train")
+    index = sorted(path.name for path in (image_folder / "train/one").iterdir()).index(f"00.{suffix}")
+    assert (train.images[index] == torch.tensor(pixel, dtype=torch.uint8)).all()
+
+
+def test_a_photograph_stands_as_its_exif_tag_says(image_folder, tmp_path):
+    upper_red = np.zeros((32, 32, 3), np.uint8)
+    upper_red[:16, :, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    add(encoded(Image.fromarray(upper_red), exif=exif), "train/one/00.png")(image_folder)
+    process(images(image_folder), tmp_path)
+    image = load_split(tmp_path / "processed", "train").images[1]  # after 0.jpg
+    assert image[5, :, 0].tolist() == [0] * 16 + [255] * 16
+
+
+# --- sizes ------------------------------------------------------------------------------------------
+
+HALVES = np.zeros((64, 128, 3), np.uint8)  # twice as wide as high, right half white
+HALVES[:, 64:] = 255
+
+
+def test_stretch_shows_the_whole_image_in_another_shape():
+    square = np.asarray(to_square(Image.fromarray(HALVES), "stretch"))
+    assert square.shape == (32, 32, 3)
+    assert square[:, :15].max() == 0
+    assert square[:, 17:].min() == 255
+
+
+def test_crop_takes_the_square_in_the_middle():
+    wide = np.zeros((32, 64), np.uint8)
+    wide[:, 16:48] = np.arange(32)
+    np.testing.assert_array_equal(np.asarray(to_square(Image.fromarray(wide), "crop")), wide[:, 16:48])
+    np.testing.assert_array_equal(
+        np.asarray(to_square(Image.fromarray(wide.T.copy()), "crop")), wide[:, 16:48].T
+    )
+
+
+def test_pad_keeps_the_shape_and_adds_black_on_two_sides():
+    square = np.asarray(to_square(Image.fromarray(np.full((64, 128), 200, np.uint8)), "pad"))
+    assert (square[8:24] == 200).all()  # 128 x 64 becomes 32 x 16
+    assert square[:8].max() == square[24:].max() == 0
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (31, 33), (32, 32)])
+def test_any_shape_becomes_a_square(resize, size):
+    assert to_square(Image.new("RGB", size, (1, 2, 3)), resize).size == (32, 32)
+
+
+def test_making_smaller_averages_so_that_a_fine_grid_becomes_grey():
+    """Every second column white, eight columns to a pixel; without antialiasing each is black or white."""
+    grid = np.zeros((256, 256), np.uint8)
+    grid[:, ::2] = 255
+    square = np.asarray(to_square(Image.fromarray(grid), "stretch"))
+    assert 120 <= square.min() <= square.max() <= 135
+
+
+def test_making_larger_is_bilinear():
+    """Two pixels 0 and 160 to 32: centres at 8 and 24, so 5 from one pixel to the next between them."""
+    row = np.asarray(to_square(Image.fromarray(np.array([[0, 160]] * 2, np.uint8)), "stretch"))[0].astype(int)
+    expected = [min(160, max(0, 10 * (x + 0.5 - 8))) for x in range(32)]
+    assert np.abs(row - expected).max() <= 1
+
+
+# --- digits -----------------------------------------------------------------------------------------
+
+
+def test_digits_are_enlarged_on_the_scale_of_0_to_255_and_split_within_each_class(tmp_path):
+    meta = process(DIGITS, tmp_path)
+    assert meta.class_names == tuple("0123456789")
+    train, test = load_split(tmp_path / "processed", "train"), load_split(tmp_path / "processed", "test")
+    counts = np.bincount(load_digits().target)
+    assert np.bincount(test.labels).tolist() == [round(0.2 * int(count)) for count in counts]
+    assert np.bincount(train.labels + 0).tolist() == [int(n) - round(0.2 * int(n)) for n in counts]
+    assert (train.images[..., 0] == train.images[..., 1]).all()
+    # averaging each 4x4 of an enlarged image gives its 8x8 back, but for what bilinear smooths away
+    small = train.images[..., 0].reshape(-1, 8, 4, 8, 4).float().mean(dim=(2, 4))
+    digits = load_digits()
+    is_test = draw(digits.target, "0123456789", 0.2, 0)
+    original = torch.from_numpy(digits.images[~is_test] * 255 / 16).float()
+    assert np.corrcoef(small.flatten(), original.flatten())[0, 1] > 0.97
+    assert train.images.max() == 255
+
+
+def test_a_value_of_0_to_16_becomes_its_nearest_of_0_to_255(tmp_path):
+    levels = np.arange(17, dtype=np.uint8)  # image i is i everywhere; two classes
+    arrays = {"images": np.repeat(levels, 64).reshape(17, 8, 8), "labels": np.array([0] * 9 + [1] * 8)}
+    save_file(arrays, tmp_path / "d.safetensors")
+    source = Digits(tmp_path / "d.safetensors", 0.5, 0)
+    found = torch.cat([source.load(split).images[:, 0, 0, 0] for split in ("train", "test")])
+    assert sorted(found.tolist()) == [
+        0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255,
+    ]  # i * 15.9375  # fmt: skip
+
+
+# --- splits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [(0.1, [10, 3, 1, 1]), (0.5, [50, 15, 2, 1]), (0.99, [99, 29, 2, 1]), (0.001, [1, 1, 1, 1])],
+)
+def test_the_draw_takes_the_rounded_part_of_each_class_at_least_one_and_never_all(fraction, expected):
+    labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 3], [100, 30, 3, 2]))
+    drawn = draw(labels, "abcd", fraction, seed=3)
+    assert np.bincount(labels[drawn]).tolist() == expected
+
+
+def test_the_draw_repeats_with_its_seed_and_differs_with_another():
+    labels = np.arange(2000) % 10
+    same = draw(labels, "0123456789", 0.1, 7)
+    np.testing.assert_array_equal(draw(labels, "0123456789", 0.1, 7), same)
+    assert (draw(labels, "0123456789", 0.1, 8) & same).sum() < 60  # 20 of 200 by chance
+
+
+def test_the_draw_is_pcg64s_own_and_so_the_same_with_every_numpy():
+    """The three smallest of PCG64(0)'s first ten raw numbers are those at 3, 2 and 1."""
+    raw = [int(number) for number in np.random.PCG64(0).random_raw(10)]
+    assert raw[0] == 11749869230777074271
+    assert sorted(range(10), key=raw.__getitem__)[:3] == [3, 2, 1]
+    assert np.flatnonzero(draw(np.zeros(10, np.int64), "a", 0.3, 0)).tolist() == [1, 2, 3]
+
+
+def test_a_class_of_one_image_cannot_be_split(image_folder, tmp_path):
+    for path in sorted((image_folder / "train/three").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ResgridError, match=r"class 'three' has a single image.*validation_fraction: 0\.0"):
+        process(images(image_folder), tmp_path, with_validation(0.25))
+
+
+def test_the_validation_split_is_taken_from_training_alone_and_the_order_stays(tmp_path):
+    process(DIGITS, tmp_path / "whole")
+    meta = process(DIGITS, tmp_path / "parted", with_validation(0.1, seed=5))
+    whole = load_split(tmp_path / "whole/processed", "train")
+    train, validation, test = (
+        load_split(tmp_path / "parted/processed", split) for split in ("train", "validation", "test")
+    )
+    held_out = torch.from_numpy(draw(whole.labels.numpy(), "0123456789", 0.1, 5))
+    assert torch.equal(train.images, whole.images[~held_out])
+    assert torch.equal(validation.images, whole.images[held_out])
+    assert torch.equal(validation.labels, whole.labels[held_out])
+    assert torch.equal(test.images, load_split(tmp_path / "whole/processed", "test").images)
+    held = sum(round(0.1 * int(count)) for count in np.bincount(whole.labels))
+    assert meta.num_images == {"train": 1438 - held, "validation": held, "test": 359}
+    # statistics are those of what is left for training
+    values = train.images.numpy().astype(np.float64) / 255
+    assert meta.scalar_mean == pytest.approx(values.mean(), rel=1e-12)
+    assert meta.scalar_std == pytest.approx(values.std(), rel=1e-12)
+
+
+def test_without_a_validation_split_its_absence_names_the_param(tmp_path):
+    process(DIGITS, tmp_path)
+    with pytest.raises(
+        ResgridError, match=r"no split 'validation', only train, test\. preprocess\.validation_fraction"
+    ):
+        load_split(tmp_path / "processed", "validation")
+
+
+# --- statistics -------------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_a_hand_calculation():
+    """0, 0, 255, 51: mean 306 / 4 = 76.5; mean square (65025 + 2601) / 4 = 16906.5; variance 11054.25."""
+    counts = np.zeros(256, np.int64)
+    counts[[0, 255, 51]] = 2, 1, 1
+    assert moments(counts) == (0.3, math.sqrt(11054.25) / 255)
+
+
+def test_histograms_count_every_pixel_of_every_channel():
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 2, 2, 3), dtype=np.uint8)
+    counts = histograms(pixels)
+    for channel in range(3):
+        np.testing.assert_array_equal(
+            counts[channel], np.bincount(pixels[..., channel].ravel(), minlength=256)
+        )
+
+
+def test_the_figures_to_normalise_with_are_those_that_the_params_name(image_folder, tmp_path):
+    for path in sorted(image_folder.glob("*/*/*")):
+        path.unlink()
+    for i, split in enumerate(("train", "test", "train", "test")):
+        for name, colour in (("a", (0, 255, 51)), ("b", (255, 255, 51))):
+            add(encoded(Image.new("RGB", (32, 32), colour)), f"{split}/{name}/{i}.png")(image_folder)
+    meta = process(images(image_folder), tmp_path)
+    assert meta.channel_mean == (0.5, 1.0, 0.2)
+    assert meta.channel_std == (0.5, 0.0, 0.0)
+    # 0, 255, 51, 255, 255, 51 -> mean 867 / 6, variance of (0, 1, .2, 1, 1, .2): 3.08 / 6 - (3.4 / 6)^2
+    assert meta.scalar_mean == pytest.approx(3.4 / 6, abs=1e-15)
+    assert meta.scalar_std == pytest.approx(math.sqrt(3.08 / 6 - (3.4 / 6) ** 2), abs=1e-15)
+    mean, std = statistics(meta, config.ScalarStatistics(name="scalar"))
+    assert mean == (meta.scalar_mean,) * 3
+    assert std == (meta.scalar_std,) * 3
+    fixed = config.FixedStatistics(name="fixed", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert statistics(meta, fixed) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    with pytest.raises(ResgridError, match=r"normalization per_channel: .*deviation of 0"):
+        statistics(meta, config.ChannelStatistics(name="per_channel"))
+
+
+# --- the processed form -----------------------------------------------------------------------------
+
+
+def test_the_same_input_gives_the_same_bytes(image_folder, tmp_path):
+    settings = with_validation(0.25)
+    process(images(image_folder), tmp_path / "a", settings)
+    process(images(image_folder), tmp_path / "b", settings)
+    for name in ("train.safetensors", "validation.safetensors", "test.safetensors", "meta.json"):
+        assert (tmp_path / "a/processed" / name).read_bytes() == (
+            tmp_path / "b/processed" / name
+        ).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a/processed").iterdir()) == sorted(
+        ["train.safetensors", "validation.safetensors", "test.safetensors", "meta.json"]
+    )
+
+
+def test_another_run_replaces_the_whole_folder(tmp_path):
+    process(DIGITS, tmp_path, with_validation(0.1))
+    process(DIGITS, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == [
+        "digits.safetensors", "meta.json", "test.safetensors", "train.safetensors",
+    ]  # fmt: skip
+
+
+def test_the_digest_follows_content_and_class_names_and_nothing_else(cifar_archive, image_folder, tmp_path):
+    one = process(images(image_folder), tmp_path / "a")
+    renamed = image_folder.rename(tmp_path / "elsewhere")
+    assert process(images(renamed), tmp_path / "b").digest == one.digest
+    for split in ("train", "test"):
+        (renamed / split / "two").rename(renamed / split / "zwei")
+    other_names = process(images(renamed), tmp_path / "c")
+    assert other_names.split_digests == one.split_digests
+    assert other_names.digest != one.digest
+    # a split's digest is that of its raw bytes, as anyone can make it
+    arrays = load_file(tmp_path / "a/processed/test.safetensors")
+    by_hand = hashlib.sha256(arrays["images"].tobytes() + arrays["labels"].tobytes()).hexdigest()
+    assert one.split_digests["test"] == f"sha256:{by_hand}"
+
+
+def damage(path: Path, at: float) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[int(at * (len(raw) - 1))] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.001, 0.5, 1.0])
+def test_one_altered_bit_in_a_split_is_noticed(at, tmp_path):
+    process(DIGITS, tmp_path)
+    damage(tmp_path / "processed/test.safetensors", at)
+    with pytest.raises(
+        ResgridError, match=r"test\.safetensors: the file is damaged .*`dvc repro preprocess`"
+    ):
+        load_split(tmp_path / "processed", "test")
+
+
+def test_what_is_missing_or_changed_is_named_with_the_way_to_make_it(tmp_path):
+    folder = tmp_path / "processed"
+    with pytest.raises(ResgridError, match=r"meta\.json: no such file\. `dvc repro preprocess`"):
+        load_meta(folder)
+    process(DIGITS, tmp_path)
+    meta = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(meta.replace('"7"', '"seven"'))
+    with pytest.raises(
+        ResgridError, match=r"meta\.json: its digest is not that of its content.*dvc repro preprocess"
+    ):
+        load_meta(folder)
+    (folder / "meta.json").write_text(meta[:100])
+    with pytest.raises(ResgridError, match=r"meta\.json: cannot be read .*`dvc repro preprocess`"):
+        load_meta(folder)
+    (folder / "meta.json").write_text(meta)
+    assert load_meta(folder).model_dump(mode="json") == json.loads(meta)
+    (folder / "train.safetensors").unlink()
+    with pytest.raises(ResgridError, match=r"train\.safetensors: no such file.*`dvc repro preprocess`"):
+        load_split(folder, "train")
+
+
+# --- what to score on -------------------------------------------------------------------------------
+
+
+def test_a_source_is_known_by_its_content_whatever_form_it_has(cifar_archive, image_folder, tmp_path):
+    meta = process(images(image_folder), tmp_path)
+    expected = load_split(tmp_path / "processed", "test")
+    for path in (
+        image_folder,
+        pack(image_folder, tmp_path / "i.zip"),
+        tmp_path / "raw",
+        tmp_path / "processed",
+    ):
+        source = open_source(path)
+        assert source.class_names == meta.class_names
+        loaded = source.load("test")
+        assert torch.equal(loaded.images, expected.images)
+        assert torch.equal(loaded.labels, expected.labels)
+
+    with tarfile.open(cifar_archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folders = (tmp_path / "cifar-10-batches-py", cifar_archive.parent)  # one with the archive alone in it
+    for path in (cifar_archive, *folders):
+        source = open_source(path)
+        assert source.class_names == ("ant", "bee", "cow", "dog")
+        assert source.load("test").labels.tolist() == [i % 4 for i in range(20)]
+        assert torch.equal(source.load("test").images, open_source(cifar_archive).load("test").images)
+
+
+def test_an_image_folder_to_score_on_needs_no_training_images(image_folder):
+    shutil.rmtree(image_folder / "train")
+    source = open_source(image_folder)
+    assert source.load("test").images.shape == (6, 32, 32, 3)
+    with pytest.raises(ResgridError, match="there is no split 'train', only test"):
+        source.load("train")
+
+
+def test_what_is_no_source_is_refused(tmp_path, cifar_archive):
+    with pytest.raises(ResgridError, match="absent: no such file or folder"):
+        open_source(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ResgridError, match="empty: there are no images: an image folder holds"):
+        open_source(tmp_path / "empty")
+    with pytest.raises(ResgridError, match="there is no split 'validation', only train and test"):
+        open_source(cifar_archive).load("validation")
+
+
+@pytest.mark.long
+def test_all_of_cifar_10_as_60_000_jpegs_in_a_tar_xz(reference_data, tmp_path):
+    """Mean and deviation are those of CIFAR-10, 120.7076 and 64.1501, but for what JPEG loses."""
+    meta = process(images(reference_data / "cifar10-images.tar.xz"), tmp_path)
+    assert meta.num_images == {"train": 50_000, "test": 10_000}
+    assert torch.bincount(load_split(tmp_path / "processed", "train").labels).tolist() == [5000] * 10
+    assert (255 * meta.scalar_mean, 255 * meta.scalar_std) == pytest.approx((120.7076, 64.1501), rel=0.006)
