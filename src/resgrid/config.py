@@ -218,9 +218,7 @@ class FixedStatistics(Strict):
     std: tuple[Positive, Positive, Positive]
 
 
-Normalization = Annotated[
-    ScalarStatistics | ChannelStatistics | FixedStatistics, Field(discriminator="name")
-]
+Normalization = Annotated[ScalarStatistics | ChannelStatistics | FixedStatistics, Field(discriminator="name")]
 
 
 class RandomWeights(Strict):
@@ -310,10 +308,10 @@ class Params(Strict):
     data: Data
     preprocess: Preprocess
     grid: Grid
-    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], Study]
     recipes: dict[Architecture, Recipe]
     learning_rates: dict[Architecture, LearningRates]
     optimizers: Optimizers
+    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], Study]
     engine: Engine
 
     @model_validator(mode="after")
@@ -324,8 +322,8 @@ class Params(Strict):
                     raise ValueError(f"{section}.{architecture} is missing, but the grid has {architecture}")
         for name, recipe in self.recipes.items():
             _check_recipe(f"recipes.{name}", name, recipe)
-        for name, study in self.studies.items():
-            _check_recipe(f"studies.{name}", study.architecture, study)
+        for study_name, study in self.studies.items():
+            _check_recipe(f"studies.{study_name}", study.architecture, study)
         return self
 
 
@@ -367,31 +365,59 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
         # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
         return Params.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        lines = [f"{origin}: {_explain(problem, raw)}" for problem in error.errors()]
-    raise ResgridError("\n".join(dict.fromkeys(lines)))
+        problems = error.errors()
+    raise ResgridError("\n".join(f"{origin}: {line}" for line in _explain(problems, raw)))
 
 
-def _explain(problem: Any, raw: Any) -> str:
-    """`key.path: what is wrong (value)`: pydantic's location, less the names of union members."""
-    keys, node = [], raw
+def _explain(problems: list[Any], raw: dict[str, Any]) -> list[str]:
+    """One line for each mistake: `key.path: what is wrong (value)`.
+
+    A value that several keys share by a YAML alias is one mistake, named at the first of them.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        key, value = _locate(problem, raw)
+        match problem["type"]:
+            case "missing":
+                what = "this key is missing"
+            case "extra_forbidden":
+                what = "unknown key; check its spelling, or delete it"
+            case "value_error":
+                what = problem["msg"].removeprefix("Value error, ")
+            case "union_tag_not_found":
+                key, what = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}", "this key is missing"
+            case "union_tag_invalid":
+                what = f"must be one of {problem['ctx']['expected_tags']} (it is {problem['ctx']['tag']!r})"
+                key = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}"
+            case "tuple_type" if any(_locate(other, raw)[0] == key for other in problems if other != problem):
+                continue  # the other half of "a number or three", already said of the number
+            case "too_short" if value:
+                continue  # its items were refused, each with a line of its own
+            case _:
+                what = problem["msg"].replace("Input should be", "must be")
+                if isinstance(value, str) and _is_number(value):
+                    what += "; it is text: a number in YAML 1.2 has a dot, as in 1.0e-3, and no quotes"
+                what += f" (it is {_shown(value)})"
+        found.setdefault((key.rpartition(".")[2], what), []).append(key)
+    return [
+        f"{keys[0]}: {what}".removeprefix(": ")
+        + (f" [the same at {len(keys) - 1} more, such as {keys[1]}]" if len(keys) > 1 else "")
+        for (_, what), keys in found.items()
+    ]
+
+
+def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
+    """The key's path as it stands in the file, and its value, without pydantic's names of union members."""
+    keys: list[str] = []
+    node: Any = raw
     for depth, part in enumerate(problem["loc"]):
-        last = depth == len(problem["loc"]) - 1
-        if isinstance(node, dict) and part in node or isinstance(node, list) and isinstance(part, int):
+        missing = problem["type"] == "missing" and depth == len(problem["loc"]) - 1
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
             node = node[part]
-        elif not (last and problem["type"] == "missing"):
+        elif not missing:
             continue  # a tag such as `drop` in schedule.drop.factor, or the name of a type
         keys.append(str(part))
-    key = ".".join(keys)
-    if problem["type"] == "missing":
-        return f"{key}: this key is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; check its spelling, or delete it"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    if isinstance(node, str) and _is_number(node):
-        message += f"; it is text here: write {float(node)!r}, for YAML 1.2 needs a dot, as in 1.0e-3"
-    return f"{key}: {message} (it is {_shown(node)})"
+    return ".".join(keys), node
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,63 @@
+# `make demo` and `make test` set up everything; `make` alone lists what there is.
+
+VENV := $(CURDIR)/.venv
+SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUITS)' 2>/dev/null && echo $$p && break; done)
+
+export PATH := $(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo ui test test-long check format repro lock clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: $(VENV)/installed  ## Make .venv with the locked dependencies and this package
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "ResGrid needs Python 3.11, 3.12 or 3.13; none was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Setting up .venv: about 3 GB to fetch the first time, most of it torch"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(VENV)/bin/uv pip install --python $(VENV) --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --python $(VENV) --quiet --no-deps --editable .
+	@touch $@
+
+demo: install  ## Run the whole pipeline on handwritten digits: minutes on a laptop
+	cd examples/digits && dvc repro && resgrid sync && resgrid compare
+	@echo
+	@echo "Browse and compare the runs in MLflow:  make ui PIPELINE=examples/digits"
+
+PIPELINE ?= .
+ui: install  ## Open MLflow's pages (PIPELINE=examples/digits for the demo's)
+	cd $(PIPELINE) && resgrid ui
+
+repro: install  ## Run the whole grid on CIFAR-10: a day on a GPU, weeks without one
+	dvc repro
+
+test: install  ## Run the tests
+	pytest
+
+test-long: install  ## Run the tests in their long forms as well
+	pytest -m "long or not long"
+
+check: install  ## Style, types and import contracts
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+format: install  ## Put the code into shape
+	ruff check --fix .
+	ruff format .
+
+lock:  ## Resolve the dependencies anew, for Linux and macOS and Python 3.11 to 3.13
+	$(VENV)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev \
+		--no-header --constraints constraints.txt pyproject.toml -o requirements.lock
+
+clean:  ## Delete .venv and caches (no data, no results)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,350 @@
+"""The command line: `resgrid COMMAND`.
+
+Each command imports what it needs when it runs: `resgrid --help` and `resgrid cells` pay for no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from resgrid import __version__
+from resgrid.errors import ResgridError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from resgrid.config import Architecture
+
+# The folders of a pipeline, beside its params.yaml.
+RAW = Path("data/raw")
+PROCESSED = Path("data/processed")
+RUNS = Path("runs")
+REPORTS = Path("reports")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. A person's mistake ends with one message and status 1."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    try:
+        return run(options) or 0
+    except ResgridError as error:
+        print(f"resgrid: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("resgrid: stopped. The same command starts again.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `resgrid cells | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # unwinds, so that what is open is closed and recorded as ended
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="resgrid",
+        description="Architectures x optimizers, compared. Run it in a folder that has a params.yaml.",
+        epilog="`dvc repro` runs the whole pipeline; `resgrid COMMAND --help` tells more of one command.",
+    )
+    parser.add_argument("--version", action="version", version=f"resgrid {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def json_flag(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+    sub = command("cells", _cells, "List every cell of the grid and its studies")
+    json_flag(sub)
+
+    command("download", _download, "Fetch the raw images and check them (a DVC stage)")
+    command("preprocess", _preprocess, "Make one compact file a split from the raw images (a DVC stage)")
+    sub = command("train", _train, "Train one cell (a DVC stage)")
+    sub.add_argument("cell", help="a cell's id, such as resnet20-adam-0; `resgrid cells` lists them")
+    _device_option(sub)
+    sub = command("evaluate", _evaluate, "Score every trained cell afresh and compare them (a DVC stage)")
+    _device_option(sub)
+
+    sub = command("compare", _compare, "Show the comparison that `evaluate` made")
+    json_flag(sub)
+    sub = command("cost", _cost, "Estimate how long the grid would take on this machine")
+    sub.add_argument("--images", type=int, help="training images (those of the data unless given)")
+    json_flag(sub)
+    _device_option(sub)
+    sub = command("sync", _sync, "Give every current cell its complete run in MLflow")
+    json_flag(sub)
+    sub = command("ui", _ui, "Open MLflow's pages on the pipeline's store (syncs first)")
+    sub.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
+
+    sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
+    sub.add_argument("model", help="an architecture, such as resnet20 or vgg16")
+    sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
+    json_flag(sub)
+
+    for kind, suffix, run in (("keras", ".h5", _import_keras), ("torch", ".pt", _import_torch)):
+        sub = command(f"import-{kind}", run, f"Make a weights file of a {kind.capitalize()} {suffix} file")
+        sub.add_argument("file", type=Path, help=f"the {suffix} file")
+        sub.add_argument("--model", required=True, help="its architecture, such as resnet20")
+        sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
+        sub.add_argument(
+            "--class-names",
+            nargs="+",
+            metavar="NAME",
+            help="in the order of its outputs (default: CIFAR-10's)",
+        )
+
+    sub = command("score", _score, "Score a weights file on labelled images, in fp32")
+    sub.add_argument("file", type=Path, help="a weights file (.safetensors)")
+    sub.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="a CIFAR archive, an image folder, an archive of one, or data/processed",
+    )
+    sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
+    json_flag(sub)
+    _device_option(sub)
+    return parser
+
+
+def _device_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: $RESGRID_DEVICE, else auto)")
+
+
+# --- the grid ---------------------------------------------------------------------------------------
+
+
+def _cells(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+
+    cells = expand(load_params())
+    if options.json:
+        print(json.dumps([cell.id for cell in cells]))
+    else:
+        print("\n".join(cell.id for cell in cells))
+
+
+def _download(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.cost import announce
+    from resgrid.data.fetch import download, known_num_train
+    from resgrid.progress import Progress
+
+    params = load_params()
+    if num_train := known_num_train(params.data):
+        announce(params, num_train)
+    with Progress("download", None, "B") as progress:
+        download(params.data, RAW, progress.update)
+
+
+def _preprocess(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.cost import announce
+    from resgrid.data.fetch import known_num_train
+    from resgrid.data.preprocess import preprocess
+    from resgrid.progress import Progress
+
+    params = load_params()
+    with Progress("preprocess", None, "images") as progress:
+
+        def on_image(split: str, done: int, total: int) -> None:
+            progress.note = split
+            progress.update(done, total)
+
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image)
+    counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
+    print(f"{counts} images of {len(meta.class_names)} classes: {', '.join(meta.class_names[:12])}")
+    if not known_num_train(params.data):
+        announce(params, meta.num_images["train"])
+
+
+def _train(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.grid import find_cell
+
+    params = load_params()
+    cell = find_cell(params, options.cell)
+
+    from resgrid import tracking, watch
+    from resgrid.data.dataset import load_meta
+    from resgrid.progress import Progress
+    from resgrid.training.device import choose_device
+    from resgrid.training.run import train_cell
+
+    watch.watch()
+    device = choose_device(options.device)
+    meta = load_meta(PROCESSED)
+    weights = tracking.fetch_weights(cell.recipe.initial_weights)
+    epochs = cell.recipe.epochs
+    with (
+        tracking.live_run(params.name, cell, meta) as run,
+        Progress(cell.id, epochs * meta.num_images["train"], "images") as progress,
+    ):
+        finished = 0
+
+        def on_step(images: int, images_an_epoch: int) -> None:
+            progress.update(finished * images_an_epoch + images, epochs * images_an_epoch)
+
+        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights):
+            finished = epoch.epoch
+            run.log_epoch(epoch)
+            progress.note = f"epoch {epoch.epoch}/{epochs}, test {100 * epoch.test_accuracy:.2f} %"
+            progress.say(
+                f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
+                f"train {100 * epoch.train_accuracy:6.2f} %  test {100 * epoch.test_accuracy:6.2f} %  "
+                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining() or '0:00'} left"
+            )
+        run.complete(RUNS / cell.id)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+
+    params = load_params()
+
+    from resgrid.data.dataset import load_meta
+    from resgrid.evaluation import evaluate_all
+    from resgrid.progress import Progress
+    from resgrid.report.leaderboard import leaderboard, write_report
+    from resgrid.training.device import choose_device
+
+    meta = load_meta(PROCESSED)
+    cells = expand(params)
+    with Progress("evaluate", len(cells), "cells") as progress:
+        results = []
+        for result in evaluate_all(cells, RUNS, PROCESSED, choose_device(options.device)):
+            results.append(result)
+            progress.update(len(results))
+    frame = leaderboard(results, meta.source)
+    write_report(frame, meta, params.name, REPORTS)
+    _show(frame)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from resgrid.report.leaderboard import read_leaderboard
+
+    frame = read_leaderboard(REPORTS)
+    if options.json:
+        print(frame.to_json(orient="records", indent=2))
+    else:
+        _show(frame)
+
+
+def _show(frame: pd.DataFrame) -> None:
+    """The comparison on the terminal, and what is missing from it."""
+    from resgrid.report.leaderboard import by_optimizer, readable, text_table
+
+    print("\nTest accuracy in %, with the weights of the last epoch:\n")
+    print(text_table(by_optimizer(frame).reset_index()))
+    print()
+    print(text_table(readable(frame)))
+    missing = frame.loc[frame["status"] == "missing", "cell"].tolist()
+    if missing:
+        print(f"\nMissing: {len(missing)} of {len(frame)} cells have no result yet: {', '.join(missing)}")
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.cost import estimate, sentence
+    from resgrid.data.dataset import load_meta
+    from resgrid.training.device import choose_device
+
+    params = load_params()
+    num_train = options.images or load_meta(PROCESSED).num_images["train"]
+    device = choose_device(options.device)
+    seconds = estimate(params, num_train, device)
+    if options.json:
+        print(json.dumps({"seconds": sum(seconds.values()), "cells": seconds}, indent=2))
+    else:
+        print(sentence(seconds, device))
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from resgrid import tracking
+    from resgrid.config import load_params
+
+    report = tracking.sync(load_params(), Path.cwd())
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
+
+
+def _ui(options: argparse.Namespace) -> None:
+    from resgrid import tracking
+    from resgrid.config import load_params
+
+    params = load_params()
+    print(tracking.sync(params, Path.cwd()))
+    tracking.serve(options.port)
+
+
+# --- models and weights -----------------------------------------------------------------------------
+
+
+def _architecture(name: str) -> Architecture:
+    from resgrid.config import FAMILIES
+    from resgrid.grid import suggest
+
+    if name not in FAMILIES:
+        raise ResgridError(
+            f"there is no architecture {name!r}{suggest(name, FAMILIES)} Known: {', '.join(FAMILIES)}."
+        )
+    return name
+
+
+def _summary(options: argparse.Namespace) -> None:
+    architecture = _architecture(options.model)
+    if options.num_classes < 1:
+        raise ResgridError(f"--num-classes {options.num_classes}: there must be at least one class.")
+
+    from resgrid.models.summary import summarize
+
+    summary = summarize(architecture, options.num_classes)
+    print(json.dumps(summary.as_dict(), indent=2) if options.json else summary.table())
+
+
+def _import_keras(options: argparse.Namespace) -> None:
+    architecture = _architecture(options.model)
+
+    from resgrid.convert import import_keras
+
+    import_keras(options.file, architecture, options.out, options.class_names)
+    print(f"{options.out}: {architecture} from {options.file}")
+
+
+def _import_torch(options: argparse.Namespace) -> None:
+    architecture = _architecture(options.model)
+
+    from resgrid.convert import import_torch
+
+    import_torch(options.file, architecture, options.out, options.class_names)
+    print(f"{options.out}: {architecture} from {options.file}")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from resgrid.evaluation import score_file
+    from resgrid.training.device import choose_device
+
+    scores = score_file(options.file, options.data, options.split, choose_device(options.device))
+    if options.json:
+        print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
+    else:
+        print(
+            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
+        )

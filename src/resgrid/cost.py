@@ -1,0 +1,71 @@
+"""How long a grid will take on this machine: from a training step of each architecture, timed now."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+
+import torch
+
+from resgrid.config import Params
+from resgrid.grid import Cell, expand
+from resgrid.models import build_model
+from resgrid.progress import duration
+from resgrid.training.device import choose_device, choose_precision
+from resgrid.training.engine import Totals, make_step
+from resgrid.training.optimizers import build_optimizer
+
+TIMED_BATCH = 32  # images: enough for a figure within a third or so, and a second at most a step on a laptop
+
+
+def estimate(params: Params, num_train: int, device: torch.device) -> dict[str, float]:
+    """Seconds of training for each cell of `params` with `num_train` images, without scoring and start-up."""
+    per_image: dict[str, float] = {}
+    seconds = {}
+    for cell in expand(params):
+        if cell.architecture not in per_image:
+            per_image[cell.architecture] = seconds_per_image(cell, device)
+        seconds[cell.id] = per_image[cell.architecture] * num_train * cell.recipe.epochs
+    return seconds
+
+
+def seconds_per_image(cell: Cell, device: torch.device) -> float:
+    """The faster of two training steps of `cell` on noise, after one that is not counted."""
+    model = build_model(cell.architecture, 10, cell.recipe.dropout).train()
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = min(cell.recipe.batch_size, TIMED_BATCH)
+    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), device=device)
+    totals = Totals(device)
+    step = make_step(cell, model, build_optimizer(cell, model), totals, choose_precision(cell.engine, device))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        step(images, labels)
+        totals.read(1, batch)  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times[1:]) / batch
+
+
+def announce(params: Params, num_train: int) -> None:
+    """Say on a machine without a GPU, before anything costly runs, what the grid would take."""
+    device = choose_device()
+    if device.type == "cpu":
+        print(sentence(estimate(params, num_train, device), device), file=sys.stderr, flush=True)
+
+
+def sentence(seconds: dict[str, float], device: torch.device) -> str:
+    """The estimate as one would say it, and what to do where it is long."""
+    total = sum(seconds.values())
+    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type.upper()
+    text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}."
+    if total > 24 * 3600:
+        quickest = min(seconds, key=lambda cell: seconds[cell])
+        longest, _ = Counter(seconds).most_common(1)[0]
+        text += (
+            f"\nThat is from {duration(seconds[quickest])} ({quickest}) to {duration(seconds[longest])} "
+            f"({longest}) a cell. For a smaller grid, shorten the lists under `grid` in params.yaml, or its "
+            f"`epochs`; for one cell: dvc repro train@{quickest}."
+        )
+    return text

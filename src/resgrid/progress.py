@@ -1,0 +1,122 @@
+"""Progress with remaining time: a bar on a terminal, plain lines in a log.
+
+rich draws the bar; where it is not installed (a machine with torch and little else) there are plain lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+SECONDS_BETWEEN_LINES = 15.0  # in a log, within one long task
+
+
+class Progress:
+    """Shows how much of `total` units is done.
+
+    `update` may be called at every step: it draws at most ten times a second, and never asks the device
+    for a figure.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.note = ""
+        self._started = self._drawn = time.monotonic()
+        self._said = self._started
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            try:
+                from rich import progress
+                from rich.console import Console
+            except ImportError:
+                return self
+            amounts: progress.ProgressColumn
+            amounts = progress.DownloadColumn() if self.unit == "B" else progress.TaskProgressColumn()
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                amounts,
+                progress.TextColumn("{task.fields[speed]}"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                refresh_per_second=5,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, speed="", note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._draw()
+            self._bar.stop()
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """`done` units of the whole are done."""
+        self.done, self.total = done, total if total is not None else self.total
+        now = time.monotonic()
+        if self._bar is not None and now - self._drawn >= 0.1:
+            self._draw()
+        elif self._bar is None and now - self._said >= SECONDS_BETWEEN_LINES:
+            self.say(self._line())
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._said = time.monotonic()
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    @property
+    def speed(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+    def remaining(self) -> str:
+        """`1:02:03` until the end at the speed so far, or nothing while it is unknown."""
+        if not self.total or not self.done:
+            return ""
+        return clock((self.total - self.done) / self.speed)
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        speed = f"{_amount(self.speed, self.unit)}/s"
+        self._bar.update(self._task, completed=self.done, total=self.total, speed=speed, note=self.note)
+
+    def _line(self) -> str:
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else _amount(self.done, self.unit)
+        left = f", {self.remaining()} left" if self.remaining() else ""
+        return f"{self.title}: {share}, {_amount(self.speed, self.unit)}/s{left}"
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `1:02:03`."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def duration(seconds: float) -> str:
+    """`40 seconds`, `12 minutes`, `5.1 hours`, `9 days`: as one says it."""
+    for limit, unit, size in ((90, "seconds", 1), (90 * 60, "minutes", 60), (48 * 3600, "hours", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}" if unit == "hours" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
+
+
+def _amount(number: float, unit: str) -> str:
+    if unit != "B":
+        return f"{number:,.0f} {unit}"
+    for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.1f} {name}"
+    return f"{number:.0f} B"

@@ -1,0 +1,1 @@
+"""What a person reads in the end: tables of the cells, side by side."""

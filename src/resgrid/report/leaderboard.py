@@ -1,0 +1,189 @@
+"""The comparison: a row a cell as CSV, and a table to read.
+
+All accuracies are in 0-1, measured on the test split with the weights of the last epoch. The best epoch
+stands beside it, marked as what it is: an epoch that was chosen by looking at the test split.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from resgrid.config import FAMILIES
+from resgrid.data.dataset import Meta
+from resgrid.errors import ResgridError
+from resgrid.evaluation import Result
+from resgrid.report.published import published_accuracy
+
+
+def leaderboard(results: list[Result], source: str) -> pd.DataFrame:
+    """A row a cell, best first: completed ones by test accuracy, then diverged, then missing ones."""
+    rows = [_row(result, source) for result in results]
+    frame = pd.DataFrame(rows)
+    order = frame["status"].map({"completed": 0, "diverged": 1, "missing": 2})
+    ranked = frame.assign(order=order).sort_values(
+        ["order", "test_accuracy", "test_loss", "cell"], ascending=[True, False, True, True], kind="stable"
+    )
+    return ranked.drop(columns="order").reset_index(drop=True)
+
+
+def _row(result: Result, source: str) -> dict[str, Any]:
+    cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
+    published = None if cell.study else published_accuracy(source, cell.architecture, cell.optimizer.name)
+    scores = result.scores
+    return {
+        "cell": cell.id,
+        "architecture": cell.architecture,
+        "optimizer": cell.optimizer.name,
+        "seed": cell.seed,
+        "status": result.status,
+        "test_accuracy": scores and scores.accuracy,
+        "test_loss": scores and scores.loss,
+        "train_accuracy": metrics.get("train_accuracy"),
+        "train_loss": metrics.get("train_loss"),
+        "epochs": metrics.get("epochs"),
+        "num_parameters": metrics.get("num_parameters"),
+        "num_trainable": metrics.get("num_trainable"),
+        "validation_accuracy": metrics.get("validation_accuracy"),
+        "validation_loss": metrics.get("validation_loss"),
+        "best_test_accuracy": metrics.get("best_test_accuracy"),
+        "best_epoch": metrics.get("best_epoch"),
+        "published_accuracy": published,
+        "difference": scores.accuracy - published if scores and published else None,
+        "study": cell.study,
+        "approach": cell.recipe.approach,
+        "initial_weights": metrics.get("initial_weights"),
+        "learning_rate": cell.optimizer.lr,
+        "batch_size": cell.recipe.batch_size,
+        "cause": metrics.get("cause"),
+        "train_seconds": timing.get("train_seconds"),
+        "images_per_second": timing.get("images_per_second"),
+        "device": timing.get("device_name"),
+        "precision": timing.get("precision"),
+        "threads": timing.get("threads"),
+        "weights_sha256": metrics.get("weights_sha256"),
+    }
+
+
+def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
+    """Architecture x optimizer: the test accuracy of the grid's cells, as text with its spread over seeds."""
+    grid = frame[frame["study"].isna()]
+    architectures = [name for name in FAMILIES if name in set(grid["architecture"])]
+    optimizers = list(dict.fromkeys(grid.sort_values("cell")["optimizer"]))
+    table = pd.DataFrame(index=pd.Index(architectures, name="architecture"), columns=optimizers, dtype=object)
+    for (architecture, optimizer), cells in grid.groupby(["architecture", "optimizer"]):
+        table.loc[architecture, optimizer] = spread(cells)
+    return table
+
+
+def spread(cells: pd.DataFrame) -> str:
+    """`98.12 ± 0.21` of the completed cells among replicates, with what is not completed said beside it."""
+    completed = cells.loc[cells["status"] == "completed", "test_accuracy"] * 100
+    text = f"{completed.mean():.2f}" if len(completed) else ""
+    if len(completed) > 1:
+        text += f" ± {completed.std():.2f}"  # over seeds, with n - 1
+    for status in ("diverged", "missing"):
+        count = int((cells["status"] == status).sum())
+        if count:
+            text += f" ({count} {status})" if len(cells) > 1 else status
+    return text.strip()
+
+
+def markdown(frame: pd.DataFrame, meta: Meta, name: str) -> str:
+    """The whole comparison as Markdown."""
+    seeds = frame.loc[frame["study"].isna(), "seed"].nunique()
+    parts = [
+        f"# {name}: the comparison",
+        f"{meta.num_images['train']:,} training and {meta.num_images['test']:,} test images of "
+        f"{len(meta.class_names)} classes from `{meta.source}` ({meta.digest[:19]}…). "
+        "Test accuracy in % with the weights of the last epoch, scored in fp32"
+        + (f"; mean ± standard deviation over {seeds} seeds." if seeds > 1 else "; one seed."),
+        text_table(by_optimizer(frame).reset_index(), "pipe"),
+        "## Every cell",
+        text_table(readable(frame), "pipe"),
+    ]
+    missing = frame.loc[frame["status"] == "missing", "cell"].tolist()
+    if missing:
+        parts.append(
+            f"**Missing: {len(missing)}** of {len(frame)} cells have no result: {', '.join(missing)}."
+        )
+    parts.append(
+        "*Best* is the highest test accuracy of any epoch: it was chosen by looking at test images, so it "
+        "flatters, and nothing is ranked by it. Training figures are running means over the last epoch, with "
+        "augmentation and dropout on."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that a person compares, as text."""
+
+    def percent(column: str) -> pd.Series[str]:
+        return frame[column].map(lambda value: "" if pd.isna(value) else f"{value * 100:.2f}")
+
+    def number(column: str, form: str) -> pd.Series[str]:
+        return frame[column].map(lambda value: "" if pd.isna(value) else format(value, form))
+
+    best = percent("best_test_accuracy") + " @ " + number("best_epoch", ".0f")
+    table = pd.DataFrame(
+        {
+            "cell": frame["cell"],
+            "test %": percent("test_accuracy").where(frame["status"] == "completed", frame["status"]),
+            "test loss": number("test_loss", ".4f"),
+            "train %": percent("train_accuracy"),
+            "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
+            "epochs": number("epochs", ".0f"),
+            "parameters": number("num_parameters", ",.0f"),
+            "seconds": number("train_seconds", ",.1f"),
+            "images/s": number("images_per_second", ",.0f"),
+        }
+    )
+    if frame["validation_accuracy"].notna().any():
+        table.insert(2, "validation %", percent("validation_accuracy"))
+    if frame["published_accuracy"].notna().any():
+        table["published %"] = percent("published_accuracy")
+        table["difference"] = frame["difference"].map(lambda d: "" if pd.isna(d) else f"{d * 100:+.2f}")
+    return table
+
+
+def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
+    """`frame` of texts as a table in one of tabulate's formats: the first column left, figures right."""
+    align = ["left"] + ["right"] * (len(frame.columns) - 1)
+    rows = frame.fillna("").to_numpy().tolist()
+    return tabulate(rows, headers=list(frame.columns), tablefmt=form, colalign=align, disable_numparse=True)
+
+
+def headline(frame: pd.DataFrame) -> dict[str, Any]:
+    """The figures for `dvc metrics show`: how much there is, and the best of the grid."""
+    completed = frame[frame["status"] == "completed"]
+    counts = frame["status"].value_counts()
+    head: dict[str, Any] = {
+        "cells": len(frame),
+        "completed": int(counts.get("completed", 0)),
+        "diverged": int(counts.get("diverged", 0)),
+        "missing": int(counts.get("missing", 0)),
+    }
+    if len(completed):
+        best = completed.iloc[0]
+        head |= {"best_cell": best["cell"], "best_cell_test_accuracy": float(best["test_accuracy"])}
+    return head
+
+
+def write_report(frame: pd.DataFrame, meta: Meta, name: str, out: Path) -> None:
+    """`leaderboard.csv`, `leaderboard.md` and `metrics.json` in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / "leaderboard.csv", index=False, lineterminator="\n")
+    (out / "leaderboard.md").write_text(markdown(frame, meta, name), encoding="utf-8")
+    (out / "metrics.json").write_text(json.dumps(headline(frame), indent=2) + "\n", encoding="utf-8")
+
+
+def read_leaderboard(reports: Path) -> pd.DataFrame:
+    """What `write_report` wrote; raises ResgridError if there is none."""
+    path = reports / "leaderboard.csv"
+    if not path.is_file():
+        raise ResgridError(f"{path}: there is no comparison yet. `dvc repro` makes it.")
+    return pd.read_csv(path, dtype={"study": "string", "cause": "string", "device": "string"})

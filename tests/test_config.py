@@ -1,0 +1,151 @@
+"""params.yaml is read into typed models, and every mistake in it is named with its key."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from resgrid.config import load_params, parse_params
+from resgrid.errors import ResgridError
+from resgrid.grid import expand, find_cell
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    # a copy through deepcopy keeps aliases: what several keys share stays shared
+    return copy.deepcopy(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+
+
+def change(raw: dict[str, Any], path: str, value: object) -> None:
+    *parents, last = path.split("/")
+    node = raw
+    for key in parents:
+        node = node[key]
+    node[last] = value
+
+
+def test_the_grid_of_both_originals_has_36_cells_and_10_studies():
+    cells = expand(load_params(ROOT / "params.yaml"))
+    assert sum(cell.study is None for cell in cells) == 9 * 4
+    assert [cell.id for cell in cells if cell.study] == [
+        "lr-0p5", "lr-0p1", "dropout-0p2", "dropout-0p3", "dropout-0p4", "dropout-0p5",
+        "batch-32", "batch-128", "frozen-resnet20", "frozen-vgg16",
+    ]  # fmt: skip
+    assert len({cell.id for cell in cells}) == len(cells)
+
+
+def test_the_recipes_are_those_of_the_originals():
+    params = load_params(ROOT / "params.yaml")
+    thin, wide, vgg = (find_cell(params, f"{name}-sgd-0") for name in ("resnet56", "resnet18", "vgg16"))
+    assert [(c.recipe.epochs, c.recipe.batch_size, c.optimizer.lr) for c in (thin, wide, vgg)] == [
+        (250, 128, 0.1),
+        (200, 64, 0.01),
+        (250, 128, 0.1),
+    ]
+    assert [(c.recipe.weight_decay, c.recipe.dropout) for c in (thin, wide, vgg)] == [
+        (2e-4, 0.0),
+        (0.0, 0.1),
+        (1e-3, (0.3, 0.4, 0.5)),
+    ]
+    rates = {(c.architecture, c.optimizer.name): c.optimizer.lr for c in expand(params) if c.study is None}
+    assert {rates["resnet110", name] for name in ("adam", "rmsprop")} == {1e-3}
+    assert rates["vgg16", "adagrad"] == 1e-2
+    assert {rates["resnet26", name] for name in ("sgd", "adam", "rmsprop", "adagrad")} == {0.01}
+
+
+def test_a_study_differs_from_its_grid_cell_in_one_thing():
+    params = load_params(ROOT / "params.yaml")
+    base = find_cell(params, "resnet10-adam-0")
+    for cell in expand(params):
+        if cell.study and cell.architecture == "resnet10":
+            changed = {
+                field
+                for field in type(cell.recipe).model_fields
+                if getattr(cell.recipe, field) != getattr(base.recipe, field)
+            }
+            changed |= {"lr"} if cell.optimizer.lr != base.optimizer.lr else set()
+            assert len(changed) == 1, (cell.id, changed)
+
+
+def test_seeds_multiply_the_grid_and_name_the_cells(raw):
+    raw["grid"] = {"architectures": ["resnet20"], "optimizers": ["adam", "sgd"], "seeds": [3, 4]}
+    cells = expand(parse_params(raw))
+    assert [(c.id, c.seed) for c in cells[:4]] == [
+        ("resnet20-adam-3", 3), ("resnet20-adam-4", 4), ("resnet20-sgd-3", 3), ("resnet20-sgd-4", 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("lerning", 1, "lerning: unknown key"),
+        ("recipes/resnet20/epoch", 1, "recipes.resnet20.epoch: unknown key"),
+        ("recipes/resnet20/epochs", 0, "recipes.resnet20.epochs: must be greater than or equal to 1 (it is 0)"),
+        ("recipes/resnet20/epochs", 1.5, "recipes.resnet20.epochs: must be a valid integer (it is 1.5)"),
+        ("recipes/resnet20/epochs", True, "recipes.resnet20.epochs: must be a valid integer (it is true)"),
+        ("recipes/resnet10/dropout", 1.5, "recipes.resnet10.dropout: must be less than 1 (it is 1.5)"),
+        ("recipes/vgg16/dropout", 0.1, "recipes.vgg16.dropout: VGG-16 takes three rates"),
+        ("recipes/resnet20/dropout", 0.1, "recipes.resnet20.dropout: resnet20 has no dropout layer"),
+        ("recipes/resnet20/schedule/name", "dorp", "recipes.resnet20.schedule.name: must be one of 'constant'"),
+        ("recipes/resnet20/schedule", {"factor": 1.0}, "recipes.resnet20.schedule.name: this key is missing"),
+        ("recipes/resnet20/schedule/factor", 2.0, "schedule.factor: must be less than or equal to 1 (it is 2.0)"),
+        ("recipes/resnet10/initial_weights/name", "imagenet", "imagenet weights exist for vgg16 only"),
+        ("recipes/resnet21", {}, "recipes.resnet21: must be 'resnet20'"),
+        ("learning_rates/resnet20/sgd", "1e-3", "learning_rates.resnet20.sgd: must be a valid number; it is text"),
+        ("learning_rates/resnet20/sgd", -0.1, "learning_rates.resnet20.sgd: must be greater than 0 (it is -0.1)"),
+        ("learning_rates/resnet20/sgd", float("nan"), "learning_rates.resnet20.sgd: must be a finite number"),
+        ("grid/architectures", ["resnet21"], "grid.architectures.0: must be 'resnet20'"),
+        ("grid/optimizers", [], "grid.optimizers: Tuple should have at least 1 item"),
+        ("grid/seeds", [0, 0], "grid: seeds holds a value twice"),
+        ("data", {"source": "cifar100"}, "data.source: must be one of 'cifar10'"),
+        ("data", {"source": "archive", "location": "x", "checksum": "md5:12"}, "data.checksum: String should match"),
+        ("data", {"source": "archive", "location": "x"}, "data.checksum: this key is missing"),
+        ("preprocess/validation_fraction", 1.0, "preprocess.validation_fraction: must be less than 1"),
+        ("optimizers/sgd/momentum", 0.0, "optimizers.sgd: nesterov needs a momentum above 0"),
+        ("name", "a/b", "name: String should match pattern"),
+        ("studies/lr-0p5/lr", 0, "studies.lr-0p5.lr: must be greater than 0 (it is 0)"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_refused_with_its_key_and_its_value(raw, path, value, said):
+    change(raw, path, value)
+    with pytest.raises(ResgridError) as refusal:
+        parse_params(raw)
+    assert said in str(refusal.value)
+    assert str(refusal.value).startswith("params.yaml: ")
+
+
+def test_a_mistake_in_a_shared_recipe_is_said_once(raw):
+    raw["recipes"]["resnet20"]["epochs"] = 0  # resnet32, 44 and 56 are aliases of it
+    with pytest.raises(ResgridError) as refusal:
+        parse_params(raw)
+    assert str(refusal.value).count("\n") == 0
+    assert "the same at 3 more" in str(refusal.value)
+
+
+def test_an_architecture_of_the_grid_needs_its_recipe_and_rates(raw):
+    del raw["learning_rates"]["resnet18"]
+    with pytest.raises(ResgridError, match=r"learning_rates\.resnet18 is missing"):
+        parse_params(raw)
+
+
+def test_an_unknown_cell_is_answered_with_the_nearest_names():
+    with pytest.raises(ResgridError, match="did you mean resnet20-sgd-0"):
+        find_cell(load_params(ROOT / "params.yaml"), "resnet20-sdg-0")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "- 1\n- 2", "", "a: 1\na: 2", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ResgridError, match=r"params\.yaml: "):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_go(tmp_path):
+    with pytest.raises(ResgridError, match="Run this in a pipeline's folder"):
+        load_params(tmp_path / "params.yaml")

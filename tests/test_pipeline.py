@@ -1,0 +1,287 @@
+"""The whole pipeline for real, on a small grid: DVC in its own repository, a SQLite MLflow, real images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = """
+name: small
+data: {source: image-folder, location: images, checksum: null}
+preprocess: {resize: stretch, validation_fraction: 0.1, validation_seed: 0}
+grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0, 1]}
+recipes:
+  resnet20: &recipe
+    epochs: 2
+    batch_size: 16
+    schedule: {name: constant}
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 0.0
+    decay_norm_and_bias: false
+    dropout: 0.0
+    augmentation: {flip: false, crop_padding: 1, rotation_degrees: 5.0, shift_fraction: 0.0}
+    normalization: {name: scalar}
+    approach: end_to_end
+    initial_weights: {name: random}
+learning_rates:
+  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
+optimizers:
+  sgd: {momentum: 0.9, nesterov: true}
+  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
+  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
+  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
+studies:
+  too-fast: {<<: *recipe, architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}
+  no-weights:
+    <<: *recipe
+    architecture: resnet20
+    optimizer: sgd
+    seed: 0
+    lr: 0.05
+    initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}
+engine: {precision: fp32}
+"""
+GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
+
+
+@dataclass
+class Project:
+    """A checkout with a pipeline in it."""
+
+    root: Path
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "2"}
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment | extra,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def stale(self) -> set[str]:
+        """The stages that `dvc status` calls changed, less those whose outputs were never made."""
+        done = self.run("dvc", "status", "--json")
+        assert done.returncode == 0, done.stderr
+        return set(json.loads(done.stdout))
+
+    def runs(self) -> pd.DataFrame:
+        mlflow.set_tracking_uri(f"sqlite:///{self.root}/mlflow.db")
+        return mlflow.search_runs(experiment_names=["small"])
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        file = self.root / path
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A pipeline on 240 real digits as PNG files, of which every cell but one can be trained."""
+    root = tmp_path_factory.mktemp("a project")  # with a space in its path
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "params.yaml").write_text(SMALL)
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images[:240], digits.target[:240], strict=True)):
+        folder = root / "images" / ("test" if i % 4 == 0 else "train") / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9375).astype("uint8")).save(folder / f"{i:04}.png")
+    project = Project(root)
+    for command in (
+        "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",
+        "dvc config core.analytics false", "git add -A", "git commit -qm start",
+    ):  # fmt: skip
+        done = project.run(*command.split())
+        assert done.returncode == 0, done.stderr
+    project.first = project.run("dvc", "repro", "-k")  # type: ignore[attr-defined]
+    project.evaluated = project.run("dvc", "repro", "--single-item", "evaluate")  # type: ignore[attr-defined]
+    return project
+
+
+def test_a_failed_cell_does_not_end_the_grid_and_is_named_as_missing(project):
+    assert project.first.returncode != 0
+    assert "absent.safetensors" in project.first.stderr
+    assert "Traceback" not in project.first.stderr
+    for cell in [*GRID, "too-fast"]:
+        assert sorted(path.name for path in (project.root / "runs" / cell).iterdir()) == [
+            "history.csv", "metrics.json", "summary.txt", "timing.json", "weights.safetensors",
+        ]  # fmt: skip
+    assert project.evaluated.returncode == 0, project.evaluated.stderr
+    assert "no-weights" in project.evaluated.stdout.split("Missing: 1 of 6 cells")[1]
+
+
+def test_the_comparison_has_a_row_for_each_cell(project):
+    frame = pd.read_csv(project.root / "reports/leaderboard.csv").set_index("cell")
+    assert list(frame.reset_index().columns)[:11] == [
+        "cell", "architecture", "optimizer", "seed", "status", "test_accuracy", "test_loss",
+        "train_accuracy", "train_loss", "epochs", "num_parameters",
+    ]  # fmt: skip
+    assert set(frame.index) == {*GRID, "too-fast", "no-weights"}
+    assert set(frame.loc[GRID, "status"]) == {"completed"}
+    assert frame.loc["no-weights", "status"] == "missing"
+    assert set(frame.loc[GRID, "num_parameters"]) == {271_098}
+    for cell in GRID:
+        metrics = json.loads((project.root / "runs" / cell / "metrics.json").read_text())
+        assert frame.loc[cell, "test_accuracy"] == metrics["test_accuracy"]
+        assert frame.loc[cell, "test_accuracy"] > 0.15  # ten classes, and it has learned something
+    table = (project.root / "reports/leaderboard.md").read_text()
+    assert " ± " in table
+
+
+def test_a_loss_that_becomes_nan_is_a_result_and_not_an_error(project):
+    metrics = json.loads((project.root / "runs/too-fast/metrics.json").read_text())
+    assert metrics["status"] == "diverged"
+    assert metrics["cause"]
+    runs = project.runs()
+    assert set(runs.loc[runs["tags.cell"] == "too-fast", "tags.status"]) == {"diverged"}
+
+
+def test_every_trained_cell_is_one_run_with_its_parameters_and_weights(project):
+    runs = project.runs()
+    current = runs[runs["tags.grid"] == "current"].set_index("tags.cell")
+    assert set(current.index) == {*GRID, "too-fast"}
+    assert set(current["status"]) == {"FINISHED"}
+    assert set(current["params.num_trainable"]) == {"269722"}
+    assert current.loc["resnet20-adam-1", ["params.optimizer", "params.seed"]].tolist() == ["adam", "1"]
+    run = current.loc["resnet20-sgd-0"]
+    files = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run["run_id"])}
+    assert {"weights.safetensors", "history.csv", "summary.txt"} <= files
+
+
+def test_no_output_of_training_depends_on_mlflow(project):
+    ids = project.runs()["run_id"]
+    for path in (project.root / "runs").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(run_id.encode() in content for run_id in ids), path
+
+
+def test_git_status_shows_only_the_lock(project):
+    assert project.run("git", "status", "--porcelain").stdout.split() == ["??", "dvc.lock"]
+
+
+def test_metrics_and_plots_are_known_to_dvc(project):
+    shown = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
+    files = shown["workspace"]["data"] if "workspace" in shown else shown[""]["data"]
+    assert files["reports/metrics.json"]["data"]["completed"] == 4
+    assert files["runs/resnet20-sgd-0/metrics.json"]["data"]["epochs"] == 2
+    plots = project.run("dvc", "plots", "show", "--out", "plots")
+    assert plots.returncode == 0, plots.stderr
+    page = (project.root / "plots/index.html").read_text()
+    shutil.rmtree(project.root / "plots")
+    assert "resnet20-adam-1" in page
+
+
+TRAIN = {f"train@{cell}" for cell in GRID} | {"train-study@too-fast"}
+ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be done
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "stale"),
+    [
+        ("params.yaml", "adam: 1.0e-3", "adam: 2.0e-3", {"train@resnet20-adam-0", "train@resnet20-adam-1"}),
+        ("params.yaml", "nesterov: true", "nesterov: false",
+         {"train@resnet20-sgd-0", "train@resnet20-sgd-1", "train-study@too-fast"}),
+        ("params.yaml", "rmsprop: 1.0e-3", "rmsprop: 2.0e-3", set()),
+        ("params.yaml", "lr: 1.0e+9", "lr: 2.0e+9", {"train-study@too-fast", "evaluate"}),
+        ("params.yaml", "name: small", "name: small # a comment", set()),
+        ("params.yaml", "epochs: 2", "epochs: 3", TRAIN | {"evaluate"}),
+        ("src/resgrid/report/leaderboard.py", "import json", "import json  # edited", {"evaluate"}),
+        ("src/resgrid/tracking.py", '"""', '"""Edited. ', set()),
+        ("src/resgrid/cli.py", '"""', '"""Edited. ', set()),
+        ("src/resgrid/config.py", '"""', '"""Edited. ', set()),
+        ("src/resgrid/training/engine.py", '"""', '"""Edited. ', TRAIN | {"evaluate"}),
+        ("src/resgrid/data/batches.py", '"""', '"""Edited. ', TRAIN),
+        ("src/resgrid/data/fetch.py", '"""', '"""Edited. ', set()),
+    ],
+)  # fmt: skip
+def test_a_cell_is_stale_when_something_that_can_change_it_changed(project, path, old, new, stale):
+    project.edit(path, old, new)
+    try:
+        assert project.stale() - ALWAYS == stale
+    finally:
+        project.edit(path, new, old)
+
+
+def test_byte_code_makes_nothing_stale(project):
+    cache = project.root / "src/resgrid/models/__pycache__"
+    cache.mkdir()
+    (cache / "vgg.cpython-311.pyc").write_bytes(b"code")
+    assert project.stale() - ALWAYS == set()
+
+
+def test_a_restored_cell_has_its_run_in_mlflow_again_after_sync(project):
+    """DVC takes it from its run cache and runs nothing, so training cannot have logged it."""
+    before = project.runs()
+    cell = "train@resnet20-adam-0"
+    project.edit("params.yaml", "adam: 1.0e-3", "adam: 2.0e-3")
+    assert project.run("dvc", "repro", "--single-item", cell).returncode == 0
+    changed = json.loads((project.root / "runs/resnet20-adam-0/metrics.json").read_text())
+    project.edit("params.yaml", "adam: 2.0e-3", "adam: 1.0e-3")
+    restored = project.run("dvc", "repro", "--single-item", cell)
+    assert "skipping run" in restored.stdout
+    assert project.run("resgrid", "sync").returncode == 0
+    runs = project.runs()
+    runs = runs[runs["tags.cell"] == "resnet20-adam-0"]
+    old = before[(before["tags.cell"] == "resnet20-adam-0")]["tags.weights_sha256"].item()
+    assert runs.set_index("tags.weights_sha256")["tags.grid"].to_dict() == {
+        old: "current",
+        changed["weights_sha256"]: "superseded",
+    }
+
+
+def test_a_second_repro_finds_nothing_to_do(project):
+    again = project.run("dvc", "repro", "--single-item", *sorted(f"train@{cell}" for cell in GRID))
+    assert again.returncode == 0
+    assert "Running stage" not in again.stdout
+
+
+def test_a_weights_file_that_was_changed_is_named_and_never_scored(project):
+    weights = project.root / "runs/resnet20-sgd-1/weights.safetensors"
+    good = weights.read_bytes()
+    weights.unlink()  # it may be a link into the cache
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    try:
+        refused = project.run("resgrid", "evaluate")
+        assert refused.returncode == 1
+        assert "runs/resnet20-sgd-1/weights.safetensors" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    finally:
+        weights.write_bytes(good)
+
+
+def test_the_example_declares_the_stages_of_the_root():
+    yaml = YAML(typ="safe")
+    root = yaml.load((ROOT / "dvc.yaml").read_text())
+
+    def up(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: up(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [up(value) for value in node]
+        return "../../" + node if isinstance(node, str) and node.startswith("src/") else node
+
+    assert yaml.load((ROOT / "examples/digits/dvc.yaml").read_text()) == up(root)
