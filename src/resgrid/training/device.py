@@ -1,0 +1,96 @@
+"""Where the arithmetic is done, and in what: chosen once, at the start of a command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from resgrid.config import Engine
+from resgrid.errors import ResgridError
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or else by RESGRID_DEVICE, or else the best that is there.
+
+    Names are `auto`, `cpu`, `cuda`, `cuda:N` and `mps`; `auto` takes CUDA before MPS before the CPU. The CPU
+    works with RESGRID_THREADS threads, which is set here as well; without it, torch takes one a core.
+    Raises ResgridError for another name, for a device that this machine does not have, and for a number of
+    threads that is none.
+    """
+    _set_threads()
+    if name is None:
+        origin, name = "RESGRID_DEVICE", os.environ.get("RESGRID_DEVICE") or "auto"
+    else:
+        origin = "device"
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    present[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name == "auto":
+        return torch.device(present[0])
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in present:
+        known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", name)
+        problem = "this machine has no such device" if known else "there is no device of that name"
+        raise ResgridError(f"{origin}={name}: {problem}. Here there is {', '.join(present)}; or write auto.")
+    return torch.device(wanted)
+
+
+def choose_precision(engine: Engine, device: torch.device) -> torch.dtype:
+    """float32, or bfloat16 for autocast over float32 weights.
+
+    `auto` is bf16 where the device multiplies it natively: CUDA from compute capability 8 on, and CPUs with
+    AMX or AVX512-BF16 (or Arm's, where torch's oneDNN uses it).
+    Raises ResgridError for `bf16` on another device, where it would be emulated, and slow.
+    """
+    match engine.precision:
+        case "fp32":
+            return torch.float32
+        case "auto":
+            return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+        case "bf16":
+            if not _multiplies_bf16(device):
+                raise ResgridError(
+                    f"engine.precision: bf16, but {device_name(device)} ({device}) has no bf16 arithmetic; "
+                    "write fp32, or auto, which takes what the device is good at."
+                )
+            return torch.bfloat16
+
+
+def device_name(device: torch.device) -> str:
+    """What a person would call it, such as `NVIDIA H200` or `AMD EPYC 9654 96-Core Processor`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        cpuinfo = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            # torch's public torch.cpu.get_capabilities is younger than 2.11; AMX implies AVX512-BF16.
+            supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        else:
+            supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return supported is not None and bool(supported())
+    return False
+
+
+def _set_threads() -> None:
+    # Processes times threads should not exceed the cores: at twice as many, all together are slower than one.
+    text = os.environ.get("RESGRID_THREADS")
+    if not text:
+        return
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise ResgridError(f"RESGRID_THREADS={text}: must be a whole number of threads, from 1 to 9999.")
+    torch.set_num_threads(int(text))

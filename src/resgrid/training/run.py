@@ -1,0 +1,246 @@
+"""One cell, from the data folder to its run folder: what `resgrid train` does.
+
+What depends on the clock or the machine stands in `timing.json` alone. The same cell on the same CPU with the
+same number of threads writes the same bytes into all other files.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Generator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resgrid import __version__
+from resgrid.config import ImageNetWeights, MlflowWeights, RandomWeights, WeightsFile
+from resgrid.data.dataset import Meta, Split, load_meta, load_split, statistics
+from resgrid.data.fetch import verify
+from resgrid.errors import ResgridError
+from resgrid.grid import Cell
+from resgrid.models import Classifier, build_model
+from resgrid.models.summary import count_parameters, summarize
+from resgrid.models.vgg import imagenet_vgg16_base
+from resgrid.models.weights import WeightsInfo, load_weights, save_weights
+from resgrid.training.device import choose_precision, device_name
+from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit, recipe_key, stream_seed
+
+HISTORY = (
+    "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+    "validation_loss", "validation_accuracy",
+)  # fmt: skip
+
+
+def train_cell(
+    cell: Cell,
+    data_folder: Path,
+    run_folder: Path,
+    device: torch.device,
+    on_step: OnStep | None = None,
+    initial_weights_file: Path | None = None,
+) -> Generator[Epoch, None, Outcome]:
+    """Train `cell` on the processed data; yields an `Epoch` after each, and at the end writes `run_folder`.
+
+    The folder gets `weights.safetensors`, `summary.txt`, `history.csv`, `timing.json` and, last of all,
+    `metrics.json`: where that stands, the others are whole, and its figures are those of the weights there.
+    Weights in MLflow are fetched by the caller, who passes their file as `initial_weights_file`.
+
+    Raises ResgridError for data, initial weights or a folder that cannot be used, and as `fit` does.
+    """
+    started = datetime.now(UTC)
+    meta = load_meta(data_folder)
+    mean, std = statistics(meta, cell.recipe.normalization)
+    data = TrainingData(
+        train=_load_checked(data_folder, "train", meta),
+        test=_load_checked(data_folder, "test", meta),
+        validation=_load_checked(data_folder, "validation", meta)
+        if "validation" in meta.num_images
+        else None,
+        mean=mean,
+        std=std,
+    )
+    torch.manual_seed(stream_seed(cell.seed, "weights"))
+    model = build_model(cell.architecture, len(meta.class_names), cell.recipe.dropout)
+    load_initial_weights(cell, model, len(meta.class_names), initial_weights_file)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    outcome = yield from fit(cell, model, data, device, on_step)
+
+    info = WeightsInfo(architecture=cell.architecture, class_names=meta.class_names, mean=mean, std=std)
+    summary = summarize(cell.architecture, len(meta.class_names), cell.recipe.dropout).table()
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "metrics.json").unlink(missing_ok=True)
+        save_weights(run_folder / "weights.safetensors", model, info)
+        _write(run_folder / "summary.txt", summary + "\n")
+        _write(run_folder / "history.csv", _history(outcome.epochs))
+        _write(run_folder / "timing.json", _json(_timing(cell, outcome, device, started)))
+        weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
+        _write(run_folder / "metrics.json", _json(_metrics(cell, model, meta, outcome, weights_sha256)))
+    except OSError as error:
+        raise ResgridError(
+            f"{run_folder}: cannot be written: {error.strerror}. Check the folder and the space on its disk."
+        ) from None
+    return outcome
+
+
+def load_initial_weights(
+    cell: Cell, model: Classifier, num_classes: int, fetched: Path | None = None
+) -> None:
+    """Put what the recipe starts from into `model`, which comes with weights drawn at random.
+
+    From a file with another number of classes the base alone is taken; the head stays as it was drawn.
+    """
+    key = f"{recipe_key(cell)}.initial_weights"
+    match cell.recipe.initial_weights:
+        case RandomWeights():
+            return
+        case ImageNetWeights():
+            imagenet_vgg16_base(model)
+            return
+        case WeightsFile(path=path, checksum=checksum):
+            file = Path(path)
+            if not file.is_file():
+                raise ResgridError(f"{key}.path: there is no file {path} in {Path.cwd()}.")
+            verify(file, checksum, f"Bring back the file that was meant, or write this into {key}.checksum.")
+        case MlflowWeights():
+            assert fetched is not None, "the caller fetches weights from MLflow"
+            file = fetched
+    info, tensors = load_weights(file)
+    if info.architecture != cell.architecture:
+        raise ResgridError(
+            f"{key}: {file} holds weights of {info.architecture}, but this cell trains {cell.architecture}; "
+            f"take a file of {cell.architecture}."
+        )
+    if len(info.class_names) == num_classes:
+        model.load_state_dict(tensors)
+    else:
+        base = {name.removeprefix("base."): t for name, t in tensors.items() if name.startswith("base.")}
+        model.base.load_state_dict(base)
+
+
+def _load_checked(folder: Path, name: str, meta: Meta) -> Split:
+    split = load_split(folder, name)
+    num_classes = len(meta.class_names)
+    if num_classes < 2:
+        raise ResgridError(f"{folder}: there is nothing to learn with {num_classes} class; two are needed.")
+    if len(split.labels) == 0:
+        raise ResgridError(f"{folder}/{name}.safetensors: the split has no images.")
+    if int(split.labels.min()) < 0 or int(split.labels.max()) >= num_classes:
+        raise ResgridError(
+            f"{folder}/{name}.safetensors: labels run from {int(split.labels.min())} to "
+            f"{int(split.labels.max())}, but meta.json names {num_classes} classes (0 to {num_classes - 1}). "
+            "`dvc repro preprocess` makes the folder anew."
+        )
+    return split
+
+
+def _metrics(
+    cell: Cell, model: Classifier, meta: Meta, outcome: Outcome, weights_sha256: str
+) -> dict[str, Any]:
+    last = outcome.epochs[-1] if outcome.epochs else None
+    best = max(outcome.epochs, key=lambda epoch: epoch.test_accuracy, default=None)  # the first of equals
+    validation = outcome.validation
+    total, trainable, non_trainable = count_parameters(model)
+    return {
+        "cell": cell.id,
+        "study": cell.study,
+        "architecture": cell.architecture,
+        "family": cell.family,
+        "depth": cell.depth,
+        "optimizer": cell.optimizer.name,
+        "learning_rate": cell.optimizer.lr,
+        "batch_size": cell.recipe.batch_size,
+        "seed": cell.seed,
+        "approach": cell.recipe.approach,
+        "initial_weights": _origin(cell),
+        "status": outcome.status,
+        "cause": outcome.cause,
+        "epochs": len(outcome.epochs),
+        "epochs_planned": cell.recipe.epochs,
+        "steps": last.step if last else 0,
+        "train_loss": last.train_loss if last else None,
+        "train_accuracy": last.train_accuracy if last else None,
+        "test_loss": outcome.test.loss,
+        "test_accuracy": outcome.test.accuracy,
+        "validation_loss": validation.loss if validation else None,
+        "validation_accuracy": validation.accuracy if validation else None,
+        "best_test_accuracy": best.test_accuracy if best else None,
+        "best_epoch": best.epoch if best else None,
+        "num_parameters": total,
+        "num_trainable": trainable,  # of a frozen base: the head's
+        "num_non_trainable": non_trainable,
+        "data_digest": meta.digest,
+        "weights_sha256": weights_sha256,
+    }
+
+
+def _origin(cell: Cell) -> str:
+    match cell.recipe.initial_weights:
+        case WeightsFile(path=path):
+            return path
+        case MlflowWeights(uri=uri):
+            return uri
+        case other:
+            return other.name
+
+
+def _timing(cell: Cell, outcome: Outcome, device: torch.device, started: datetime) -> dict[str, Any]:
+    seconds = [epoch.seconds for epoch in outcome.epochs]
+    images = sum(epoch.seconds * epoch.images_per_second for epoch in outcome.epochs)
+    precision = choose_precision(cell.engine, device)
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "train_seconds": sum(seconds),
+        "epoch_seconds": seconds,
+        "images_per_second": images / sum(seconds) if seconds else None,
+        "peak_memory_bytes": _peak_memory(device),
+        "device": device.type,
+        "device_name": device_name(device),
+        "precision": "bf16" if precision is torch.bfloat16 else "fp32",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "resgrid": __version__,
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: what torch took of a GPU's memory, or else what the process took of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _history(epochs: tuple[Epoch, ...]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HISTORY)
+    writer.writerows([getattr(epoch, column) for column in HISTORY] for epoch in epochs)
+    return text.getvalue()
+
+
+def _json(content: dict[str, Any]) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in content.items()
+    }
+    return json.dumps(finite, indent=2, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(path)

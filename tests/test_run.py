@@ -1,0 +1,348 @@
+"""One cell from data folder to run folder, on the digits as the `preprocess` stage makes them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resgrid.config import Digits, Engine, Preprocess, Recipe, load_params
+from resgrid.data.dataset import content_digest, load_meta, load_split, save, split_digest
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import preprocess
+from resgrid.errors import ResgridError
+from resgrid.grid import Cell, find_cell
+from resgrid.models import build_model
+from resgrid.models.summary import summarize
+from resgrid.models.weights import WeightsInfo, load_model, load_weights, save_weights
+from resgrid.training.engine import Epoch, Outcome, score, stream_seed
+from resgrid.training.run import load_initial_weights, train_cell
+
+PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+CPU = torch.device("cpu")
+FILES = ["history.csv", "metrics.json", "summary.txt", "timing.json", "weights.safetensors"]
+PLAIN = {
+    "epochs": 2,
+    "batch_size": 16,
+    "schedule": {"name": "constant"},
+    "time_decay": 0.0,
+    "augmentation": {"flip": False, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.0},
+}
+
+
+def cell(cell_id: str = "resnet20-sgd-0", lr: float | None = None, **recipe: Any) -> Cell:
+    found = find_cell(PARAMS, cell_id)
+    changed = Recipe.model_validate(found.recipe.model_dump() | PLAIN | recipe)
+    optimizer = found.optimizer.model_copy(update={"lr": lr or found.optimizer.lr})
+    return found.model_copy(
+        update={"recipe": changed, "optimizer": optimizer, "engine": Engine(precision="fp32")}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """48 training, 32 test and 16 validation images of the digits, as the first two stages leave them."""
+    root = tmp_path_factory.mktemp("data")
+    source = Digits(source="digits", test_fraction=0.2, split_seed=0)
+    download(source, root / "raw")
+    preprocess(
+        source,
+        Preprocess(resize="stretch", validation_fraction=0.1, validation_seed=0),
+        root / "raw",
+        root / "all",
+    )
+    return smaller(root / "all", root / "processed", train=48, test=32, validation=16)
+
+
+def smaller(whole: Path, out: Path, **num_images: int) -> Path:
+    """The first images of each split alone, with digests that are right again."""
+    meta = load_meta(whole)
+    splits = {}
+    for name, count in num_images.items():
+        split = load_split(whole, name)
+        splits[name] = dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
+    digests = {name: split_digest(split) for name, split in splits.items()}
+    changed = {
+        "num_images": num_images,
+        "split_digests": digests,
+        "digest": content_digest(meta.class_names, digests),
+    }
+    save(out, meta.model_copy(update=changed), splits)
+    return out
+
+
+def train(trained: Cell, folder: Path, out: Path) -> tuple[list[Epoch], Outcome]:
+    training = train_cell(trained, folder, out, CPU)
+    epochs = []
+    while True:
+        try:
+            epochs.append(next(training))
+        except StopIteration as end:
+            return epochs, end.value
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "resnet20-sgd-0"
+    train(cell(), folder, out)
+    return out
+
+
+def test_a_run_leaves_five_files_and_nothing_else(finished):
+    assert sorted(path.name for path in finished.iterdir()) == FILES
+
+
+def test_metrics_have_these_keys_in_this_order(finished, folder):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert list(metrics) == [
+        "cell", "study", "architecture", "family", "depth", "optimizer", "learning_rate", "batch_size",
+        "seed", "approach", "initial_weights", "status", "cause", "epochs", "epochs_planned", "steps",
+        "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss",
+        "validation_accuracy", "best_test_accuracy", "best_epoch", "num_parameters", "num_trainable",
+        "num_non_trainable", "data_digest", "weights_sha256",
+    ]  # fmt: skip
+    known = {
+        "cell": "resnet20-sgd-0", "study": None, "architecture": "resnet20", "family": "cifar_resnet",
+        "depth": 20, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 16, "seed": 0,
+        "approach": "end_to_end", "initial_weights": "random", "status": "completed", "cause": None,
+        "epochs": 2, "epochs_planned": 2, "steps": 6, "num_parameters": 271_098, "num_trainable": 269_722,
+        "num_non_trainable": 1_376,
+    }  # fmt: skip
+    assert {key: metrics[key] for key in known} == known
+    assert metrics["data_digest"] == load_meta(folder).digest
+    weights = (finished / "weights.safetensors").read_bytes()
+    assert metrics["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_fresh_scoring_of_the_weights_file_repeats_the_metrics_to_the_last_digit(finished, folder):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    model, info = load_model(finished / "weights.safetensors")
+    for split in ("test", "validation"):
+        fresh = score(model, load_split(folder, split), info.mean, info.std, CPU)
+        assert (fresh.loss, fresh.accuracy) == (metrics[f"{split}_loss"], metrics[f"{split}_accuracy"])
+
+
+def test_the_weights_file_says_how_to_use_it(finished, folder):
+    info, _ = load_weights(finished / "weights.safetensors")
+    meta = load_meta(folder)
+    assert info == WeightsInfo(
+        architecture="resnet20",
+        class_names=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+        mean=(meta.scalar_mean,) * 3,
+        std=(meta.scalar_std,) * 3,
+    )
+
+
+def test_the_history_has_a_row_an_epoch_and_ends_as_the_metrics_do(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    with (finished / "history.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == [
+        "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+        "validation_loss", "validation_accuracy",
+    ]  # fmt: skip
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
+    for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss"):
+        assert float(rows[-1][key]) == metrics[key]
+    best = max(float(row["test_accuracy"]) for row in rows)
+    assert metrics["best_test_accuracy"] == best == float(rows[metrics["best_epoch"] - 1]["test_accuracy"])
+
+
+def test_the_summary_is_the_architectures_table(finished):
+    assert (finished / "summary.txt").read_text() == summarize("resnet20", 10, 0.0).table() + "\n"
+
+
+def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
+    timing = json.loads((finished / "timing.json").read_text())
+    assert list(timing) == [
+        "started", "train_seconds", "epoch_seconds", "images_per_second", "peak_memory_bytes", "device",
+        "device_name", "precision", "threads", "torch", "python", "platform", "resgrid",
+    ]  # fmt: skip
+    assert timing["train_seconds"] == sum(timing["epoch_seconds"])
+    assert len(timing["epoch_seconds"]) == 2
+    assert timing["images_per_second"] == pytest.approx(2 * 48 / timing["train_seconds"])
+    assert 50e6 < timing["peak_memory_bytes"] < 100e9
+    assert (timing["device"], timing["precision"]) == ("cpu", "fp32")
+    assert timing["started"].endswith("+00:00")
+
+
+def test_two_runs_write_the_same_bytes_but_for_the_timing(finished, folder, tmp_path):
+    train(cell(), folder, tmp_path)
+    for name in set(FILES) - {"timing.json"}:
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_diverged_cell_writes_all_its_files_with_the_last_finite_weights(folder, tmp_path):
+    trained = cell(lr=1e30)
+    epochs, _ = train(trained, folder, tmp_path)
+    assert epochs == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "diverged"
+    assert "was not finite at the end of epoch 1 of 2, at a learning rate of 1e+30" in metrics["cause"]
+    assert (metrics["epochs"], metrics["steps"], metrics["train_loss"]) == (0, 0, None)
+    assert (tmp_path / "history.csv").read_text().count("\n") == 1  # the names of its columns
+    model, info = load_model(tmp_path / "weights.safetensors")
+    torch.manual_seed(stream_seed(0, "weights"))
+    initial = build_model("resnet20", 10, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), initial.parameters(), strict=True))
+    fresh = score(model, load_split(folder, "test"), info.mean, info.std, CPU)
+    assert (fresh.loss, fresh.accuracy) == (metrics["test_loss"], metrics["test_accuracy"])
+
+
+def test_a_run_that_is_stopped_leaves_an_earlier_one_as_it_was(folder, tmp_path):
+    train(cell(epochs=1), folder, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    training = train_cell(cell(), folder, tmp_path, CPU)
+    next(training)
+    training.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_frozen_base_is_counted_as_not_trainable_and_ends_as_it_began(folder, tmp_path):
+    trained = cell(approach="frozen_base")
+    train(trained, folder, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["approach"], metrics["num_trainable"]) == ("frozen_base", 778)  # BN 2 x 64, 64 x 10 + 10
+    assert metrics["num_parameters"] == metrics["num_trainable"] + metrics["num_non_trainable"] == 271_098
+    model, _ = load_model(tmp_path / "weights.safetensors")
+    torch.manual_seed(stream_seed(0, "weights"))
+    initial = build_model("resnet20", 10, 0.0)
+    for name, tensor in initial.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, model.state_dict()[name]) == name.startswith("base."), name
+
+
+def test_without_a_validation_split_its_figures_are_null_and_empty(folder, tmp_path):
+    few = smaller(folder, tmp_path / "few", train=32, test=8)
+    train(cell(epochs=1), few, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["validation_loss"], metrics["validation_accuracy"]) == (None, None)
+    assert (tmp_path / "run/history.csv").read_text().splitlines()[1].endswith(",,")
+
+
+# --- initial weights ---------------------------------------------------------------------------------
+
+
+def weights_file(path: Path, architecture: Any = "resnet20", classes: int = 10, seed: int = 7) -> str:
+    """A file of random weights; returns its checksum."""
+    torch.manual_seed(seed)
+    names = tuple(f"class {number}" for number in range(classes))
+    info = WeightsInfo(architecture=architecture, class_names=names, mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_weights(path, build_model(architecture, classes, 0.0), info)
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def from_file(path: Path | str, checksum: str) -> Cell:
+    return cell(initial_weights={"name": "file", "path": str(path), "checksum": checksum})
+
+
+def test_a_weights_file_of_as_many_classes_is_taken_whole(tmp_path, monkeypatch):
+    checksum = weights_file(tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    model = build_model("resnet20", 10, 0.0)
+    load_initial_weights(from_file("w.safetensors", checksum), model, 10)  # relative to the current folder
+    _, tensors = load_weights(tmp_path / "w.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_of_a_weights_file_of_other_classes_the_base_is_taken_and_the_head_is_drawn(tmp_path):
+    checksum = weights_file(tmp_path / "w.safetensors", classes=100)
+    torch.manual_seed(1)
+    drawn = build_model("resnet20", 10, 0.0).head.state_dict()
+    torch.manual_seed(1)
+    model = build_model("resnet20", 10, 0.0)
+    load_initial_weights(from_file(tmp_path / "w.safetensors", checksum), model, 10)
+    _, tensors = load_weights(tmp_path / "w.safetensors")
+    base = {name: tensor for name, tensor in tensors.items() if name.startswith("base.")}
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    assert all(torch.equal(model.head.state_dict()[name], tensor) for name, tensor in drawn.items())
+
+
+def test_weights_fetched_from_mlflow_are_taken_from_the_file_that_is_passed(tmp_path):
+    weights_file(tmp_path / "w.safetensors")
+    trained = cell(initial_weights={"name": "mlflow", "uri": "models:/resnet20/1"})
+    model = build_model("resnet20", 10, 0.0)
+    load_initial_weights(trained, model, 10, tmp_path / "w.safetensors")
+    _, tensors = load_weights(tmp_path / "w.safetensors")
+    assert torch.equal(model.state_dict()["base.stem.weight"], tensors["base.stem.weight"])
+
+
+def test_a_run_from_a_weights_file_names_it_in_its_metrics(folder, tmp_path):
+    checksum = weights_file(tmp_path / "w.safetensors")
+    trained = from_file(tmp_path / "w.safetensors", checksum)
+    frozen = trained.model_copy(
+        update={"recipe": trained.recipe.model_copy(update={"approach": "frozen_base", "epochs": 1})}
+    )
+    train(frozen, folder, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["initial_weights"] == str(tmp_path / "w.safetensors")
+    _, before = load_weights(tmp_path / "w.safetensors")
+    _, after = load_weights(tmp_path / "run/weights.safetensors")
+    assert torch.equal(before["base.stem.weight"], after["base.stem.weight"])
+
+
+def test_another_file_than_the_checksums_is_refused(tmp_path):
+    weights_file(tmp_path / "w.safetensors")
+    trained = from_file(tmp_path / "w.safetensors", "md5:" + 32 * "0")
+    found = hashlib.md5((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(
+        ResgridError, match=rf"its checksum is md5:{found}, .*recipes\.resnet20\.initial_weights\.checksum"
+    ):
+        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    checksum = weights_file(tmp_path / "w.safetensors", "resnet32")
+    trained = from_file(tmp_path / "w.safetensors", checksum)
+    with pytest.raises(ResgridError, match="holds weights of resnet32, but this cell trains resnet20"):
+        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
+
+
+def test_a_weights_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = from_file("absent.safetensors", "md5:" + 32 * "0")
+    with pytest.raises(
+        ResgridError, match=r"^recipes\.resnet20\.initial_weights\.path: there is no file absent\.saf"
+    ):
+        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
+
+
+# --- data that cannot be trained on ------------------------------------------------------------------
+
+
+def test_labels_beyond_the_classes_are_refused(folder, tmp_path):
+    meta = load_meta(folder)
+    splits = {name: load_split(folder, name) for name in meta.num_images}
+    splits["train"].labels[5] = 10
+    digests = {name: split_digest(split) for name, split in splits.items()}
+    changed = {"split_digests": digests, "digest": content_digest(meta.class_names, digests)}
+    save(tmp_path / "odd", meta.model_copy(update=changed), splits)
+    with pytest.raises(
+        ResgridError, match=r"odd/train\.safetensors: labels run from 0 to 10, but .* names 10 classes"
+    ):
+        train(cell(), tmp_path / "odd", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_alone_is_refused(folder, tmp_path):
+    meta = load_meta(folder)
+    splits = {name: load_split(folder, name) for name in meta.num_images}
+    for split in splits.values():
+        split.labels.zero_()
+    digests = {name: split_digest(split) for name, split in splits.items()}
+    changed = {"class_names": ("0",), "split_digests": digests, "digest": content_digest(("0",), digests)}
+    save(tmp_path / "odd", meta.model_copy(update=changed), splits)
+    with pytest.raises(ResgridError, match="nothing to learn with 1 class; two are needed"):
+        train(cell(), tmp_path / "odd", tmp_path / "run")
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(ResgridError, match=r"meta\.json: no such file.*dvc repro preprocess"):
+        train(cell(), tmp_path / "nowhere", tmp_path / "run")
