@@ -9,9 +9,10 @@ export PATH := $(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-long check format repro lock clean
+.PHONY: help install demo up ui test test-long check format repro lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -23,7 +24,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@echo "Setting up .venv: about 3 GB to fetch the first time, most of it torch"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(VENV)/bin/uv pip install --python $(VENV) --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --python $(VENV) --compile-bytecode --require-hashes -r requirements.lock
 	$(VENV)/bin/uv pip install --python $(VENV) --quiet --no-deps --editable .
 	@touch $@
 
@@ -31,6 +32,9 @@ demo: install  ## Run the whole pipeline on handwritten digits: minutes on a lap
 	cd examples/digits && dvc repro && resgrid sync && resgrid compare
 	@echo
 	@echo "Browse and compare the runs in MLflow:  make ui PIPELINE=examples/digits"
+
+up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them
+	@resgrid up
 
 PIPELINE ?= .
 ui: install  ## Open MLflow's pages (PIPELINE=examples/digits for the demo's)

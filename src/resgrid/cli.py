@@ -92,6 +92,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("ui", _ui, "Open MLflow's pages on the pipeline's store (syncs first)")
     sub.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
 
+    sub = command("plan", _plan, "Say what would run and why, how long it should take, and the disk it needs")
+    sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
+    sub.add_argument("--slots", type=int, help="cells at once (default: as many as the machine is good for)")
+    json_flag(sub)
+    sub = command("status", _status, "Show a running grid")
+    sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
+    json_flag(sub)
+    sub = command("up", _up, "Start Prefect, MLflow and a worker on this machine; Ctrl-C ends them")
+    for service, port in (("prefect", "4200"), ("mlflow", "5000")):
+        variable = f"RESGRID_{service.upper()}_PORT"
+        sub.add_argument(
+            f"--{service}-port",
+            type=int,
+            default=os.environ.get(variable, port),
+            help=f"on 127.0.0.1; the next free one if it is taken (default: ${variable}, else {port})",
+        )
+    sub.add_argument("--workers", type=int, default=1, help="(default: %(default)s)")
+
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
     sub.add_argument("model", help="an architecture, such as resnet20 or vgg16")
     sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
@@ -277,21 +295,53 @@ def _cost(options: argparse.Namespace) -> None:
         print(sentence(seconds, device))
 
 
-def _sync(options: argparse.Namespace) -> None:
+def _sync(options: argparse.Namespace) -> int:
     from resgrid import tracking
     from resgrid.config import load_params
+    from resgrid.progress import Progress
 
-    report = tracking.sync(load_params(), Path.cwd())
+    params = load_params()
+    with Progress("sync", None, "cells") as progress:
+        report = tracking.sync(params, Path.cwd(), progress.update)
     print(json.dumps(report.as_dict(), indent=2) if options.json else report)
+    return 1 if report.failed else 0
 
 
 def _ui(options: argparse.Namespace) -> None:
     from resgrid import tracking
     from resgrid.config import load_params
 
-    params = load_params()
-    print(tracking.sync(params, Path.cwd()))
-    tracking.serve(options.port)
+    _sync(argparse.Namespace(json=False))
+    tracking.serve(options.port, load_params().name)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from tasks.plan import make_plan
+    from tasks.reproduce import Pipeline
+
+    if options.slots is not None and options.slots < 1:
+        raise ResgridError(f"--slots {options.slots}: there must be at least one.")
+    plan = make_plan(Pipeline.find(options.pipeline), options.slots)
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from tasks.publish import status
+    from tasks.reproduce import Pipeline
+
+    now = status(Pipeline.find(options.pipeline))
+    print(json.dumps(now.as_dict(), indent=2) if options.json else now)
+
+
+def _up(options: argparse.Namespace) -> int:
+    from tasks.services import up
+
+    return up(
+        Path.cwd(),
+        prefect_port=options.prefect_port,
+        mlflow_port=options.mlflow_port,
+        workers=options.workers,
+    )
 
 
 # --- models and weights -----------------------------------------------------------------------------

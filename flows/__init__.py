@@ -1,0 +1,1 @@
+"""WHEN stages run: Prefect's flows over the stages of dvc.yaml."""

@@ -1,0 +1,25 @@
+"""One cell: `prefect deployment run train-cell -p cell=resnet20-adam-0`."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks.grid import grid_run
+
+
+@flow(name="train-cell", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)  # type: ignore[arg-type]
+def train_cell(cell: str, pipeline: str = ".", force: bool = False) -> State:
+    """Bring one cell up to date, and the data that it needs; the comparison is left as it is.
+
+    Args:
+        cell: Its id, such as resnet20-adam-0.
+        pipeline: The folder of the pipeline, such as examples/digits.
+        force: Train it afresh, also if it is up to date.
+    """
+    with grid_run(pipeline, [cell], slots=1, force=force) as grid:
+        grid.prepare()
+        grid.train()
+        grid.sync()
+    return grid.verdict()

@@ -1,0 +1,32 @@
+"""MLflow: every cell as one run in the pipeline's experiment, to be compared on its pages.
+
+The only package that imports mlflow, and only when something is to be logged or read: that takes 3 seconds,
+and opening a store 2 more.
+
+A cell's run comes about in two ways. Training logs live, from a thread of its own, so that neither these
+seconds nor a server that hangs hold it up (`live`). And since DVC may restore a cell without running
+anything, `sync` gives each current cell its run from the files in `runs/<cell>/` (`from_files`). Both end in
+`complete` (`contents`), which adds what is missing and leaves alone what is there.
+
+Three tags say what a run is: `weights_sha256` names the result that it records; `synced`, set last, says that
+it is complete; `grid` is `current` on one run a cell, and `superseded` on those of replaced weights.
+"""
+
+from resgrid.tracking.contents import complete
+from resgrid.tracking.from_files import SyncReport, sync
+from resgrid.tracking.live import LiveRun, live_run
+from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, store_uri
+
+__all__ = [
+    "LiveRun",
+    "Store",
+    "SyncReport",
+    "complete",
+    "fetch_weights",
+    "live_run",
+    "open_store",
+    "project_root",
+    "serve",
+    "store_uri",
+    "sync",
+]

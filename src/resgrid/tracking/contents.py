@@ -1,0 +1,365 @@
+"""What a cell's run holds: params, tags, metrics, data, artifacts and the model.
+
+Metrics have 14 keys in all, once an epoch at most, for MLflow's charts get slow with many
+(https://github.com/mlflow/mlflow/issues/24012). Times are in milliseconds since 1970, as MLflow's are.
+"""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from resgrid import __version__, watch
+from resgrid.errors import ResgridError
+from resgrid.grid import Cell
+from resgrid.tracking.store import WEIGHTS, Store
+
+if TYPE_CHECKING:  # torch and mlflow take seconds to import
+    from mlflow.entities import Run
+    from torch import nn
+
+    from resgrid.data.dataset import Meta
+    from resgrid.models.weights import WeightsInfo
+
+FORMAT = 1  # of a complete run; a higher number makes `sync` complete all of them anew
+FILES = (
+    "summary.txt",
+    "history.csv",
+    "metrics.json",
+    "timing.json",
+    WEIGHTS,
+)  # of runs/<cell>: the artifacts
+
+SCORES = (
+    "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
+)  # fmt: skip
+EACH_EPOCH = (*SCORES, "learning_rate", "images_per_second")
+# Tags that lead back to the Prefect flow run which trains the cell; `tasks` sets the variables.
+FLOW_RUN = {"flow_run_id": "RESGRID_FLOW_RUN_ID", "flow_run": "RESGRID_FLOW_RUN_URL"}
+COUNTS = ("num_parameters", "num_trainable", "num_non_trainable")
+
+
+def params_of(cell: Cell) -> dict[str, str]:
+    """Every number that makes the cell, each under a key of its own, since MLflow compares single params."""
+    values = {
+        "architecture": cell.architecture,
+        "family": cell.family,
+        "depth": cell.depth,
+        "optimizer": cell.optimizer.name,
+        "learning_rate": cell.optimizer.lr,
+        **cell.optimizer.settings.model_dump(),
+        "seed": cell.seed,
+        **cell.recipe.model_dump(),
+        "precision": cell.engine.precision,
+    }
+    return dict(_flat(values))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`schedule: {name: drop, factor: 0.5}` as schedule = drop and schedule.factor = 0.5."""
+    for key, value in values.items():
+        path = prefix.removesuffix(".") if prefix and key == "name" else prefix + key
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}.")
+        elif isinstance(value, str):
+            yield path, value
+        else:
+            yield path, "none" if value is None else json.dumps(value)
+
+
+def create(
+    store: Store, cell: Cell, data_digest: str, logged: Literal["live", "from files"], start_time: int
+) -> str:
+    """A new run of `cell` with its params and what is known before training; returns its id."""
+    from mlflow.entities import Param
+
+    commit, dirty = _git()
+    tags = {
+        "cell": cell.id,
+        "dvc_stage": cell.stage,
+        "data_digest": data_digest,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "resgrid": __version__,
+        "logged": logged,
+        # MLflow's own, for the columns and links of its pages
+        "mlflow.user": _user(),
+        "mlflow.source.name": f"resgrid train {cell.id}",
+        "mlflow.source.type": "LOCAL",
+    }
+    if cell.study:
+        tags["study"] = cell.study
+    for tag, variable in FLOW_RUN.items():
+        if value := os.environ.get(variable):
+            tags[tag] = value
+    if commit != "unknown":
+        tags["mlflow.source.git.commit"] = commit
+    if logged == "live":
+        tags["process"] = f"{platform.node()} {watch.describe(os.getpid())}"
+    run = store.client.create_run(store.experiment_id, start_time, tags, run_name=cell.id)
+    run_id: str = run.info.run_id
+    params = [Param(key, value) for key, value in params_of(cell).items()]
+    store.client.log_batch(run_id, params=params)
+    return run_id
+
+
+def _git() -> tuple[str, str]:
+    """The commit, and whether tracked files differ from it. dvc.lock may: DVC rewrites it at each stage."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        all_but_lock = (":(top)", ":(top,exclude,glob)**/dvc.lock")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_lock)
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit yet
+        return "unknown", "unknown"
+    return commit, "true" if changed else "false"
+
+
+def _user() -> str:
+    with suppress(OSError, KeyError):  # a container's user may have no name
+        return getpass.getuser()
+    return "unknown"
+
+
+def log_data(store: Store, run_id: str, data_digest: str, meta: Meta | None) -> None:
+    """The two splits as inputs of the run, by digest alone; `meta` describes the data as they are now."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    described = meta if meta is not None and meta.digest == data_digest else None
+    source = CodeDatasetSource(
+        {"data_digest": data_digest, **({"source": described.source} if described else {})}
+    )
+    digest = data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
+    inputs = []
+    for split, context in (("train", "training"), ("test", "testing")):
+        dataset = MetaDataset(source, f"{store.name}-{split}", digest).to_dict()  # type: ignore[abstract]
+        if described:
+            rows = {"num_rows": described.num_images[split], "num_classes": len(described.class_names)}
+            dataset["profile"] = json.dumps(rows)
+        inputs.append(DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", context)]))
+    store.client.log_inputs(run_id, inputs)
+
+
+def complete(
+    store: Store,
+    run_id: str | None,
+    cell: Cell,
+    run_folder: Path,
+    meta: Meta | None,
+    end_time: int | None = None,
+) -> str:
+    """Give a run, or a new one, all that its cell's files hold, end it, and mark it as the current one.
+
+    What the run has already stays as it is, so that this may be interrupted and repeated. `meta` describes
+    the data as they are now. The run ends when training did, unless `end_time` says otherwise.
+    Returns the run's id. Raises ResgridError for files that are damaged or do not belong together.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    client = store.client
+    metrics, timing = read_json(run_folder / "metrics.json"), read_json(run_folder / "timing.json")
+    epochs = _read_history(run_folder / "history.csv", timing)
+    weights_sha256 = hashlib.sha256((run_folder / WEIGHTS).read_bytes()).hexdigest()
+    if weights_sha256 != metrics["weights_sha256"]:
+        raise ResgridError(
+            f"{run_folder / WEIGHTS}: the file has changed since it was trained. "
+            f"`dvc checkout --force` restores it, `dvc repro -f {cell.stage}` trains it again."
+        )
+    started = started_at(timing)
+    end_time = end_time or started + round(1000 * timing["train_seconds"])
+    run_id = run_id or create(store, cell, metrics["data_digest"], "from files", started)
+    client.set_tag(run_id, "weights_sha256", weights_sha256)  # first: by it `sync` finds an interrupted run
+    run = client.get_run(run_id)
+
+    params = params_of(cell) | {key: str(metrics[key]) for key in COUNTS}
+    new_params = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+    known = {point.step for point in client.get_metric_history(run_id, "learning_rate")}
+    new_epochs = [row for row in epochs if row["epoch"] not in known]
+    points = [
+        Metric(key, row[key], int(row["time"]), int(row["epoch"]))
+        for row in new_epochs
+        for key in EACH_EPOCH
+        if key in row
+    ]
+    latest = run.data.metrics | (new_epochs[-1] if new_epochs else {})
+    outcome = {key: metrics[key] for key in (*SCORES, *COUNTS, "best_test_accuracy")}
+    outcome |= {key: timing[key] for key in ("train_seconds", "peak_memory_bytes")}
+    points += [
+        Metric(key, value, end_time, metrics["epochs"])
+        for key, value in outcome.items()
+        if value is not None and latest.get(key) != value
+    ]
+    client.log_batch(run_id, params=new_params)
+    for start in range(0, len(points), 1000):  # MLflow's limit
+        client.log_batch(run_id, metrics=points[start : start + 1000])
+
+    if not (run.inputs and run.inputs.dataset_inputs):
+        log_data(store, run_id, metrics["data_digest"], meta)
+    held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
+    for name in FILES:
+        if held.get(name) != (run_folder / name).stat().st_size:
+            client.log_artifact(run_id, str(run_folder / name))
+    _log_model(store, client.get_run(run_id), run_folder / WEIGHTS, metrics["epochs"])
+
+    tags = {
+        "status": metrics["status"],
+        "threads": str(timing["threads"]),
+        "device": timing["device"],
+        "device_name": timing["device_name"],
+        "precision": timing["precision"],
+        "mlflow.note.content": _description(metrics, timing),
+        "grid": "current",
+        "synced": f"{weights_sha256}:{FORMAT}",
+    }
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    if run.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED", end_time)
+    return run_id
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ResgridError for a file that cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
+    assert isinstance(content, dict)
+    return content
+
+
+def _read_history(path: Path, timing: dict[str, Any]) -> list[dict[str, float]]:
+    """The rows of history.csv, with images/s and the `time` at which each epoch's training ended."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    if len(rows) != len(timing["epoch_seconds"]):
+        raise ResgridError(
+            f"{path}: it has {len(rows)} epochs, but timing.json {len(timing['epoch_seconds'])}: they are of "
+            "different runs. `dvc checkout --force` restores them."
+        )
+    clock = float(started_at(timing))
+    for row, seconds in zip(rows, timing["epoch_seconds"], strict=True):
+        clock += 1000 * seconds
+        images = timing["images_per_second"] * timing["train_seconds"] / len(rows)
+        row |= {"images_per_second": images / seconds, "time": clock}
+    return rows
+
+
+def started_at(timing: dict[str, Any]) -> int:
+    """When training began, by timing.json, which counts in seconds."""
+    return round(1000 * datetime.fromisoformat(timing["started"]).timestamp())
+
+
+def _description(metrics: dict[str, Any], timing: dict[str, Any]) -> str:
+    """What stands at the head of the run's page."""
+    recipe = (
+        f"**{metrics['architecture']}**, {metrics['optimizer']}, rate {metrics['learning_rate']:g}, "
+        f"batch {metrics['batch_size']}, seed {metrics['seed']}, {metrics['approach'].replace('_', ' ')}"
+    )
+    diverged = f"**Diverged**: {metrics['cause']}\n\n" if metrics["status"] == "diverged" else ""
+    best = ""
+    if metrics["best_test_accuracy"] is not None:
+        best = f" (best {metrics['best_test_accuracy']:.2%} after epoch {metrics['best_epoch']})"
+    return (
+        f"{recipe}\n\n{diverged}Test accuracy **{metrics['test_accuracy']:.2%}** after epoch "
+        f"{metrics['epochs']}{best}, test loss {metrics['test_loss']:.4f}; {metrics['num_parameters']:,} "
+        f"parameters; trained in {timing['train_seconds']:,.0f} s on {timing['device_name']} "
+        f"({timing['precision']})."
+    )
+
+
+def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
+    """The model in MLflow's own format, with the scores of its weights, unless the run has it.
+
+    What `mlflow.pytorch.log_model` does, less its global tracking URI and its trial of the model as a server
+    would use it: 2 s for a process's first, then half a second, where it took 3.
+    """
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    from resgrid.models.weights import load_model
+
+    client, run_id = store.client, run.info.run_id
+    outputs = run.outputs.model_outputs if run.outputs else []
+    models = [client.get_logged_model(output.model_id) for output in outputs]
+    if any(model.status == "READY" for model in models):
+        return
+    if models:  # an interruption left it unfinished
+        logged = models[0]
+    else:
+        logged = client.create_logged_model(store.experiment_id, "model", run_id, params=run.data.params)
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+
+    classifier, info = load_model(weights)
+    model = Model(logged.artifact_location, run_id, model_id=logged.model_id)
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.pytorch.save_model(
+            _predictor(classifier, info),
+            f"{folder}/model",
+            mlflow_model=model,
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, 32, 32))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(info.class_names)))]),
+            ),
+            input_example=np.random.default_rng(0).random(
+                (2, 3, 32, 32), np.float32
+            ),  # of one: fixes the batch
+            serialization_format="pt2",  # an exported graph, no pickle
+            pip_requirements=[  # inferred, they would cost a third loading
+                f"mlflow=={mlflow.__version__}",
+                f"numpy=={np.__version__}",
+                f"torch=={torch.__version__.partition('+')[0]}",
+            ],
+            metadata=info.model_dump(mode="json"),
+        )
+        # Without this, MLflow wants an exported graph to be on CUDA wherever there is CUDA, and refuses it.
+        model.flavors["python_function"]["config"] = {"device": "cpu"}
+        model.save(f"{folder}/model/MLmodel")
+        client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    points = [client.get_metric_history(run_id, key) for key in SCORES]
+    scores = [max(each, key=lambda point: (point.step, point.timestamp)) for each in points if each]
+    client.log_batch(  # the run has these points already, and MLflow adds them to the model alone
+        run_id, [Metric(each.key, each.value, each.timestamp, each.step, logged.model_id) for each in scores]
+    )
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _predictor(classifier: nn.Module, info: WeightsInfo) -> nn.Module:
+    """RGB images (N, 3, 32, 32) on the 0–1 scale to probabilities (N, classes): what other programs want."""
+    import torch
+    from torch import Tensor, nn
+
+    class Predictor(nn.Module):
+        mean: Tensor
+        std: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = classifier
+            self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1))
+            self.register_buffer("std", torch.tensor(info.std).view(3, 1, 1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.softmax(self.classifier((images - self.mean) / self.std), dim=1)
+
+    return Predictor().eval().requires_grad_(False)

@@ -1,0 +1,232 @@
+"""Runs from the files of trained cells: what `resgrid sync` does."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from resgrid import watch
+from resgrid.config import Params
+from resgrid.errors import ResgridError
+from resgrid.grid import Cell, expand
+from resgrid.tracking import contents
+from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from resgrid.data.dataset import Meta
+
+
+@dataclass
+class SyncReport:
+    """What `sync` found and did, by the ids of cells; `superseded` are the ids of runs."""
+
+    experiment: str
+    store: str
+    unchanged: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    superseded: list[str] = field(default_factory=list)
+    training: list[str] = field(default_factory=list)  # their own processes complete them
+    missing: list[str] = field(default_factory=list)  # no whole folder runs/<cell>
+    stale: dict[str, str] = field(default_factory=dict)  # the files are of other params; which
+    failed: dict[str, str] = field(default_factory=dict)  # why
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        num_done = len(self.unchanged) + len(self.completed) + len(self.created)
+        changes = [
+            f"{len(ids)} {what}"
+            for what in ("created", "completed", "superseded")
+            if (ids := getattr(self, what))
+        ]
+        text = f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store}"
+        lines = [f"{text} ({', '.join(changes) or 'as before'})"]
+        if self.missing:
+            lines.append(f"  without a result yet: {', '.join(self.missing)}")
+        if self.training:
+            lines.append(f"  training now: {', '.join(self.training)}")
+        lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
+        return "\n".join(lines)
+
+
+def sync(
+    params: Params, pipeline_folder: Path, on_cell: Callable[[int, int], None] | None = None
+) -> SyncReport:
+    """Give every cell of `params` that has a whole folder `runs/<cell>` one complete run, marked as current.
+
+    A run is found by its cell and the digest of its weights, completed if it is partial, and made from the
+    files if there is none. Other runs of the cell, and those of cells that are no more, become superseded;
+    one whose process was killed ends as KILLED. A second time there is nothing to do.
+    `on_cell` is told how many cells are done, and of how many.
+    Raises ResgridError if the store cannot be used; what is wrong with single cells stands in the report.
+    """
+    store = open_store(params.name, pipeline_folder)
+
+    from mlflow.exceptions import MlflowException
+
+    report = SyncReport(store.name, shown(store.uri))
+    lock = project_root(pipeline_folder) / ".resgrid" / "sync.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock):
+            runs: dict[str, list[Run]] = {}
+            for run in runs_of(store):
+                runs.setdefault(run.data.tags["cell"], []).append(run)
+            cells = expand(params)
+            for done, cell in enumerate(cells, start=1):
+                _sync_cell(store, cell, runs.pop(cell.id, []), pipeline_folder, report)
+                if on_cell is not None:
+                    on_cell(done, len(cells))
+            for of_former_cell in runs.values():
+                report.superseded += retire(store, of_former_cell)
+    except (MlflowException, OSError) as error:
+        raise unusable(store.uri, error) from None
+    return report
+
+
+def _sync_cell(store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path, report: SyncReport) -> None:
+    folder = pipeline_folder / "runs" / cell.id
+    if not all((folder / name).is_file() for name in contents.FILES):
+        report.missing.append(cell.id)
+        for each in runs:
+            if not _is_live(each):
+                _end_killed(store, each)
+        return
+    try:
+        metrics = contents.read_json(folder / "metrics.json")
+        started = contents.started_at(contents.read_json(folder / "timing.json"))
+        run = _find(runs, cell, metrics, started)
+        if run and _is_live(run, started):
+            report.training.append(cell.id)
+            return
+        if run and run.data.tags.get("synced") == f"{metrics['weights_sha256']}:{contents.FORMAT}":
+            run_id, done = run.info.run_id, report.unchanged
+            if run.data.tags.get("grid") != "current":
+                store.client.set_tag(run_id, "grid", "current")
+        elif not run and (why := _contradiction(cell, metrics)):
+            report.stale[cell.id] = why
+            return
+        else:
+            known = run.info.run_id if run else None
+            run_id = contents.complete(store, known, cell, folder, _meta(pipeline_folder))
+            done = report.completed if run else report.created
+    except ResgridError as error:
+        report.failed[cell.id] = str(error)
+        return
+    done.append(cell.id)
+    report.superseded += retire(store, runs, run_id, started)
+
+
+def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:
+    """The run that records these metrics, or one that logged the training but not its end."""
+    params = contents.params_of(cell)
+
+    def agrees(run: Run) -> bool:
+        return all(run.data.params.get(key) == value for key, value in params.items())
+
+    found = [run for run in runs if run.data.tags.get("weights_sha256") == metrics["weights_sha256"]]
+    if not found:
+        found = [
+            run
+            for run in runs
+            if "weights_sha256" not in run.data.tags
+            and run.data.tags["data_digest"] == metrics["data_digest"]
+            and run.info.status in ("RUNNING", "FINISHED")
+            and _start_second(run) <= started
+            and agrees(run)
+        ]
+    # Several have the same weights where a cell was trained again without a change, as by `dvc repro -f`.
+    return max(
+        found,
+        key=lambda run: (agrees(run), "synced" in run.data.tags, run.info.start_time, run.info.run_id),
+        default=None,
+    )
+
+
+def _contradiction(cell: Cell, metrics: dict[str, Any]) -> str | None:
+    """Why the files cannot be of `cell` as it stands in params.yaml, as far as they tell."""
+    now = {
+        "architecture": cell.architecture,
+        "optimizer": cell.optimizer.name,
+        "learning_rate": cell.optimizer.lr,
+        "batch_size": cell.recipe.batch_size,
+        "seed": cell.seed,
+        "approach": cell.recipe.approach,
+        "epochs_planned": cell.recipe.epochs,
+    }
+    for key, value in now.items():
+        if metrics[key] != value:
+            return (
+                f"trained with {key} {metrics[key]}, but params.yaml says {value}: `dvc repro {cell.stage}`"
+            )
+    return None
+
+
+def _meta(pipeline_folder: Path) -> Meta | None:
+    from resgrid.data.dataset import load_meta
+
+    try:
+        return load_meta(pipeline_folder / "data" / "processed")
+    except ResgridError:  # the results may be here without the data
+        return None
+
+
+def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
+    """The experiment's runs, of one cell or of all; without deleted ones."""
+    which = f"tags.cell = '{cell_id}'" if cell_id else "tags.cell LIKE '%'"
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = store.client.search_runs([store.experiment_id], which, max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def retire(store: Store, runs: list[Run], keep: str | None = None, started: int | None = None) -> list[str]:
+    """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
+    changed = []
+    for run in runs:
+        if run.info.run_id == keep or _is_live(run, started):
+            continue
+        _end_killed(store, run)
+        if run.data.tags.get("grid") != "superseded":
+            store.client.set_tag(run.info.run_id, "grid", "superseded")
+            changed.append(run.info.run_id)
+    return changed
+
+
+def _end_killed(store: Store, run: Run) -> None:
+    """SIGKILL, or the loss of the server, leaves a run RUNNING."""
+    if run.info.status == "RUNNING":
+        store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_live(run: Run, started: int | None = None) -> bool:
+    """Whether a process may yet log to `run`.
+
+    On this machine that is known. On another one it counts as gone once its cell has files of a training that
+    `started` (ms) no earlier.
+    """
+    if run.info.status != "RUNNING":
+        return False
+    host, _, process = run.data.tags.get("process", "").partition(" ")
+    if host == platform.node():
+        return watch.alive(process)
+    return started is None or _start_second(run) > started
+
+
+def _start_second(run: Run) -> int:
+    """In milliseconds, but whole seconds: timing.json counts in those."""
+    milliseconds: int = run.info.start_time
+    return milliseconds // 1000 * 1000

@@ -1,0 +1,229 @@
+"""Where runs are: one SQLite store in the project's root, or the server that MLFLOW_TRACKING_URI names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from resgrid.config import InitialWeights, MlflowWeights
+from resgrid.errors import ResgridError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+WEIGHTS = "weights.safetensors"  # the artifact
+
+SETTINGS = {  # environment variables that MLflow reads; whoever has set one keeps it
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is away is noticed in 10 s, not in 5 minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "GIT_PYTHON_REFRESH": "quiet",  # no warning on a machine without git
+}
+
+QUIET_SERVER = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 9 processes and 10 s that serve nothing here
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "PYTHONWARNINGS": "ignore",
+}
+
+BEST_FIRST = (  # what MLflow's page of runs reads from its address
+    "workflowType=machine_learning&searchFilter=tags.grid%20%3D%20%27current%27"
+    "&orderByKey=metrics.%60test_accuracy%60&orderByAsc=false"
+)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An experiment in a tracking store, ready to take runs."""
+
+    uri: str
+    name: str
+    experiment_id: str
+    client: MlflowClient
+
+
+def project_root(folder: Path | None = None) -> Path:
+    """The nearest folder with a .dvc or .git, from `folder` (the current one) upwards, or itself."""
+    folder = (folder or Path.cwd()).resolve()
+    for each in (folder, *folder.parents):
+        if (each / ".dvc").exists() or (each / ".git").exists():
+            return each
+    return folder
+
+
+def store_uri(folder: Path | None = None) -> str:
+    """MLFLOW_TRACKING_URI, or else the SQLite file in the project's root, whichever pipeline asks."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root(folder)}/mlflow.db"
+    if database := _database(uri):  # absolute: relative, it would be another file in each folder
+        return f"sqlite:///{(folder or Path.cwd()).resolve() / database}"
+    return uri
+
+
+def open_store(name: str, folder: Path | None = None) -> Store:
+    """The experiment `name` in the store; both are made if need be, by any number of processes at once.
+
+    Raises ResgridError if the store is damaged or away, or has the experiment among its deleted ones.
+    """
+    uri = store_uri(folder)
+    try:
+        client, lock = _connect(uri)
+        with lock:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                # Frozen from now on, so it must be absolute. A server has a place of its own.
+                place = None if _is_remote(uri) else (_artifact_root(uri) / name).as_uri()
+                experiment = client.get_experiment(client.create_experiment(name, place))
+    except Exception as error:  # SQLAlchemy's, sqlite3's, MLflow's, requests', the system's
+        raise unusable(uri, error) from None
+    if experiment.lifecycle_stage == "deleted":
+        raise ResgridError(
+            f"{shown(uri)}: the experiment {name!r} was deleted there. "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back, "
+            "`mlflow gc` removes it for good; or give the pipeline another name in params.yaml."
+        )
+    return Store(uri, name, experiment.experiment_id, client)
+
+
+def fetch_weights(initial: InitialWeights, folder: Path | None = None) -> Path | None:
+    """The weights file of `initial_weights: {name: mlflow}`, kept in `.resgrid/weights`; None of other kinds.
+
+    The URI names a run (`runs:/ID`), a version or an alias of a registered model (`models:/NAME/3`,
+    `models:/NAME@best`), or a logged model (`models:/m-ID`); of a model it is the weights of its source run.
+    Raises ResgridError if there is no such thing, or it has no weights file.
+    """
+    if not isinstance(initial, MlflowWeights):
+        return None
+    uri = store_uri(folder)
+    kept = project_root(folder) / ".resgrid" / "weights"
+    try:
+        client, _ = _connect(uri)
+        run_id = _source_run(client, initial.uri)
+        path = kept / f"{run_id}.safetensors"
+        if not path.is_file():
+            kept.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept) as part:
+                Path(client.download_artifacts(run_id, WEIGHTS, part)).replace(path)
+    except Exception as error:
+        raise ResgridError(
+            f"initial_weights: {initial.uri} gives no {WEIGHTS} in MLflow at {shown(uri)} ({reason(error)}). "
+            "Name a run, or the model of a run, that ResGrid has made; `resgrid ui` shows them."
+        ) from None
+    return path
+
+
+def _source_run(client: MlflowClient, uri: str) -> str:
+    kind, _, name = uri.partition(":/")
+    if kind == "runs":
+        return name.split("/")[0]
+    model, _, version = name.partition("/")
+    registered, _, alias = name.partition("@")
+    if alias:
+        run_id = client.get_model_version_by_alias(registered, alias).run_id
+    elif version:
+        run_id = client.get_model_version(model, version).run_id
+    else:
+        run_id = client.get_logged_model(model).source_run_id
+    if not run_id:
+        raise ResgridError("the model has no source run")
+    return run_id
+
+
+def serve(port: int, name: str | None = None) -> None:
+    """Run MLflow's pages for a local store until interrupted; of a server only say where they are.
+
+    With the `name` of an experiment, that is the table of its current runs, the best on top.
+    Raises ResgridError if the port is taken.
+    """
+    uri = store_uri()
+    page = f"/#/experiments/{open_store(name).experiment_id}/runs?{BEST_FIRST}" if name else ""
+    if _is_remote(uri):
+        print(f"MLflow: {shown(uri)}{page}")
+        return
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ResgridError(f"port {port}: {error.strerror}. Take another one with --port.") from None
+    print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
+    print(f"http://127.0.0.1:{port}{page}", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", _artifact_root(uri).as_uri()]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning --no-access-log"]
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # the terminal was closed
+    # A group of its own: Ctrl-C would make each of its processes print a traceback.
+    server = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
+    try:
+        server.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
+    """A client, and the lock under which something may be made in its store."""
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    for logger in ("mlflow", "alembic", "urllib3"):  # a failure is said here, once
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    database = _database(uri)
+    if database is None:
+        return MlflowClient(uri), nullcontext()
+
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # 2 s that are better not spent under the lock
+
+    state = database.parent / ".resgrid"
+    state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state / "mlflow.lock", timeout=120)
+    with lock:  # several that make the tables at once break the migration
+        with closing(sqlite3.connect(database, timeout=20)) as connection:  # fails at once on a damaged file
+            connection.execute("PRAGMA journal_mode=WAL")  # reads beside a write; the file remembers it
+        return MlflowClient(uri), lock
+
+
+def _database(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _is_remote(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def _artifact_root(uri: str) -> Path:
+    database = _database(uri)
+    return (database.parent if database else project_root()) / "mlruns"
+
+
+def unusable(uri: str, error: Exception) -> ResgridError:
+    return ResgridError(
+        f"{shown(uri)}: MLflow's store cannot be used ({reason(error)}). Check that it is there and whole; "
+        "MLFLOW_TRACKING_URI names another one."
+    )
+
+
+def reason(error: Exception) -> str:
+    """One line of what went wrong."""
+    line = (shown(str(error)).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line if len(line) <= 160 else line[:157] + '...'}"
+
+
+def shown(text: str) -> str:
+    """`text` with its URLs less user, password and query."""
+    return re.sub(r"(\w://)(?:[^/\s]*@)?([^\s?]*)(\?\S*)?", r"\1\2", text)

@@ -1,0 +1,161 @@
+"""Slots: how many cells train at once on this machine, and what each of them may use.
+
+Cores are divided, never shared: two processes of two threads on two cores reach 0.55 times the images/s of
+one alone, while two of one thread each reach 1.2 times those of one of two. So on the CPU there are as many
+slots as cores and cells, and the threads of one are cores // slots. On a GPU a small network leaves most of
+the card idle, so several cells share it, as many as its free memory holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from resgrid.config import Architecture
+from resgrid.errors import ResgridError
+
+GIB = 2**30
+CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
+CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
+MAX_SHARING = 8  # cells on one card: it is busy by then
+
+# Peak of the tensors of a training step in bytes, at the recipes' own batch sizes. An estimate on the safe
+# side (three bf16 tensors kept for each convolution, the weights with gradients and two moments in fp32, the
+# data, and as much again), used until a cell's timing.json has a measured `peak_memory_bytes`.
+CUDA_BYTES: dict[Architecture, int] = {
+    "resnet20": int(0.6 * GIB),
+    "resnet32": int(0.9 * GIB),
+    "resnet44": int(1.1 * GIB),
+    "resnet56": int(1.4 * GIB),
+    "resnet110": int(2.7 * GIB),
+    "resnet10": int(1.2 * GIB),
+    "resnet18": int(2.0 * GIB),
+    "resnet26": int(2.8 * GIB),
+    "vgg16": int(1.5 * GIB),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as CUDA_VISIBLE_DEVICES names it."""
+
+    name: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A share of the machine, for one cell at a time."""
+
+    name: str  # such as `cpu 1/2` or `cuda:0 3/8`
+    threads: int
+    card: str | None = None
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What the cell's process is told of it."""
+        env = {"RESGRID_THREADS": str(self.threads)}
+        if self.card is not None:
+            env |= {
+                "CUDA_VISIBLE_DEVICES": self.card,
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            }  # the driver's order
+        return env
+
+
+def share(
+    num_cells: int,
+    footprints: Mapping[Architecture, int] | None = None,
+    architectures: Sequence[Architecture] = (),
+    slots: int | None = None,
+) -> list[Slot]:
+    """The slots for `num_cells` cells: `slots` of them, or as many as this machine is good for.
+
+    `footprints` are measured peaks of the tensors on a card, in bytes. Raises ResgridError for no slots.
+    """
+    if slots is not None and slots < 1:
+        raise ResgridError(f"slots={slots}: must be at least 1, or not given: then they are found.")
+    cores = num_cores()
+    devices = cards()
+    if devices:
+        known = CUDA_BYTES | dict(footprints or {})
+        largest = max((known[name] for name in architectures), default=max(known.values()))
+        return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots)
+    if slots is None:
+        # Metal's one queue gains little from sharing, and its memory is the machine's.
+        room = 1 if _on_metal() else psutil.virtual_memory().available // CPU_BYTES
+        slots = max(1, min(cores, num_cells, room))
+    return [Slot(f"cpu {i + 1}/{slots}", max(1, cores // slots)) for i in range(slots)]
+
+
+def whole_machine() -> Slot:
+    """All of it, for a stage that runs alone."""
+    return Slot("all cores", num_cores())
+
+
+def _on_cards(devices: list[Card], each: int, num_cells: int, cores: int, slots: int | None) -> list[Slot]:
+    if slots is None:
+        rooms = [max(1, min(MAX_SHARING, card.free_bytes // each)) for card in devices]
+        # A process of its own launches the kernels of each cell, and needs a core to do so.
+        slots = max(1, min(sum(rooms), num_cells, max(cores, len(devices))))
+    else:
+        rooms = [-(-slots // len(devices))] * len(devices)
+    # One on each card, then a second on each: the first cells to start are the longest, and they spread.
+    places = list(zip([card.name for card in devices], rooms, strict=True))
+    turns = [(turn, name) for turn in range(max(rooms)) for name, room in places if turn < room][:slots]
+    sharing = Counter(name for _, name in turns)
+    threads = max(1, cores // slots)
+    return [Slot(f"cuda:{name} {turn + 1}/{sharing[name]}", threads, name) for turn, name in turns]
+
+
+def num_cores() -> int:
+    """Cores that this process may use; torch, too, takes one thread a physical core."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def cards() -> list[Card]:
+    """The GPUs that training would use: none if RESGRID_DEVICE names something else, or CUDA shows none.
+
+    Asked of the driver and not of torch, whose import takes 2 s and whose context takes memory of each card.
+    """
+    device = os.environ.get("RESGRID_DEVICE") or "auto"
+    if device != "auto" and not device.startswith("cuda"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        names = [str(i) for i in range(pynvml.nvmlDeviceGetCount())] if visible is None else _listed(visible)
+        if ":" in device:
+            names = names[int(device.partition(":")[2]) :][:1]
+        return [Card(name, pynvml.nvmlDeviceGetMemoryInfo(_handle(name)).free) for name in names]
+    except pynvml.NVMLError as error:
+        raise ResgridError(f"CUDA_VISIBLE_DEVICES={visible}: the driver has no such GPUs: {error}") from None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _listed(visible: str) -> list[str]:
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+
+
+def _handle(name: str) -> object:
+    import pynvml
+
+    if name.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _on_metal() -> bool:
+    return sys.platform == "darwin" and (os.environ.get("RESGRID_DEVICE") or "auto") in ("auto", "mps")

@@ -1,0 +1,151 @@
+"""Pipelines whose stages only sleep and write a file: real DVC, real processes, a real ResGrid grid.
+
+What a cell does is told by the file `behave/<cell>` of shell commands, which is no dependency of its stage.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NO_STUDIES = "studies: {}\n"
+
+STAGES = """
+stages:
+  download:
+    cmd: sh work.sh download data/raw
+    params: [data]
+    outs: [data/raw]
+  preprocess:
+    cmd: sh work.sh preprocess data/processed
+    deps: [data/raw]
+    params: [data, preprocess]
+    outs: [data/processed]
+  train:
+    matrix:
+      architecture: ${grid.architectures}
+      optimizer: ${grid.optimizers}
+      seed: ${grid.seeds}
+    cmd: sh work.sh ${item.architecture}-${item.optimizer}-${item.seed}
+      runs/${item.architecture}-${item.optimizer}-${item.seed}
+    deps: [data/processed, code]
+    params:
+      - recipes.${item.architecture}
+      - learning_rates.${item.architecture}.${item.optimizer}
+      - optimizers.${item.optimizer}
+      - engine
+    outs:
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights
+  evaluate:
+    cmd: sh work.sh evaluate reports
+    deps: [data/processed, runs]
+    params: [grid]
+    outs: [reports]
+"""
+
+# $1: the stage or cell, $2: its folder. `trained` gets a line for each time that a stage really runs.
+WORK = """
+set -e
+echo "$1 begins"
+echo "$1 $$ ${RESGRID_THREADS:-} ${RESGRID_FLOW_RUN_ID:-}" >> trained
+mkdir -p $2
+if [ -f behave/$1 ]; then . behave/$1; else sleep ${NAP:-0}; fi
+if [ $1 = evaluate ]; then
+  echo cell,status > $2/leaderboard.csv
+  for cell in runs/*/weights; do echo $(basename $(dirname $cell)),completed >> $2/leaderboard.csv; done
+else
+  echo $1 $(cat code/net.py) > $2/weights
+fi
+if [ $1 = preprocess ]; then echo '{"num_images": {"train": 50000, "test": 10000}}' > $2/meta.json; fi
+echo "$1 ends"
+"""
+
+# A command that ends as `resgrid train` does: whom it works for is watched, and SIGTERM closes what is open.
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+from resgrid import watch
+
+def closed(signum, frame):
+    Path(f"closed-{sys.argv[1]}").write_text(str(os.getpid()))
+    raise SystemExit(143)
+
+signal.signal(signal.SIGTERM, closed)
+watch.watch()
+Path(f"begun-{sys.argv[1]}").write_text(str(os.getpid()))
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """A DVC repository in `root`, its pipeline in the root itself."""
+
+    root: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
+        }
+        return kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "DVC_NO_ANALYTICS": "1",
+        }
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.env | extra,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def behave(self, cell: str, commands: str) -> None:
+        (self.root / "behave" / cell).write_text(commands + "\n")
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        text = (self.root / path).read_text()
+        assert old in text
+        (self.root / path).write_text(text.replace(old, new))
+
+    def change_code(self) -> None:
+        """Make every cell stale in a way that no run cache knows."""
+        (self.root / "code/net.py").write_text(f"depth = {time.time_ns()}\n")
+
+    def trained(self) -> list[str]:
+        """The stages whose command has run, in order."""
+        file = self.root / "trained"
+        return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def sleeping(root: Path, architectures: str, optimizers: str, seeds: str = "0") -> Sleeping:
+    """A new one in `root`; its params are those of the project, with this grid and no studies."""
+    params = (ROOT / "params.yaml").read_text()
+    before, _, rest = params.partition("grid:\n")
+    recipes = rest[rest.index("# How each architecture") : rest.index("studies:\n")]
+    grid = f"grid: {{architectures: [{architectures}], optimizers: [{optimizers}], seeds: [{seeds}]}}\n"
+    for folder in ("behave", "code"):
+        (root / folder).mkdir(parents=True)
+    (root / "params.yaml").write_text(before + grid + recipes + NO_STUDIES + rest[rest.index("engine:\n") :])
+    (root / "dvc.yaml").write_text(STAGES)
+    (root / "work.sh").write_text(WORK)
+    (root / "trainer.py").write_text(TRAINER)
+    (root / "code/net.py").write_text("depth = 20\n")
+    for name in (".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    pipeline = Sleeping(root)
+    for command in ("git init -q -b main", "dvc init -q", "dvc config core.analytics false"):
+        done = pipeline.run(*command.split())
+        assert done.returncode == 0, done.stderr
+    return pipeline

@@ -1,0 +1,136 @@
+"""The services' pages in a real browser, after `prefect deployment run train-all` has trained a real grid."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_services import ROOT, Project, close, free_port
+
+from tasks.services import _get, _post
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("chromium") is None,
+    reason="chromium is not on the PATH (Debian's packages chromium, chromium-driver)",
+)
+
+PARAMS = """
+name: pages
+data: {source: digits, test_fraction: 0.9, split_seed: 0}
+preprocess: {resize: stretch, validation_fraction: 0.0, validation_seed: 0}
+grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
+recipes:
+  resnet20:
+    epochs: 1
+    batch_size: 32
+    schedule: {name: constant}
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 0.0
+    decay_norm_and_bias: false
+    dropout: 0.0
+    augmentation: {flip: false, crop_padding: 0, rotation_degrees: 0.0, shift_fraction: 0.0}
+    normalization: {name: scalar}
+    approach: end_to_end
+    initial_weights: {name: random}
+learning_rates:
+  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
+optimizers:
+  sgd: {momentum: 0.9, nesterov: true}
+  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
+  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
+  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
+studies: {}
+engine: {precision: fp32}
+"""
+CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A checkout with a grid of two cells that the real flow has trained, its services still up."""
+    project = Project(tmp_path_factory.mktemp("pages") / "project")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("src", "flows"):
+        shutil.copytree(ROOT / folder, project.root / folder, ignore=ignore, dirs_exist_ok=True)
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, project.root / name)
+    (project.root / "params.yaml").write_text(PARAMS)
+    process = project.up((free_port(), free_port()))
+    try:
+        project.services = project.wait_up(process)  # type: ignore[attr-defined]
+        done = project.run("prefect", "deployment", "run", "train-all", "--watch")
+        assert done.returncode == 0, done.stdout + done.stderr
+        page = re.search(r"URL: (http\S+)", done.stdout)
+        assert page
+        project.page = page[1]  # type: ignore[attr-defined]
+        yield project
+    finally:
+        close(process, project)
+
+
+def read(url: str, folder: Path, *wanted: str) -> str:
+    """The text of a page once it shows all that is `wanted`; a screenshot of it is left in `folder`."""
+    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+    flags += ["disable-background-networking", "disable-component-update", "window-size=1400,900"]
+    deadline = time.monotonic() + 90
+    while True:
+        browser = ["chromium", *(f"--{flag}" for flag in flags), f"--user-data-dir={folder / 'profile'}"]
+        command = [
+            *browser,
+            "--virtual-time-budget=15000",
+            f"--screenshot={folder / 'page.png'}",
+            "--dump-dom",
+            url,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", done.stdout, flags=re.DOTALL)
+        if all(each in text for each in wanted):
+            return text
+        missing = [each for each in wanted if each not in text]
+        assert time.monotonic() < deadline, (
+            f"{url} does not show {missing}, but:\n{text[-3000:]}\n{done.stderr[-500:]}"
+        )
+
+
+def test_the_flow_runs_page_shows_its_state_and_every_cell_by_its_name(project, tmp_path):
+    text = read(project.page, tmp_path, *CELLS, "download", "evaluate")
+    assert "Completed" in text
+    assert "Failed" not in text
+
+
+def artifact(project: Project, key: str) -> dict[str, Any]:
+    """The latest one with this key, from the server."""
+    found = _post(
+        project.services["prefect"], "artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}}
+    )
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_prefects_page_shows_the_leaderboard_as_a_table(project, tmp_path):
+    number = artifact(project, "leaderboard-root")["latest_id"]
+    read(f"{project.services['prefect']}/artifacts/artifact/{number}", tmp_path, *CELLS, "test_accuracy")
+
+
+def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tmp_path):
+    table = artifact(project, "cells-root")["data"]
+    links = dict(re.findall(r"^\| (\S+) \|.*\[run\]\((\S+)\)", table, flags=re.MULTILINE))
+    assert set(links) == set(CELLS)
+    text = read(links["resnet20-adam-0"], tmp_path, "resnet20-adam-0", "test_accuracy")
+    assert "resnet20-sgd-0" not in text
+
+
+def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
+    mlflow = project.services["mlflow"]
+    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=pages"))
+    runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
+    text = read(f"{mlflow}/{runs}", tmp_path, *CELLS)
+    assert "2 matching runs" in re.sub(r"\s+", " ", text)

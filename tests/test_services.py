@@ -1,0 +1,365 @@
+"""`resgrid up` and `prefect deployment run`, with real servers, a real worker and real signals."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.prefect_plugin import DEPLOYMENTS, _complete
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 240  # 15 on two idle cores
+
+UP = """
+import sys
+from pathlib import Path
+from resgrid.errors import ResgridError
+from tasks.services import up
+try:
+    sys.exit(up(Path.cwd(), prefect_port=int(sys.argv[1]), mlflow_port=int(sys.argv[2])))
+except ResgridError as error:
+    sys.exit(f"resgrid: {error}")
+"""
+
+# Writes down what it was given; with `force` it has a child that sleeps, which it ends when it is ended itself.
+FLOW = """
+import json, os, subprocess, sys
+from pathlib import Path
+from prefect import flow, task
+
+@task(task_run_name="{name}")
+def sleep(name: str):
+    Path("child.txt").write_text("")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    Path("child.txt").write_text(str(child.pid))
+    try:
+        child.wait()
+    finally:
+        child.terminate()
+        child.wait()
+
+@flow(name="NAME")
+def FUNCTION(pipeline: str = "", cells: list[str] | None = None, slots: int = 1, force: bool = False):
+    Path("ran.json").write_text(json.dumps({"folder": os.getcwd(), "cells": cells, "pipeline": pipeline}))
+    if slots < 1:
+        raise ValueError("no slots")
+    if force:
+        sleep("resnet20-sgd-0")
+"""
+
+
+class Project:
+    """A checkout whose flows only sleep."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root.parent / "home"
+        self.home.mkdir()
+        (root / "flows").mkdir(parents=True)
+        for name in ("pyproject.toml", "prefect.yaml", "params.yaml"):
+            shutil.copy(ROOT / name, root / name)
+        for name in DEPLOYMENTS:
+            function = name.replace("-", "_")
+            text = FLOW.replace("NAME", name).replace("FUNCTION", function)
+            (root / "flows" / f"{function}.py").write_text(text)
+        for command in ("git init -q -b main", "dvc init -q"):
+            subprocess.run(command.split(), cwd=root, env=self.env(), check=True)
+
+    def env(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "RESGRID"))}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return kept | {"PATH": path, "HOME": str(self.home), "DO_NOT_TRACK": "1", **more}
+
+    def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.env(**more),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def up(self, ports: tuple[int, int], **more: str) -> subprocess.Popen[bytes]:
+        """`resgrid up`, as a shell starts it with `&`: with SIGINT ignored."""
+        with (self.root / "up.txt").open("wb") as out:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-c", UP, *map(str, ports)],
+                cwd=self.root, env=self.env(**more), stdout=out, stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )  # fmt: skip
+
+    def wait_up(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """What services.json says once everything is up."""
+        until(lambda: "Ctrl-C here" in self.said or process.poll() is not None, START_SECONDS)
+        assert process.poll() is None, self.said
+        services: dict[str, Any] = json.loads((self.root / ".resgrid/services.json").read_text())
+        return services
+
+    @property
+    def said(self) -> str:
+        return (self.root / "up.txt").read_text()
+
+    def start_sleeping(self) -> psutil.Process:
+        """The child of a flow run that would sleep for 10 minutes."""
+        (self.root / "child.txt").unlink(missing_ok=True)
+        done = self.run("prefect", "deployment", "run", "train-all", "-p", "force=true")
+        assert done.returncode == 0, done.stdout + done.stderr
+        until(lambda: (self.root / "child.txt").exists() and bool((self.root / "child.txt").read_text()), 60)
+        return psutil.Process(int((self.root / "child.txt").read_text()))
+
+    def left(self) -> list[psutil.Process]:
+        """Every process that works in this folder."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if Path(process.cwd()).is_relative_to(self.root) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def states(self) -> set[tuple[str, str]]:
+        """(state, message) of every flow run, read from the server's database."""
+        with sqlite3.connect(self.root / ".resgrid/prefect/prefect.db") as database:
+            return set(
+                database.execute(
+                    "SELECT type, message FROM flow_run_state JOIN flow_run ON flow_run.state_id = flow_run_state.id"
+                )
+            )
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def close(process: subprocess.Popen[bytes], project: Project) -> None:
+    """For the end of a test that may have failed."""
+    with suppress(subprocess.TimeoutExpired):
+        process.terminate()
+        process.wait(60)
+    for left in project.left():
+        with suppress(psutil.Error):
+            left.kill()
+    process.wait()
+
+
+# --- one start, with both ports taken -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[tuple[int, int]]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        yield sockets[0].getsockname()[1], sockets[1].getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, taken: tuple[int, int]) -> Iterator[Project]:
+    project = Project(tmp_path_factory.mktemp("services") / "a project")  # with a space in its path
+    process = project.up(taken)
+    try:
+        project.services = project.wait_up(process)  # type: ignore[attr-defined]
+        project.process = process  # type: ignore[attr-defined]
+        yield project
+    finally:
+        close(process, project)
+
+
+def test_a_taken_port_gives_way_to_a_free_one_and_this_is_said(project, taken):
+    for name, port in zip(("Prefect", "MLflow"), taken, strict=True):
+        address = project.services[name.lower()]
+        assert address.startswith("http://127.0.0.1:")
+        assert port < int(address.rpartition(":")[2]) < port + 50
+        assert f"Port {port} is taken: {name} takes {address.rpartition(':')[2]}" in project.said
+        assert f"{name:12} {address} " in project.said
+
+
+def test_nothing_listens_on_any_address_but_loopback(project):
+    listening = {
+        connection.laddr.ip
+        for process in project.left()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_the_three_deployments_and_the_next_command_are_printed(project):
+    assert "prepare-data, train-all, train-cell" in project.said
+    assert "prefect deployment run train-all --watch" in project.said
+
+
+def test_a_second_start_says_where_the_first_one_answers(project):
+    second = project.run(sys.executable, "-P", "-c", UP, "4200", "5000")
+    assert second.returncode == 1
+    assert second.stderr.startswith(
+        "resgrid: the services of this project run already: Prefect http://127.0.0.1:"
+    )
+    assert project.services["mlflow"] in second.stderr
+    assert project.process.poll() is None
+
+
+def test_the_bare_name_runs_the_deployment_in_the_projects_folder(project):
+    done = project.run("prefect", "deployment", "run", "train-all", "-p", 'cells=["resnet20-*"]', "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Flow run finished successfully" in done.stdout
+    ran = json.loads((project.root / "ran.json").read_text())
+    assert ran == {"folder": str(project.root), "cells": ["resnet20-*"], "pipeline": "."}
+
+
+def test_only_prefects_command_line_is_led_to_the_server(project):
+    asked = "from prefect.settings import get_current_settings as s; print(s().api.url)"
+    assert project.run(sys.executable, "-c", asked).stdout == "None\n"
+    shown = project.run("prefect", "config", "view").stdout
+    assert f"PREFECT_API_URL='{project.services['prefect']}/api' (from env)" in shown
+
+
+def test_the_exit_status_of_watch_tells_that_a_flow_failed(project):
+    done = project.run("prefect", "deployment", "run", "train-all", "-p", "slots=0", "--watch")
+    assert done.returncode == 1
+    assert "Flow run finished in state 'Failed'" in done.stdout + done.stderr
+
+
+def test_an_interrupt_cancels_runs_and_ends_everything_though_a_shell_had_it_ignored(project):
+    child = project.start_sleeping()
+    began = time.monotonic()
+    project.process.send_signal(signal.SIGINT)
+    until(lambda: not child.is_running(), 10)
+    assert project.process.wait(60) == 0
+    assert time.monotonic() - began < 30
+    assert project.left() == []
+    assert ("CANCELLED", "Flow run was cancelled successfully.") in project.states()
+    assert not (project.root / ".resgrid/services.json").exists()
+    assert "All ended." in project.said
+
+
+def test_the_users_home_stays_as_it_was(project):
+    assert [path for path in project.home.rglob("*") if path.is_file()] == []
+
+
+# --- killed hard, and started again -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """Services that were started again, after `up` was killed in the middle of a flow run."""
+    project = Project(tmp_path_factory.mktemp("restarted") / "project")
+    ports = free_port(), free_port()
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # a server elsewhere, so none of ours
+    process = project.up(ports, **away)
+    try:
+        project.wait_up(process)
+        project.child = project.start_sleeping()  # type: ignore[attr-defined]
+        process.kill()
+        process.wait()
+        assert len(project.left()) >= 4  # Prefect, the worker, the flow, its child
+        process = project.up(ports, **away)
+        project.services = project.wait_up(process)  # type: ignore[attr-defined]
+        project.process = process  # type: ignore[attr-defined]
+        yield project
+    finally:
+        close(process, project)
+
+
+def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_crashed(restarted):
+    assert "Ending what an earlier start left running: prefect, worker resgrid-1\n" in restarted.said
+    assert "1 flow run of an earlier time had no end: now recorded as crashed" in restarted.said
+    assert not restarted.child.is_running()
+    assert restarted.states() == {("CRASHED", "The services ended while it ran.")}
+
+
+def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(restarted):
+    assert restarted.services["mlflow"] == "http://127.0.0.1:9"
+    assert set(restarted.services["children"]) == {"prefect", "worker resgrid-1"}
+
+
+def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(restarted):
+    worker = psutil.Process(int(restarted.services["children"]["worker resgrid-1"].partition(":")[0]))
+    worker.kill()
+    assert restarted.process.wait(60) == 1
+    assert (
+        "resgrid: worker resgrid-1 ended by itself (killed by SIGKILL). The end of its log:" in restarted.said
+    )
+    assert "Worker 'resgrid-1' started!" in restarted.said
+    assert restarted.left() == []
+
+
+def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
+    project = Project(tmp_path / "project")
+    process = project.up((free_port(), free_port()))
+    try:
+        until(lambda: (project.root / ".resgrid/services.json").exists(), 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert project.left() == []
+        assert "Ctrl-C here" not in project.said
+        assert "All ended." in project.said
+    finally:
+        close(process, project)
+
+
+# --- without any service ------------------------------------------------------------------------------
+
+
+def test_without_a_server_the_message_says_to_start_one(tmp_path):
+    project = Project(tmp_path / "project")
+    done = project.run("prefect", "deployment", "run", "train-all", "--watch")
+    assert done.returncode == 1
+    assert done.stderr.startswith("prefect: no server of this project is running. Start it with `make up`")
+    assert len(done.stderr.splitlines()) == 1
+    assert project.run("prefect", "config", "view").returncode == 0
+
+
+def test_each_deployment_is_called_like_its_flow():
+    deployments = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
+    flows = {}
+    for deployment in deployments:
+        path, _, function = deployment["entrypoint"].partition(":")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        flows[deployment["name"]] = getattr(module, function).name
+    assert flows == {name: name for name in DEPLOYMENTS}
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("deployment run train-all", "deployment run train-all/train-all"),
+        ("deployment run train-all -p slots=2 --watch", "deployment run train-all/train-all -p slots=2 --watch"),
+        ("deployment run --watch -p force=true train-cell", "deployment run --watch -p force=true train-cell/train-cell"),
+        ("--profile mine deployment run prepare-data", "--profile mine deployment run prepare-data/prepare-data"),
+        ("deployment run train-all/train-all", "deployment run train-all/train-all"),
+        ("deployment run --tag train-all train-all", "deployment run --tag train-all train-all/train-all"),
+        ("deployment run other", "deployment run other"),
+        ("deployment inspect train-all", "deployment inspect train-all"),
+    ],
+)  # fmt: skip
+def test_only_the_name_of_a_deployment_to_run_is_completed(typed, meant):
+    arguments = ["prefect", *typed.split()]
+    assert _complete(arguments) == ("run" in typed)
+    assert arguments == ["prefect", *meant.split()]
