@@ -17,4 +17,4 @@ def prepare_data(pipeline: str = ".") -> State:
     """
     with grid_run(pipeline, []) as grid:
         grid.prepare()
-    return grid.verdict()
+        return grid.verdict()

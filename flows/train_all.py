@@ -24,7 +24,8 @@ def train_all(
     with grid_run(pipeline, cells, slots, force) as grid:
         grid.prepare()
         grid.train()
+        grid.begin_sync()
         grid.evaluate()
-        grid.sync()
+        grid.end_sync()
         grid.publish()
-    return grid.verdict()
+        return grid.verdict()

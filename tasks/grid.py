@@ -107,6 +107,7 @@ class Grid:
         self.plan: Plan
         self.chosen: list[Step] = []
         self.running: dict[str, float] = {}  # since when, by cell
+        self.syncing: PrefectFuture[State] | None = None
         self.progress = Progress(asked, watch.describe(os.getpid()), 0, self.env.get("RESGRID_FLOW_RUN_URL"))
 
     # --- the steps of the run -----------------------------------------------------------------------
@@ -157,10 +158,17 @@ class Grid:
         if not set(self.failures) & set(DATA):
             self._alone(EVALUATE, any(outcome.did != "nothing" for outcome in self.outcomes.values()))
 
-    def sync(self) -> None:
-        """Give every current cell its complete run in MLflow, also those that DVC restored."""
+    def begin_sync(self) -> None:
+        """Give every current cell its complete run in MLflow, also those that DVC restored; see `end_sync`.
+
+        It goes on beside what follows: 3 s for the import of MLflow alone.
+        """
         if not set(self.failures) & set(DATA):
-            self._call("sync", "", self._sync)
+            self.syncing = self._submit("sync", "", self._sync)
+
+    def end_sync(self) -> None:
+        if self.syncing:
+            self.syncing.wait()
 
     def publish(self) -> None:
         """The leaderboard, and each cell with the way to its run in MLflow, on Prefect's page."""

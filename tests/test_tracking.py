@@ -33,7 +33,7 @@ from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models.weights import load_model
-from resgrid.tracking.contents import FILES
+from resgrid.runs import FILES
 from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models.weights import load_model
+from resgrid.runs import WEIGHTS, read_json, verify_weights
 from resgrid.training.engine import Scores, score
 
 Status = Literal["completed", "diverged", "missing"]
@@ -42,13 +41,8 @@ def evaluate_cell(cell: Cell, run_folder: Path, test: Split, device: torch.devic
         return Result(cell=cell, status="missing")
     metrics = read_json(run_folder / "metrics.json")
     timing = read_json(run_folder / "timing.json")
-    weights = run_folder / "weights.safetensors"
-    model, info = load_model(weights)
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != metrics["weights_sha256"]:
-        raise ResgridError(
-            f"{weights}: the file has changed since it was trained. "
-            f"`dvc checkout --force {weights}` restores it, `dvc repro -f {cell.stage}` trains it again."
-        )
+    verify_weights(run_folder, metrics, cell.stage)
+    model, info = load_model(run_folder / WEIGHTS)
     scores = score(model, test, info.mean, info.std, device)
     return Result(cell=cell, status=metrics["status"], scores=scores, metrics=metrics, timing=timing)
 
@@ -75,15 +69,3 @@ def score_file(weights: Path, data: Path, split: str, device: torch.device) -> S
     images = source.load(split)
     place = torch.tensor([info.class_names.index(name) for name in source.class_names])
     return score(model, Split(images=images.images, labels=place[images.labels]), info.mean, info.std, device)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises ResgridError if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResgridError(
-            f"{path}: cannot be read ({error}). `dvc checkout --force {path}` restores it."
-        ) from None
-    assert isinstance(content, dict)
-    return content

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from tabulate import tabulate
 
-from resgrid.config import FAMILIES
+from resgrid.config import FAMILIES, OptimizerName
 from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
 from resgrid.evaluation import Result
@@ -73,7 +73,7 @@ def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
     """Architecture x optimizer: the test accuracy of the grid's cells, as text with its spread over seeds."""
     grid = frame[frame["study"].isna()]
     architectures = [name for name in FAMILIES if name in set(grid["architecture"])]
-    optimizers = list(dict.fromkeys(grid.sort_values("cell")["optimizer"]))
+    optimizers = [name for name in get_args(OptimizerName) if name in set(grid["optimizer"])]
     table = pd.DataFrame(index=pd.Index(architectures, name="architecture"), columns=optimizers, dtype=object)
     for (architecture, optimizer), cells in grid.groupby(["architecture", "optimizer"]):
         table.loc[architecture, optimizer] = spread(cells)

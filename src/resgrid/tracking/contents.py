@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import getpass
-import hashlib
 import json
 import os
 import platform
@@ -23,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from resgrid import __version__, watch
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.tracking.store import WEIGHTS, Store
+from resgrid.runs import FILES, WEIGHTS, read_json, verify_weights
+from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
     from mlflow.entities import Run
@@ -33,14 +33,6 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import
     from resgrid.models.weights import WeightsInfo
 
 FORMAT = 1  # of a complete run; a higher number makes `sync` complete all of them anew
-FILES = (
-    "summary.txt",
-    "history.csv",
-    "metrics.json",
-    "timing.json",
-    WEIGHTS,
-)  # of runs/<cell>: the artifacts
-
 SCORES = (
     "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
 )  # fmt: skip
@@ -176,12 +168,8 @@ def complete(
     client = store.client
     metrics, timing = read_json(run_folder / "metrics.json"), read_json(run_folder / "timing.json")
     epochs = _read_history(run_folder / "history.csv", timing)
-    weights_sha256 = hashlib.sha256((run_folder / WEIGHTS).read_bytes()).hexdigest()
-    if weights_sha256 != metrics["weights_sha256"]:
-        raise ResgridError(
-            f"{run_folder / WEIGHTS}: the file has changed since it was trained. "
-            f"`dvc checkout --force` restores it, `dvc repro -f {cell.stage}` trains it again."
-        )
+    verify_weights(run_folder, metrics, cell.stage)
+    weights_sha256 = metrics["weights_sha256"]
     started = started_at(timing)
     end_time = end_time or started + round(1000 * timing["train_seconds"])
     run_id = run_id or create(store, cell, metrics["data_digest"], "from files", started)
@@ -232,16 +220,6 @@ def complete(
     if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED", end_time)
     return run_id
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ResgridError for a file that cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
-    assert isinstance(content, dict)
-    return content
 
 
 def _read_history(path: Path, timing: dict[str, Any]) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from resgrid import watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
+from resgrid.runs import FILES, read_json
 from resgrid.tracking import contents
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 
@@ -95,15 +96,15 @@ def sync(
 
 def _sync_cell(store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path, report: SyncReport) -> None:
     folder = pipeline_folder / "runs" / cell.id
-    if not all((folder / name).is_file() for name in contents.FILES):
+    if not all((folder / name).is_file() for name in FILES):
         report.missing.append(cell.id)
         for each in runs:
             if not _is_live(each):
                 _end_killed(store, each)
         return
     try:
-        metrics = contents.read_json(folder / "metrics.json")
-        started = contents.started_at(contents.read_json(folder / "timing.json"))
+        metrics = read_json(folder / "metrics.json")
+        started = contents.started_at(read_json(folder / "timing.json"))
         run = _find(runs, cell, metrics, started)
         if run and _is_live(run, started):
             report.training.append(cell.id)

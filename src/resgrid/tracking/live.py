@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from resgrid.grid import Cell
+from resgrid.runs import read_json
 from resgrid.tracking import contents
 from resgrid.tracking.from_files import retire, runs_of
 from resgrid.tracking.store import Store, open_store, reason
@@ -107,7 +108,7 @@ class LiveRun:
         self._over = True  # from here on an error is for `sync`: ending the run would fail as well
         self._stop_monitor()
         contents.complete(self._store, self._run_id, self._cell, run_folder, self._meta, end_time)
-        started = contents.started_at(contents.read_json(run_folder / "timing.json"))
+        started = contents.started_at(read_json(run_folder / "timing.json"))
         retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
 
     def _end(self, status: str) -> None:

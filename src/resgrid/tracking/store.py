@@ -20,11 +20,10 @@ from filelock import FileLock
 
 from resgrid.config import InitialWeights, MlflowWeights
 from resgrid.errors import ResgridError
+from resgrid.runs import WEIGHTS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-WEIGHTS = "weights.safetensors"  # the artifact
 
 SETTINGS = {  # environment variables that MLflow reads; whoever has set one keeps it
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -1,0 +1,257 @@
+"""What would run, and why: against DVC's own answer, and against changes made on purpose."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from sleeping import Sleeping, sleeping
+
+from resgrid.config import load_params
+from resgrid.errors import ResgridError
+from resgrid.grid import expand
+from tasks import slots
+from tasks.plan import Step, longest_first, make_plan, makespan
+from tasks.publish import status
+from tasks.reproduce import Pipeline, Record, write_state
+from tasks.slots import Card, Slot
+
+GRID = ["resnet20-sgd-0", "resnet20-adam-0", "resnet110-sgd-0", "resnet110-adam-0"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
+    """Everything has run but `resnet110-adam-0` and what comes after it."""
+    repository = sleeping(tmp_path_factory.mktemp("a repository"), "resnet20, resnet110", "sgd, adam")
+    repository.behave("resnet110-adam-0", "exit 1")
+    assert repository.run("dvc", "repro", "-k").returncode != 0
+    return repository
+
+
+def plan_of(repository: Sleeping, **more):
+    return make_plan(Pipeline.find(repository.root), **more)
+
+
+def why(repository: Sleeping) -> dict[str, tuple[str, ...]]:
+    return {step.title: step.why for step in plan_of(repository).steps if step.state == "stale"}
+
+
+NEVER = {"resnet110-adam-0": ("has never run here",), "evaluate": ("has never run here",)}
+
+
+def test_every_stage_is_in_the_plan_in_the_order_of_dvc_yaml(repository):
+    plan = plan_of(repository)
+    assert [step.stage for step in plan.steps] == [
+        "download", "preprocess", *(f"train@{cell}" for cell in GRID), "evaluate",
+    ]  # fmt: skip
+    assert {step.title: step.state for step in plan.steps} == dict.fromkeys(
+        ["download", "preprocess", *GRID[:3]], "up to date"
+    ) | dict.fromkeys(NEVER, "stale")
+    assert why(repository) == NEVER
+    assert plan.disk_needed == 4 * 4 * 1_740_000  # one ResNet-110 of 1.74 million parameters, four copies
+    assert json.loads(json.dumps(plan.as_dict()))["stages"][2]["cell"] == "resnet20-sgd-0"
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "reasons"),
+    [
+        ("params.yaml", "adam: 1.0e-3, rms", "adam: 2.0e-3, rms",
+         {"resnet20-adam-0": ("learning_rates.resnet20.adam: 0.001 → 0.002",)}),
+        ("params.yaml", "momentum: 0.9, nesterov: true", "momentum: 0.8, nesterov: false", {
+            "resnet20-sgd-0": ("optimizers.sgd.momentum: 0.9 → 0.8", "optimizers.sgd.nesterov: true → false"),
+            "resnet110-sgd-0": ("optimizers.sgd.momentum: 0.9 → 0.8", "optimizers.sgd.nesterov: true → false"),
+        }),
+        ("params.yaml", "warmup: { steps: 500, factor: 0.1 }", "warmup: null",
+         {"resnet110-sgd-0": ('recipes.resnet110.warmup: {"steps": 500, "factor": 0.1} → null',)}),
+        ("params.yaml", "crop_padding: 0", "crop_padding: 4", {
+            "resnet20-sgd-0": ("recipes.resnet20.augmentation.crop_padding: 0 → 4",),
+            "resnet20-adam-0": ("recipes.resnet20.augmentation.crop_padding: 0 → 4",),
+            "resnet110-sgd-0": ("recipes.resnet110.augmentation.crop_padding: 0 → 4",),
+        }),
+        ("code/net.py", "depth = 20", "depth = 32", dict.fromkeys(GRID[:3], ("code has changed",))),
+        ("runs/resnet20-sgd-0/weights", "resnet20", "resnet32",
+         {"resnet20-sgd-0": ("runs/resnet20-sgd-0/weights is another than DVC recorded",)}),
+        ("dvc.yaml", "sh work.sh preprocess data", "sh  work.sh preprocess data",
+         {"preprocess": ("its command has changed",)}),
+        ("params.yaml", "rmsprop: 1.0e-3, adagrad", "rmsprop: 5.0e-3, adagrad", {}),
+        ("params.yaml", "name: cifar10 #", "name: cifar10 # a comment", {}),
+    ],
+)  # fmt: skip
+def test_a_change_is_given_as_the_reason_and_dvc_agrees(repository, path, old, new, reasons):
+    file = repository.root / path
+    before = file.read_text()
+    file.unlink()  # it may be a link into the cache
+    file.write_text(before)
+    repository.edit(path, old, new)
+    try:
+        assert why(repository) == reasons | NEVER
+        public = json.loads(repository.run("dvc", "status", "--json", "dvc.yaml").stdout)
+        assert {step.stage for step in plan_of(repository).steps if step.state == "stale"} == set(public)
+    finally:
+        file.write_text(before)
+
+
+def test_a_missing_output_is_named(repository):
+    file = repository.root / "runs/resnet20-sgd-0/weights"
+    content = file.read_bytes()
+    file.unlink()
+    try:
+        assert why(repository)["resnet20-sgd-0"] == ("runs/resnet20-sgd-0/weights is missing",)
+    finally:
+        file.write_bytes(content)
+
+
+def test_what_comes_after_a_stale_stage_is_looked_at_again(repository):
+    repository.edit("params.yaml", "validation_seed: 0", "validation_seed: 1")
+    try:
+        plan = plan_of(repository)
+        assert plan.by_title["preprocess"].why == ("preprocess.validation_seed: 0 → 1",)
+        cell = plan.by_title["resnet20-sgd-0"]
+        assert (cell.state, cell.why) == ("after", ("preprocess would run before it",))
+        assert plan.by_title["download"].state == "up to date"
+    finally:
+        repository.edit("params.yaml", "validation_seed: 1", "validation_seed: 0")
+
+
+def test_a_running_stage_is_shown_as_such_and_the_others_are_still_known(repository):
+    """`dvc status` ends as busy meanwhile."""
+    repository.behave("resnet110-adam-0", "touch begun; while [ ! -f behave/go ]; do sleep 0.1; done; exit 1")
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@resnet110-adam-0"]
+    started = time.time()
+    by_hand = subprocess.Popen(
+        command, cwd=repository.root, env=repository.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (repository.root / "begun").exists():
+            assert by_hand.poll() is None
+            time.sleep(0.05)
+        assert "is busy" in repository.run("dvc", "status", "dvc.yaml").stderr
+        plan = plan_of(repository)
+        running = plan.by_title["resnet110-adam-0"]
+        assert running.state == "running"
+        assert abs(running.since - started) < 5
+        assert {title: plan.by_title[title].state for title in GRID[:3]} == dict.fromkeys(
+            GRID[:3], "up to date"
+        )
+        assert plan.by_title["evaluate"].why == ("train@resnet110-adam-0 runs before it",)
+        assert "1 run now" in str(plan)
+        repository.edit("params.yaml", "adam: 1.0e-3, rms", "adam: 2.0e-3, rms")
+        assert list(why(repository)) == ["resnet20-adam-0"]
+    finally:
+        repository.edit("params.yaml", "adam: 2.0e-3, rms", "adam: 1.0e-3, rms")
+        (repository.root / "behave/go").touch()
+        by_hand.wait(60)
+        repository.behave("resnet110-adam-0", "exit 1")
+
+
+def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repository):
+    """50,000 images, 250 epochs: at 1,000 images/s 12,500 s; ResNet-110 takes 1.52 / 0.24 as long."""
+    run = repository.root / "runs/resnet20-sgd-0/timing.json"
+    run.write_text('{"images_per_second": 1000.0, "device": "cpu", "threads": 1}')
+    pipeline = Pipeline.find(repository.root)
+    state = pipeline.state("train@resnet20-adam-0")
+    write_state(state, vars(Record("train@resnet20-adam-0", "ran", 1000.0, 1077.0, "cpu 1/1", "1:1")))
+    try:
+        plan = plan_of(repository, slots=slots.num_cores())  # one thread each
+        assert plan.by_title["resnet20-sgd-0"].seconds == 12_500.0
+        assert plan.by_title["resnet110-sgd-0"].seconds == pytest.approx(12_500.0 * 1.52 / 0.24)
+        assert plan.by_title["resnet20-adam-0"].seconds == 77.0  # as long as last time
+        assert plan.by_title["download"].seconds is None
+    finally:
+        run.unlink()
+        state.unlink()
+    assert plan_of(repository).seconds is None
+    assert "Expected time: unknown until a cell has been trained" in str(plan_of(repository))
+
+
+def test_a_grid_that_dvc_yaml_does_not_have_is_refused(repository):
+    repository.edit("params.yaml", "studies: {}", "studies: {}\n# none")
+    repository.edit("dvc.yaml", "  train:", "  practise:")
+    try:
+        with pytest.raises(ResgridError, match=r"has no stage for resnet20-sgd-0"):
+            plan_of(repository)
+    finally:
+        repository.edit("dvc.yaml", "  practise:", "  train:")
+
+
+def test_a_dvc_yaml_that_cannot_be_read_is_told_with_dvcs_words(repository):
+    repository.edit("dvc.yaml", "grid.seeds", "grid.sedes")
+    try:
+        with pytest.raises(ResgridError, match=r"grid\.sedes"):
+            plan_of(repository)
+    finally:
+        repository.edit("dvc.yaml", "grid.sedes", "grid.seeds")
+
+
+def test_without_a_flow_there_is_no_status(repository):
+    assert str(status(Pipeline.find(repository.root))) == "Nothing has been run here by a flow."
+
+
+# --- order and slots --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(repository) -> dict[str, Step]:
+    cells = expand(load_params(repository.root / "params.yaml"))
+    return {cell.id: Step(cell.stage, cell, "stale", ()) for cell in cells}
+
+
+def test_the_longest_come_first_by_time_or_by_arithmetic(steps):
+    by_flops = longest_first(steps.values())
+    assert [step.cell.architecture for step in by_flops] == ["resnet110", "resnet110", "resnet20", "resnet20"]
+    timed = [replace(step, seconds=float(i)) for i, step in enumerate(steps.values())]
+    assert [step.seconds for step in longest_first(timed)] == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_the_makespan_is_that_of_slots_that_take_the_next_when_free():
+    assert makespan([5, 4, 3, 3, 3], 2) == 10.0  # 5+3 and 4+3, then 3 more on the second: 10
+    assert makespan([5, 4, 3, 3, 3], 1) == 18.0
+    assert makespan([1, 1], 8) == 1.0
+    assert makespan([], 2) == 0.0
+
+
+def test_cpu_slots_divide_the_cores(monkeypatch):
+    monkeypatch.setenv("RESGRID_DEVICE", "cpu")
+    cores = slots.num_cores()
+    assert slots.share(1) == [Slot("cpu 1/1", cores)]
+    for num in (1, 2, cores, 5 * cores):
+        shares = slots.share(64, slots=num)
+        assert len(shares) == num
+        assert sum(share.threads for share in shares) <= max(cores, num)
+        assert {share.env["RESGRID_THREADS"] for share in shares} == {str(max(1, cores // num))}
+    assert len(slots.share(64)) <= cores
+    with pytest.raises(ResgridError, match="slots=0"):
+        slots.share(64, slots=0)
+
+
+def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
+    gib = 2**30
+    cards = [Card("0", 9 * gib), Card("1", 4 * gib)]
+    spread = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=None)
+    assert [slot.name for slot in spread] == [
+        "cuda:0 1/4", "cuda:1 1/2", "cuda:0 2/4", "cuda:1 2/2", "cuda:0 3/4", "cuda:0 4/4",
+    ]  # fmt: skip
+    assert spread[1].env == {
+        "RESGRID_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }  # fmt: skip
+    told = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
+    assert [slot.card for slot in told] == ["0", "1", "0"]
+    assert len(slots._on_cards(cards, 2 * gib, num_cells=1, cores=16, slots=None)) == 1
+    assert (
+        len(slots._on_cards(cards, 100 * gib, num_cells=36, cores=16, slots=None)) == 2
+    )  # one each at least
+    assert len(slots._on_cards([Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
+
+
+@pytest.mark.long
+def test_240_cells_are_planned_within_10_seconds(tmp_path):
+    grid = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10"
+    repository = sleeping(tmp_path / "r", grid, "sgd, adam, rmsprop, adagrad", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
+    began = time.monotonic()
+    plan = plan_of(repository)
+    assert len(plan.cells) == 240
+    assert time.monotonic() - began < 10

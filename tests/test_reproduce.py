@@ -1,0 +1,305 @@
+"""One stage, by real DVC and real processes: what it came to, that it ends, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from sleeping import Sleeping, sleeping
+
+from tasks.plan import make_plan
+from tasks.reproduce import Outcome, Pipeline, StageFailed, Stopped, reproduce
+
+CELL = "resnet20-sgd-0"
+STAGE = f"train@{CELL}"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
+    repository = sleeping(tmp_path_factory.mktemp("a repository"), "resnet20", "sgd, adam")
+    assert repository.run("dvc", "repro", "preprocess").returncode == 0
+    return repository
+
+
+@pytest.fixture
+def stale(repository, monkeypatch):
+    """The repository with a cell that is stale in a new way, so that no run cache knows it."""
+    repository.change_code()
+    for path in ("behave", "begun", "closed", "trained"):
+        for file in repository.root.glob(f"{path}*/*" if path == "behave" else f"{path}*"):
+            file.unlink()
+    for name, value in repository.env.items():
+        monkeypatch.setenv(name, value)
+    return repository
+
+
+class Running:
+    """`reproduce` in a thread, as the flow calls it."""
+
+    def __init__(self, repository: Sleeping, stage: str = STAGE, **more) -> None:
+        self.stop, self.lines = threading.Event(), []
+        self.result: Outcome | BaseException | None = None
+        self.pipeline = Pipeline.find(repository.root)
+        self.thread = threading.Thread(target=self._run, args=(stage, more))
+        self.thread.start()
+
+    def _run(self, stage, more) -> None:
+        try:
+            self.result = reproduce(self.pipeline, stage, {}, self.lines.append, stop=self.stop, **more)
+        except BaseException as error:
+            self.result = error
+
+    def wait_for(self, path: Path) -> int:
+        """Until the trainer has written its process id to `path`."""
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_text()):
+            assert self.thread.is_alive(), (self.result, self.lines)
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.05)
+        return int(path.read_text())
+
+    def end(self) -> Outcome | BaseException | None:
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        return self.result
+
+
+def left_over(repository: Sleeping) -> list[str]:
+    """The command lines of all processes that work in the repository."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def rwlock(repository: Sleeping) -> dict:
+    found = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
+    return {mode: entries for mode, entries in found.items() if entries}
+
+
+def test_running_restoring_and_doing_nothing_are_told_apart(stale):
+    pipeline, lines = Pipeline.find(stale.root), []
+    first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"}, lines.append)
+    assert (first.did, stale.trained()) == ("ran", [CELL])
+    assert (stale.root / "trained").read_text().split()[2] == "3"
+    assert lines == [f"Running stage '{STAGE}':", f"> sh work.sh {CELL} runs/{CELL}", f"{CELL} begins",
+                     f"{CELL} ends", "Updating lock file 'dvc.lock'"]  # fmt: skip
+    assert "To track the changes with git" in first.log.read_text()  # which has all of it
+    assert first.log == stale.root / f".resgrid/logs/{STAGE}.log"
+    assert reproduce(pipeline, STAGE, {}, lines.append).did == "nothing"
+    before = (stale.root / "code/net.py").read_text()
+    (stale.root / "code/net.py").write_text("depth = 110\n")
+    assert reproduce(pipeline, STAGE, {}, lines.append).did == "ran"
+    (stale.root / "code/net.py").write_text(before)
+    assert reproduce(pipeline, STAGE, {}, lines.append).did == "restored"
+    assert reproduce(pipeline, STAGE, {}, lines.append, force=True).did == "ran"
+    assert stale.trained() == [CELL] * 3
+    record = pipeline.record(STAGE)
+    assert (record.status, record.running) == ("ran", False)
+
+
+@pytest.mark.parametrize(
+    ("commands", "why", "fault"),
+    [
+        ("echo 'resgrid: recipes.resnet20.epochs: must be 1 or more' >&2; exit 1",
+         "recipes.resnet20.epochs: must be 1 or more", None),
+        ("echo 'resgrid: the memory of cuda:0 is too small. torch says: CUDA out of memory' >&2; exit 1",
+         "the memory of cuda:0 is too small. torch says: CUDA out of memory", "memory"),
+        ("echo 'ConnectionResetError: [Errno 104] Connection reset by peer' >&2; exit 1",
+         "ConnectionResetError: [Errno 104] Connection reset by peer", "connection"),
+        ("for i in $(seq 100); do echo line $i; done; exit 3",
+         f"failed to reproduce '{STAGE}': failed to run: sh work.sh {CELL} runs/{CELL}, exited with 3", None),
+        ("kill -9 $$",
+         f"failed to reproduce '{STAGE}': failed to run: sh work.sh {CELL} runs/{CELL}, exited with -9 "
+         "(killed: by somebody, or by the system for lack of memory)", None),
+    ],
+)  # fmt: skip
+def test_a_failure_says_why_with_the_end_of_the_log_and_where_the_rest_is(stale, commands, why, fault):
+    stale.behave(CELL, commands)
+    with pytest.raises(StageFailed) as failed:
+        reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None)
+    assert (failed.value.why, failed.value.fault) == (why, fault)
+    assert str(failed.value).splitlines()[0] == f"{STAGE}: {why}"
+    assert str(failed.value).splitlines()[-1] == f"    All of it: {stale.root}/.resgrid/logs/{STAGE}.log"
+    assert 3 <= len(failed.value.tail) <= 8
+    if "line" in commands:
+        assert "    line 100" in str(failed.value).splitlines()
+        assert "line 1\n" in failed.value.log.read_text()
+    assert Pipeline.find(stale.root).record(STAGE).why == why
+
+
+def test_output_arrives_while_the_stage_runs(stale):
+    stale.behave(
+        CELL, "echo epoch 1; touch begun; while [ ! -f behave/go ]; do sleep 0.1; done; echo epoch 2"
+    )
+    running = Running(stale)
+    deadline = time.monotonic() + 60
+    while "epoch 1" not in running.lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "epoch 2" not in running.lines
+    assert running.pipeline.record(STAGE).running
+    (stale.root / "behave/go").touch()
+    assert running.end().did == "ran"
+    assert "epoch 2" in running.lines
+
+
+def test_stopping_closes_the_trainer_and_leaves_nothing(stale):
+    stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
+    running = Running(stale)
+    trainer = running.wait_for(stale.root / f"begun-{CELL}")
+    began = time.monotonic()
+    running.stop.set()
+    assert isinstance(running.end(), Stopped)
+    assert time.monotonic() - began < 10
+    assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)  # it had its time to close
+    assert left_over(stale) == []
+    assert rwlock(stale) == {}
+    assert Pipeline.find(stale.root).record(STAGE).status == "stopped"
+    stale.behave(CELL, "true")
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).did == "ran"
+
+
+def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
+    stale.behave(CELL, "trap '' TERM; echo $$ > begun; while true; do sleep 1; done")
+    running = Running(stale)
+    running.wait_for(stale.root / "begun")
+    began = time.monotonic()
+    running.stop.set()
+    assert isinstance(running.end(), Stopped)
+    assert 7 < time.monotonic() - began < 10
+    assert left_over(stale) == []
+    assert rwlock(stale) == {}  # DVC itself was not killed
+    stale.behave(CELL, "true")
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).did == "ran"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6])
+def test_stopping_before_the_command_runs_ends_it_at_its_beginning(stale, seconds):
+    stale.behave(CELL, "sleep 60")
+    running = Running(stale)
+    time.sleep(seconds)  # DVC loads, or reads the pipeline
+    began = time.monotonic()
+    running.stop.set()
+    running.end()
+    assert time.monotonic() - began < 10
+    assert left_over(stale) == []
+    assert rwlock(stale) == {}
+
+
+def test_stopping_while_dvc_records_a_result_lets_it(stale):
+    running = Running(stale)
+    while f"{CELL} ends" not in running.lines:
+        time.sleep(0.01)
+    running.stop.set()
+    running.end()
+    assert left_over(stale) == []
+    assert json.loads(stale.run("dvc", "status", "--json", STAGE).stdout) == {}
+
+
+def test_half_an_rwlock_is_mended_when_no_dvc_runs(stale):
+    file = stale.root / ".dvc/tmp/rwlock"
+    file.write_text('{"write": {"')
+    with pytest.raises(StageFailed, match="JSON structure is corrupted"):
+        reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None)
+    make_plan(Pipeline.find(stale.root))
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).did == "ran"
+
+
+def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale):
+    stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
+    running = Running(stale)
+    trainer = running.wait_for(stale.root / f"begun-{CELL}")
+    psutil.Process(trainer).parent().kill()
+    failure = running.end()
+    assert isinstance(failure, StageFailed)
+    assert failure.why == "ended by SIGKILL"
+    assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)
+    assert left_over(stale) == []
+    stale.behave(CELL, "true")
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).did == "ran"
+    make_plan(Pipeline.find(stale.root))  # as each run of the grid begins
+    assert rwlock(stale) == {}
+
+
+def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
+    stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
+    code = f"""if True:
+        from tasks.reproduce import Pipeline, reproduce
+        reproduce(Pipeline.find("."), {STAGE!r}, {{}}, print)"""
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL
+    )
+    begun = stale.root / f"begun-{CELL}"
+    while not begun.exists():
+        assert flow.poll() is None
+        time.sleep(0.05)
+    flow.kill()
+    flow.wait()
+    began = time.monotonic()
+    while left_over(stale):
+        assert time.monotonic() - began < 10, left_over(stale)
+        time.sleep(0.1)
+    assert (stale.root / f"closed-{CELL}").exists()
+    assert rwlock(stale) == {}
+    assert not Pipeline.find(stale.root).record(STAGE).running
+    stale.behave(CELL, "true")
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).did == "ran"
+
+
+def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
+    stale.behave(CELL, "sleep 2")
+    first, second = Running(stale), Running(stale)
+    assert sorted([first.end().did, second.end().did]) == ["nothing", "ran"]
+    assert stale.trained() == [CELL]
+    waited = [line for line in first.lines + second.lines if "waiting" in line]
+    assert waited == [f"{STAGE} is being run by another process: waiting for it"]
+
+
+def test_a_dvc_at_the_same_stage_is_waited_for_as_long_as_is_allowed(stale):
+    stale.behave(CELL, "echo $$ > begun; while [ ! -f behave/go ]; do sleep 0.1; done")
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", STAGE]
+    by_hand = subprocess.Popen(command, cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL)
+    while not (stale.root / "begun").exists():
+        time.sleep(0.05)
+    pipeline = Pipeline.find(stale.root)
+    with pytest.raises(StageFailed) as failed:
+        reproduce(pipeline, STAGE, {}, lambda line: None, busy_seconds=0.5)
+    assert failed.value.fault == "busy"
+    patient = Running(stale)
+    while not any("trying again" in line for line in patient.lines):
+        time.sleep(0.05)
+    (stale.root / "behave/go").touch()
+    assert by_hand.wait(60) == 0
+    assert patient.end().did == "nothing"
+    assert stale.trained() == [CELL]
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    from resgrid.errors import ResgridError
+
+    with pytest.raises(ResgridError, match=r"there is no dvc\.yaml here"):
+        Pipeline.find(tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    with pytest.raises(ResgridError, match="in no DVC repository"):
+        Pipeline.find(tmp_path)
+
+
+def test_the_state_of_a_sub_folders_pipeline_lies_in_the_root(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "examples/digits").mkdir(parents=True)
+    (tmp_path / "examples/digits/dvc.yaml").touch()
+    pipeline = Pipeline.find(os.path.relpath(tmp_path / "examples/digits"))
+    assert pipeline.name == "examples/digits"
+    assert pipeline.log("evaluate") == tmp_path / ".resgrid/logs/examples/digits/evaluate.log"

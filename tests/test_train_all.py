@@ -1,0 +1,534 @@
+"""The grid in parallel: real Prefect server, real worker, real DVC, real processes; most stages only sleep."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sleeping import ROOT, Sleeping, sleeping
+
+from tasks.publish import status
+from tasks.reproduce import Pipeline
+
+RUN = """
+import json, sys
+from flows.{module} import {flow}
+state = {flow}(**json.loads(sys.argv[1]), return_state=True)
+print(json.dumps([state.name, state.message]))
+"""
+GRID = ["resnet20-sgd-0", "resnet20-adam-0", "resnet10-sgd-0", "resnet10-adam-0"]
+
+
+class Server:
+    """A Prefect server on loopback, and flows run at it."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = home / "server.log"
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT", "MLFLOW", "RESGRID"))
+        }
+        self.env = kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_API_URL": f"{self.url}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=self.env, cwd=self.log.parent, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/api/health", timeout=2).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()  # noqa: PT018
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        for process in [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]:
+            process.kill()
+        self.process.wait()
+
+    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(f"{self.url}/api/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def begin(self, repository: Sleeping, flow: str = "train_all", /, nap: float = 0, **parameters) -> Flow:
+        code = RUN.format(module=flow, flow=flow)
+        parameters = {"pipeline": str(repository.root)} | parameters
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(parameters)], cwd=ROOT, text=True,
+            env=self.env | {"NAP": str(nap)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return Flow(self, process)
+
+    def run(self, repository: Sleeping, flow: str = "train_all", /, **more) -> Flow:
+        begun = self.begin(repository, flow, **more)
+        begun.end()
+        return begun
+
+    def tasks(self, flow_run: str) -> dict[str, str]:
+        """The state's name by the task run's; of several with the same name the last."""
+        runs: list[Any] = []
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:  # events, which the server takes in when it has time
+            found = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+            runs = self.ask("task_runs/filter", found)
+            if runs and all(run["end_time"] for run in runs):
+                break
+            time.sleep(0.5)
+        return {run["name"]: run["state"]["name"] for run in runs}
+
+    def artifacts(self, flow_run: str) -> dict[str, Any]:
+        found = self.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+        return {artifact["key"]: artifact for artifact in found}
+
+
+class Flow:
+    """A flow in a process of its own, as a worker starts it."""
+
+    def __init__(self, server: Server, process: subprocess.Popen[str]) -> None:
+        self.server, self.process = server, process
+        self.state = self.message = self.id = ""
+        self.output = ""
+
+    def end(self) -> None:
+        self.output, _ = self.process.communicate(timeout=240)
+        assert "View at" in self.output, self.output
+        self.id = self.output.split("flow-run/")[1][:36]
+        if self.process.returncode == 0:
+            self.state, self.message = json.loads(self.output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("prefect"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def deployment(server: Server) -> str:
+    """The id of `train-all`, registered as `make up` does it."""
+    for command in ("work-pool create --type process resgrid", "--no-prompt deploy --all"):
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *command.split()],
+            cwd=ROOT,
+            env=server.env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return server.ask("deployments/name/train-all/train-all")["id"]
+
+
+@pytest.fixture
+def worker(server: Server, deployment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process worker in the project's folder, as `make up` starts it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, which would be inherited
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "resgrid", "--type", "process"]
+    with server.log.open("a") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=server.env, stdout=log, stderr=log)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
+    return sleeping(tmp_path_factory.mktemp("a repository"), "resnet20, resnet10", "sgd, adam")
+
+
+@pytest.fixture
+def plain(repository: Sleeping) -> Iterator[Sleeping]:
+    """The repository, with no cell told to behave in another way."""
+    yield repository
+    for file in [
+        *repository.root.glob("behave/*"),
+        *repository.root.glob("begun*"),
+        *repository.root.glob("closed*"),
+    ]:
+        file.unlink()
+
+
+def left_over(repository: Sleeping) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(holds, seconds: float = 60) -> float:
+    """Wait until `holds()`; how long it took."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+# --- what is run, and what is not -------------------------------------------------------------------
+
+
+def test_the_grid_is_trained_in_parallel_and_then_nothing_is_left_to_do(server, plain):
+    # Each of these two waits for the other: one after the other they would wait for good.
+    for cell, other in (("resnet10-sgd-0", "resnet10-adam-0"), ("resnet10-adam-0", "resnet10-sgd-0")):
+        plain.behave(cell, f"touch begun-{cell}; while [ ! -f begun-{other} ]; do sleep 0.1; done")
+    flow = server.run(plain, slots=2)
+    assert (flow.state, flow.message) == ("Completed", "4 cells: 4 trained"), flow.output
+    assert sorted(plain.trained()) == sorted(["download", "preprocess", *GRID, "evaluate"])
+    assert plain.trained()[:2] == ["download", "preprocess"]
+    assert set(plain.trained()[2:4]) == {"resnet10-sgd-0", "resnet10-adam-0"}  # the longest first
+    assert plain.trained()[-1] == "evaluate"
+
+    used = {line.split()[0]: line.split()[2:] for line in (plain.root / "trained").read_text().splitlines()}
+    assert {used[cell][0] for cell in GRID} == {"1"}  # a thread each, on two cores
+    assert {used[cell][1] for cell in GRID} == {flow.id}  # by which MLflow leads back here
+
+    done = ["download", "preprocess", *GRID, "evaluate", "sync"]
+    assert server.tasks(flow.id) == dict.fromkeys(done, "Completed")
+    shown = server.artifacts(flow.id)
+    assert shown["progress-root"]["data"] == 100.0
+    assert shown["progress-root"]["description"] == "4 of 4 cells done"
+    assert json.loads(shown["leaderboard-root"]["data"])[0] == {
+        "cell": "resnet10-adam-0",
+        "status": "completed",
+    }
+    assert "| resnet20-sgd-0 | trained | " in shown["cells-root"]["data"]
+
+    clean = plain.run("dvc", "status", "--json")
+    assert (clean.stdout.strip(), clean.returncode) == ("{}", 0)
+    assert "Running stage" not in plain.run("dvc", "repro").stdout
+    said = str(status(Pipeline.find(plain.root)))
+    assert said.splitlines()[0].startswith("The last run of the grid ended ")
+    assert said.splitlines()[1] == "4 of 4 cells done."
+
+
+def test_what_dvc_repro_has_trained_is_not_trained_again(server, plain):
+    plain.change_code()
+    assert plain.run("dvc", "repro").returncode == 0
+    before = plain.trained()
+    logs = {file: file.stat().st_mtime_ns for file in plain.root.glob(".resgrid/logs/train@*")}
+    flow = server.run(plain)
+    assert (flow.state, flow.message) == ("Completed", "4 cells: 4 up to date")
+    assert plain.trained() == before
+    shown = ["download", "preprocess", *GRID, "evaluate"]
+    assert server.tasks(flow.id) == dict.fromkeys(shown, "Up to date") | {"sync": "Completed"}
+    # and no dvc was started for any of them
+    assert {file: file.stat().st_mtime_ns for file in plain.root.glob(".resgrid/logs/train@*")} == logs
+
+
+def test_only_the_chosen_cells_are_trained_and_a_wrong_name_is_told(server, plain):
+    plain.change_code()
+    before = len(plain.trained())
+    flow = server.run(plain, cells=["resnet20-*"], slots=1)
+    assert flow.message == "2 cells: 2 trained"
+    assert sorted(plain.trained()[before:]) == ["evaluate", "resnet20-adam-0", "resnet20-sgd-0"]
+    wrong = server.run(plain, cells=["resnet20-sdg-0"])
+    assert wrong.state == "Failed"
+    assert "no cell is called 'resnet20-sdg-0'; did you mean resnet20-sgd-0" in wrong.message
+    one = server.run(plain, "train_cell", cell="resnet10-sgd-0")
+    assert one.message == "1 cells: 1 trained"
+    assert plain.trained()[-1] == "resnet10-sgd-0"  # and no evaluate
+    data = server.run(plain, "prepare_data")
+    assert (data.state, data.message) == ("Completed", "up to date")
+
+
+def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_tried_again(server, plain):
+    plain.change_code()
+    plain.behave("resnet10-sgd-0", "echo 'resgrid: recipes.resnet10.epochs: must be 1 or more'; exit 1")
+    # Out of memory as long as a neighbour has it.
+    plain.behave(
+        "resnet10-adam-0",
+        "if [ ! -f begun ]; then touch begun; sleep 1; echo 'CUDA out of memory'; exit 1; fi",
+    )
+    plain.behave("resnet20-sgd-0", "sleep 3")
+    before = len(plain.trained())
+    flow = server.run(plain, slots=2)
+    assert flow.state == "Failed"
+    assert plain.trained()[before:].count("resnet10-sgd-0") == 1
+    assert plain.trained()[before:].count("resnet10-adam-0") == 2
+    assert plain.trained()[-2:] == ["resnet10-adam-0", "evaluate"]  # at the end and alone
+    assert flow.message == (
+        "resnet10-sgd-0 failed (3 trained, 1 failed).\n"
+        "train@resnet10-sgd-0: recipes.resnet10.epochs: must be 1 or more\n"
+        "    Running stage 'train@resnet10-sgd-0':\n"
+        "    > sh work.sh resnet10-sgd-0 runs/resnet10-sgd-0\n"
+        "    resnet10-sgd-0 begins\n"
+        "    resgrid: recipes.resnet10.epochs: must be 1 or more\n"
+        "    ERROR: failed to reproduce 'train@resnet10-sgd-0': failed to run: sh work.sh resnet10-sgd-0 "
+        "runs/resnet10-sgd-0, exited with 1\n"
+        f"    All of it: {plain.root}/.resgrid/logs/train@resnet10-sgd-0.log"
+    )
+    assert server.tasks(flow.id)["resnet10-sgd-0"] == "Failed"
+    assert "resnet10-sgd-0" not in (plain.root / "reports/leaderboard.csv").read_text()
+    assert str(status(Pipeline.find(plain.root))).splitlines()[1:] == [
+        "3 of 4 cells done, 1 failed.", "Failed: resnet10-sgd-0",
+    ]  # fmt: skip
+
+
+def test_when_the_data_fail_nothing_is_trained(server, plain):
+    plain.edit("params.yaml", "validation_seed: 0", "validation_seed: 7")
+    plain.behave("preprocess", "echo 'resgrid: data/raw/x.png: is no image'; exit 1")
+    before = len(plain.trained())
+    flow = server.run(plain)
+    plain.edit("params.yaml", "validation_seed: 7", "validation_seed: 0")
+    assert flow.state == "Failed"
+    assert flow.message.startswith(
+        "preprocess failed (nothing was trained).\npreprocess: data/raw/x.png: is no image\n"
+    )
+    assert plain.trained()[before:] == ["preprocess"]
+
+
+def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(server, plain):
+    assert server.run(plain).state == "Completed"
+    plain.behave("resnet20-sgd-0", "touch begun; sleep 3")
+    before = len(plain.trained())
+    first = server.begin(plain, cells=["resnet20-*"], force=True, slots=1)
+    wait_until((plain.root / "begun").exists)
+    second = server.begin(plain, cells=["*-sgd-*"], force=True, slots=1)
+    second.end()
+    first.end()
+    assert (first.message, second.message) == ("2 cells: 2 trained", "2 cells: 1 trained, 1 up to date")
+    assert "another train-all is at work in this pipeline: waiting for it" in second.output
+    cells = [stage for stage in plain.trained()[before:] if stage in GRID]
+    assert sorted(cells) == ["resnet10-sgd-0", "resnet20-adam-0", "resnet20-sgd-0"]
+
+
+# --- every way to end -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def endless(plain: Sleeping) -> Sleeping:
+    """Two cells that train for minutes, in processes that end as `resgrid train` does."""
+    for cell in ("resnet20-sgd-0", "resnet20-adam-0"):
+        plain.behave(cell, f"exec {sys.executable} trainer.py {cell} 300")
+    return plain
+
+
+def begun(repository: Sleeping) -> bool:
+    return len(list(repository.root.glob("begun-*"))) == 2
+
+
+def deployed(server: Server, deployment: str, repository: Sleeping) -> str:
+    """A run of the deployment, for a worker to take; its id."""
+    parameters = {"pipeline": str(repository.root), "cells": ["resnet20-*"], "slots": 2, "force": True}
+    return server.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
+
+
+def assert_all_has_ended(repository: Sleeping, within: float) -> None:
+    assert wait_until(lambda: not left_over(repository), 30) < within
+    assert len(list(repository.root.glob("closed-*"))) == 2  # each trainer had its time to close
+    found = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
+    assert not any(found.values())
+    pipeline = Pipeline.find(repository.root)
+    for name in ("train-all", "train@resnet20-sgd-0"):
+        lock = pipeline.lock(name)
+        lock.acquire(timeout=20)  # the flow's process may live a little longer than its children
+        lock.release()
+
+
+def test_cancelling_a_run_ends_every_trainer_and_leaves_nothing(server, deployment, worker, endless):
+    run = deployed(server, deployment, endless)
+    wait_until(lambda: begun(endless), 120)
+    shown = str(status(Pipeline.find(endless.root))).splitlines()
+    assert (
+        shown[1]
+        == "0 of 2 cells done, 2 running, 0 waiting; time left: unknown until a cell has been trained."
+    )
+    assert [line.split()[0] for line in shown[3:]] == ["train@resnet20-adam-0", "train@resnet20-sgd-0"]
+    server.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert_all_has_ended(endless, within=10)
+    wait_until(lambda: server.ask(f"flow_runs/{run}")["state"]["type"] == "CANCELLED", 30)
+    assert server.tasks(run)["resnet20-sgd-0"] == "Cancelled"
+    assert "2 cut off" in str(status(Pipeline.find(endless.root)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopping_or_killing_the_worker_ends_every_trainer(server, deployment, worker, endless, number):
+    deployed(server, deployment, endless)
+    wait_until(lambda: begun(endless), 120)
+    worker.send_signal(number)
+    assert_all_has_ended(endless, within=10)
+
+
+def test_killing_the_flow_ends_every_trainer_and_the_next_run_goes_on(server, endless):
+    flow = server.begin(endless, cells=["resnet20-*"], slots=2, force=True)
+    wait_until(lambda: begun(endless), 120)
+    flow.process.kill()
+    flow.process.communicate()
+    assert_all_has_ended(endless, within=10)
+    said = str(status(Pipeline.find(endless.root))).splitlines()
+    assert said[0] == "The last run of the grid was cut off: its process is gone. Run it again."
+    for cell in ("resnet20-sgd-0", "resnet20-adam-0"):
+        endless.behave(cell, "true")
+    assert server.run(endless).state == "Completed"
+    assert endless.run("dvc", "status", "--json").stdout.strip() == "{}"
+
+
+@pytest.mark.long
+def test_a_server_that_is_away_does_not_stop_the_grid(server, plain):
+    plain.change_code()
+    flow = server.begin(plain, slots=1, nap=3)
+    before = len(plain.trained())
+    wait_until(lambda: len(plain.trained()) > before)
+    server.kill()
+    wait_until(lambda: len(plain.trained()) == before + 4)
+    server.start()
+    flow.end()
+    assert plain.run("dvc", "status", "--json").stdout.strip() == "{}"
+
+
+@pytest.mark.long
+def test_a_lost_connection_is_tried_again_and_at_most_twice(server, plain):
+    plain.change_code()
+    plain.behave(
+        "resnet20-sgd-0", "echo 'ConnectionResetError: [Errno 104] Connection reset by peer'; exit 1"
+    )
+    before = len(plain.trained())
+    flow = server.run(plain, slots=2)
+    assert flow.message.startswith("resnet20-sgd-0 failed (3 trained, 1 failed).")
+    assert plain.trained()[before:].count("resnet20-sgd-0") == 3
+
+
+@pytest.mark.long
+def test_64_cells_on_16_slots_lose_no_result(server, tmp_path):
+    grid = "resnet20, resnet32, resnet44, resnet56"
+    repository = sleeping(tmp_path / "r", grid, "sgd, adam, rmsprop, adagrad", "0, 1, 2, 3")
+    flow = server.run(repository, slots=16, nap=1)
+    assert (flow.state, flow.message) == ("Completed", "64 cells: 64 trained"), flow.output
+    assert "Unable to acquire lock" not in flow.output
+    assert "trying again" not in flow.output
+    assert len(repository.trained()) == len(set(repository.trained())) == 67
+    assert repository.run("dvc", "status", "--json").stdout.strip() == "{}"
+    recorded = (repository.root / "dvc.lock").read_text()
+    assert recorded.count("  train@resnet") == 64
+
+
+# --- real cells -------------------------------------------------------------------------------------
+
+REAL = """
+name: small
+data: {source: digits, test_fraction: 0.2, split_seed: 0}
+preprocess: {resize: stretch, validation_fraction: 0.0, validation_seed: 0}
+grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
+recipes:
+  resnet20:
+    epochs: 1
+    batch_size: 64
+    schedule: {name: constant}
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 0.0
+    decay_norm_and_bias: false
+    dropout: 0.0
+    augmentation: {flip: false, crop_padding: 2, rotation_degrees: 0.0, shift_fraction: 0.0}
+    normalization: {name: scalar}
+    approach: end_to_end
+    initial_weights: {name: random}
+learning_rates:
+  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
+optimizers:
+  sgd: {momentum: 0.9, nesterov: true}
+  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
+  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
+  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
+studies: {}
+engine: {precision: fp32}
+"""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
+    """A pipeline of the project itself, on the digits."""
+    root = tmp_path_factory.mktemp("real")
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "params.yaml").write_text(REAL)
+    pipeline = Sleeping(root)
+    for command in ("git init -q -b main", "dvc init -q", "dvc config core.analytics false"):
+        assert pipeline.run(*command.split()).returncode == 0
+    return pipeline
+
+
+def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, real):
+    flow = server.run(real, "train_cell", cell="resnet20-sgd-0")
+    assert flow.message == "1 cells: 1 trained", flow.output
+    run = real.root / "runs/resnet20-sgd-0"
+    by_flow = json.loads((run / "metrics.json").read_text())["weights_sha256"]
+    threads = json.loads((run / "timing.json").read_text())["threads"]
+    shutil.rmtree(real.root / ".dvc/cache/runs")
+    by_hand = real.run(
+        "dvc", "repro", "--force", "--single-item", "train@resnet20-sgd-0", RESGRID_THREADS=str(threads)
+    )
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert "Running stage" in by_hand.stdout
+    assert json.loads((run / "metrics.json").read_text())["weights_sha256"] == by_flow
+
+
+def test_the_mlflow_run_of_a_cancelled_cell_is_killed_and_leads_back_to_its_flow(server, real):
+    import mlflow
+
+    real.edit("params.yaml", "epochs: 1", "epochs: 1000")
+    flow = server.begin(real, "train_cell", cell="resnet20-adam-0")
+    log = real.root / ".resgrid/logs/train@resnet20-adam-0.log"
+    try:
+        wait_until(lambda: log.exists() and "epoch   2/1000" in log.read_text(), 120)
+    finally:
+        flow.process.terminate()
+    assert wait_until(lambda: not left_over(real)) < 10
+    flow.end()
+    mlflow.set_tracking_uri(f"sqlite:///{real.root}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["small"]).set_index("tags.cell")
+    assert runs.loc["resnet20-adam-0", "status"] == "KILLED"
+    assert runs.loc["resnet20-adam-0", "tags.flow_run_id"] == flow.id

@@ -1,0 +1,105 @@
+"""A process that is to end with another one, by real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from resgrid import watch
+from resgrid.errors import ResgridError
+
+WATCHER = """
+import signal, sys, time
+from resgrid import watch
+
+def closed(signum, frame):
+    print("closed", flush=True)
+    raise SystemExit(143)
+
+signal.signal(signal.SIGTERM, {handler})
+watch.watch(poll_seconds=0.1, grace_seconds=0.5)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+def watcher(watched: str | None, handler: str = "closed") -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if name != "RESGRID_WATCH"}
+    if watched is not None:
+        env["RESGRID_WATCH"] = watched
+    code = WATCHER.format(handler=handler)
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_process_gets_sigterm_when_the_watched_one_is_killed(sleeper):
+    process = watcher(watch.describe(sleeper.pid))
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    assert process.poll() is None  # as long as that one lives
+    sleeper.kill()  # and is a zombie, for nobody waits for it
+    out, _ = process.communicate(timeout=10)
+    assert out == "closed\n"
+    assert process.returncode == 143
+
+
+def test_another_process_with_the_same_id_is_not_the_watched_one(sleeper):
+    pid, _, started = watch.describe(sleeper.pid).partition(":")
+    process = watcher(f"{pid}:{int(started) - 1}")
+    out, _ = process.communicate(timeout=10)
+    assert out.endswith("closed\n")
+    assert process.returncode == 143
+
+
+def test_a_process_that_ignores_sigterm_is_killed(sleeper):
+    process = watcher(watch.describe(sleeper.pid), handler="signal.SIG_IGN")
+    assert process.stdout.readline() == "begun\n"
+    sleeper.kill()
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_nobody_is_watched_unless_told():
+    process = watcher(None)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+def test_the_start_time_is_the_systems_own(sleeper):
+    ps = subprocess.run(
+        ["ps", "-o", "etimes=", "-p", str(sleeper.pid)], capture_output=True, text=True, check=True
+    )
+    _, _, ticks = watch.describe(sleeper.pid).partition(":")
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    age = uptime - int(ticks) / os.sysconf("SC_CLK_TCK")
+    assert abs(age - float(ps.stdout)) < 2
+
+
+@pytest.mark.parametrize("value", ["", "4711", "4711:", "a:1", ":1"])
+def test_a_malformed_value_is_refused(value):
+    with pytest.raises(ResgridError, match=f"RESGRID_WATCH={value}"):
+        watch.alive(value)
+
+
+def test_a_process_that_is_gone_cannot_be_described(sleeper):
+    sleeper.kill()
+    sleeper.wait()
+    with pytest.raises(ProcessLookupError):
+        watch.describe(sleeper.pid)
