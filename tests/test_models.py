@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.request
 from pathlib import Path
 from typing import get_args
 
@@ -369,6 +370,7 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
         monkeypatch.delenv(proxy.upper(), raising=False)
     monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the first one made in a process keeps its proxies
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder

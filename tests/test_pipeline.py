@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
@@ -85,9 +85,19 @@ class Project:
         assert done.returncode == 0, done.stderr
         return set(json.loads(done.stdout))
 
+    @property
+    def mlflow(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.root}/mlflow.db")
+
     def runs(self) -> pd.DataFrame:
-        mlflow.set_tracking_uri(f"sqlite:///{self.root}/mlflow.db")
-        return mlflow.search_runs(experiment_names=["small"])
+        """A row a run, as `mlflow.search_runs` gives it, but with no tracking URI set for other tests."""
+        experiment = self.mlflow.get_experiment_by_name("small")
+        return pd.DataFrame(
+            {"run_id": run.info.run_id, "status": run.info.status}
+            | {f"params.{key}": value for key, value in run.data.params.items()}
+            | {f"tags.{key}": value for key, value in run.data.tags.items()}
+            for run in self.mlflow.search_runs([experiment.experiment_id])
+        )
 
     def edit(self, path: str, old: str, new: str) -> None:
         file = self.root / path
@@ -168,7 +178,7 @@ def test_every_trained_cell_is_one_run_with_its_parameters_and_weights(project):
     assert set(current["params.num_trainable"]) == {"269722"}
     assert current.loc["resnet20-adam-1", ["params.optimizer", "params.seed"]].tolist() == ["adam", "1"]
     run = current.loc["resnet20-sgd-0"]
-    files = {item.path for item in mlflow.artifacts.list_artifacts(run_id=run["run_id"])}
+    files = {item.path for item in project.mlflow.list_artifacts(run["run_id"])}
     assert {"weights.safetensors", "history.csv", "summary.txt"} <= files
 
 

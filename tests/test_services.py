@@ -300,6 +300,8 @@ def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(rest
 
 
 def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(restarted):
+    log = restarted.root / ".resgrid/logs/worker-resgrid-1.log"
+    until(lambda: "Worker 'resgrid-1' started!" in log.read_text(), 60)
     worker = psutil.Process(int(restarted.services["children"]["worker resgrid-1"].partition(":")[0]))
     worker.kill()
     assert restarted.process.wait(60) == 1

@@ -517,7 +517,7 @@ def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, 
 
 
 def test_the_mlflow_run_of_a_cancelled_cell_is_killed_and_leads_back_to_its_flow(server, real):
-    import mlflow
+    from mlflow import MlflowClient
 
     real.edit("params.yaml", "epochs: 1", "epochs: 1000")
     flow = server.begin(real, "train_cell", cell="resnet20-adam-0")
@@ -528,7 +528,8 @@ def test_the_mlflow_run_of_a_cancelled_cell_is_killed_and_leads_back_to_its_flow
         flow.process.terminate()
     assert wait_until(lambda: not left_over(real)) < 10
     flow.end()
-    mlflow.set_tracking_uri(f"sqlite:///{real.root}/mlflow.db")
-    runs = mlflow.search_runs(experiment_names=["small"]).set_index("tags.cell")
-    assert runs.loc["resnet20-adam-0", "status"] == "KILLED"
-    assert runs.loc["resnet20-adam-0", "tags.flow_run_id"] == flow.id
+    client = MlflowClient(f"sqlite:///{real.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("small").experiment_id
+    runs = {run.data.tags["cell"]: run for run in client.search_runs([experiment])}
+    assert runs["resnet20-adam-0"].info.status == "KILLED"
+    assert runs["resnet20-adam-0"].data.tags["flow_run_id"] == flow.id

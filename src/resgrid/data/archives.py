@@ -198,6 +198,8 @@ def _zip_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, byte
     total = 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
+            if not member.filename:
+                _refuse(path, "a member", "without a name; fetch the archive again")
             name = _safe_name(path, member.filename)
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where it was not packed on Unix
             if kind == stat.S_IFLNK:
