@@ -51,7 +51,7 @@ def stage_task(title: str, slot: str, work: Callable[[], State]) -> State:
     return work()
 
 
-@dataclass
+@dataclass(eq=False)
 class Try:
     """A cell in the queue."""
 
@@ -204,47 +204,59 @@ class Grid:
     def _pack(self, queue: list[Step], slots: list[Slot]) -> None:
         """Keep every slot busy until the queue is empty; on the way out by an exception, end what runs."""
         waiting, free = deque(Try(step) for step in queue), deque(slots)
-        ended: SimpleQueue[tuple[Try, Slot, PrefectFuture[State]]] = SimpleQueue()
-        futures: dict[str, PrefectFuture[State]] = {}
+        ended: SimpleQueue[Try] = SimpleQueue()
+        running: dict[Try, Slot] = {}
+        futures: list[PrefectFuture[State]] = []
         try:
-            while waiting or futures:
-                while waiting and free and not (waiting[0].alone and futures):
-                    attempt, slot = waiting.popleft(), free.popleft()
-                    self._start(attempt, slot, futures, ended)
+            while waiting or running:
+                while waiting and free and not (waiting[0].alone and running):
+                    attempt = waiting.popleft()
+                    running[attempt] = free.popleft()
+                    futures.append(self._start(attempt, running[attempt], ended))
                 self._show([other.step for other in waiting], slots)
                 try:
-                    attempt, slot, future = ended.get(timeout=REFRESH_SECONDS)
+                    attempt = ended.get(timeout=REFRESH_SECONDS)
                 except Empty:
                     continue
-                title = attempt.step.title
-                del futures[title], self.running[title]
-                free.append(slot)
-                self._note(title, attempt.step.stage, future.state)
-                if again := self._settle(attempt, neighbours=len(futures)):
-                    waiting.append(again)
+                if attempt in running:
+                    free.append(running.pop(attempt))
+                    del self.running[attempt.step.title]
+                    if again := self._settle(attempt, neighbours=len(running)):
+                        waiting.append(again)
+            for future in futures:
+                future.wait()
         except BaseException:
             self.stop.set()
-            for future in futures.values():
+            for future in futures:
                 future.wait(timeout=15)
             raise
 
-    def _start(
-        self,
-        attempt: Try,
-        slot: Slot,
-        futures: dict[str, PrefectFuture[State]],
-        ended: SimpleQueue[tuple[Try, Slot, PrefectFuture[State]]],
-    ) -> None:
+    def _start(self, attempt: Try, slot: Slot, ended: SimpleQueue[Try]) -> PrefectFuture[State]:
+        """Told to `ended` as soon as the cell has, before Prefect records it (0.3 s): the slot is free then.
+
+        And once more when the task has, since one that Prefect cannot even begin ends as well.
+        """
         title = attempt.step.title
         self.failures.pop(title, None)
         self.running[title] = time.time()
         self.progress.cells[title] = RUNNING
-        futures[title] = self._submit(title, slot.name, lambda: self._train(attempt, slot))
-        futures[title].add_done_callback(lambda future: ended.put((attempt, slot, future)))
+
+        def train() -> State:
+            try:
+                state = self._train(attempt, slot)
+            finally:
+                ended.put(attempt)
+            self._link(title)
+            return state
+
+        future = self._submit(title, slot.name, train)
+        future.add_done_callback(lambda future: ended.put(attempt))
+        return future
 
     def _settle(self, attempt: Try, neighbours: int) -> Try | None:
         """What the cell came to; another try at the end of the queue, if its fault is one that can pass."""
         title = attempt.step.title
+        self._note_if_lost(title, attempt.step.stage)
         failure = self.failures.get(title)
         if failure is None:
             self.progress.cells[title] = _DID[self.outcomes[title].did]
@@ -280,12 +292,13 @@ class Grid:
         title = attempt.step.title
         if attempt.number > 1 and self.stop.wait(0 if attempt.alone else PAUSE_SECONDS):
             return Cancelled(message="not begun again")
-        state = self._reproduce(title, attempt.step.stage, slot.name, slot.env, self.force)
+        return self._reproduce(title, attempt.step.stage, slot.name, slot.env, self.force)
+
+    def _link(self, title: str) -> None:
         outcome = self.outcomes.get(title)
         if outcome and outcome.did == "ran":
             for cell, link in mlflow_runs(self.pipeline.root, self.plan.params.name, [title]).items():
                 self.page.link(cell, link)
-        return state
 
     def _alone(self, name: str, anyway: bool) -> bool:
         """Bring one stage up to date that has the machine to itself; whether there was anything to do."""
@@ -293,8 +306,8 @@ class Grid:
             self._call(name, "", lambda: Completed(name="Up to date"))
             return False
         slot = whole_machine()
-        state = self._call(name, slot.name, lambda: self._reproduce(name, name, slot.name, slot.env, False))
-        self._note(name, name, state)
+        self._call(name, slot.name, lambda: self._reproduce(name, name, slot.name, slot.env, False))
+        self._note_if_lost(name, name)
         return name in self.failures or self.outcomes[name].did != "nothing"
 
     def _reproduce(self, title: str, stage: str, slot: str, env: Mapping[str, str], force: bool) -> State:
@@ -308,6 +321,9 @@ class Grid:
         except StageFailed as failure:
             self.failures[title] = failure
             return Failed(message=str(failure))
+        except OSError as error:  # a full disk, for instance
+            self.failures[title] = StageFailed(stage, str(error), [], self.pipeline.log(stage), None)
+            raise
         self.outcomes[title] = outcome
         return Completed(name=_STATE[outcome.did], message=f"took {duration(outcome.seconds)}")
 
@@ -335,11 +351,13 @@ class Grid:
     def _call(self, title: str, slot: str, work: Callable[[], State]) -> State:
         return stage_task(title, slot, work, return_state=True)
 
-    def _note(self, title: str, stage: str, state: State) -> None:
-        """A task that ended without an outcome of its stage failed as a task, on a full disk for instance."""
+    def _note_if_lost(self, title: str, stage: str) -> None:
+        """A stage without an outcome and without a failure of its own: Prefect could not run its task."""
         if title not in self.outcomes and title not in self.failures:
             log = self.pipeline.log(stage)
-            self.failures[title] = StageFailed(stage, state.message or state.name, [], log, None)
+            self.failures[title] = StageFailed(
+                stage, "its task did not run: see Prefect's log", [], log, None
+            )
 
 
 def choose(plan: Plan, patterns: list[str] | None) -> list[str]:

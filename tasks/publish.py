@@ -261,7 +261,8 @@ def mlflow_runs(root: Path, experiment: str, cells: Iterable[str]) -> dict[str, 
                 "max_results": 1,
             }
             for run in _ask(f"{address}/api/2.0/mlflow/runs/search", wanted).get("runs", []):
-                links[cell] = f"{address}/#/experiments/{number}/runs/{run['info']['run_id']}"
+                page = f"{address}/#/experiments/{number}/runs/{run['info']['run_id']}"
+                links[cell] = f"{page}?workflowType=machine_learning"  # else MLflow asks which kind of work
     except (OSError, ValueError, KeyError):
         pass
     return links
