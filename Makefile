@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up ui test test-long check format repro lock clean
+.PHONY: help install demo up ui test test-long check format repro bench bench-gpu lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -48,6 +48,12 @@ test: install  ## Run the tests
 
 test-long: install  ## Run the tests in their long forms as well
 	pytest -m "long or not long"
+
+bench: install  ## Measure the speed against the standard loop: a quarter of an hour on an idle machine
+	python benchmarks/speed.py
+
+bench-gpu: install  ## The same on a GPU
+	python benchmarks/speed.py --gpu
 
 check: install  ## Style, types and import contracts
 	ruff check .

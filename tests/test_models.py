@@ -17,6 +17,7 @@ from resgrid.config import Architecture
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
 from resgrid.models.cifar_resnet import Unit
+from resgrid.models.dropout import Dropout
 from resgrid.models.summary import count_parameters, summarize
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.models.wide_resnet import Block
@@ -291,7 +292,7 @@ def test_shortcut_into_a_wider_stage_is_pooled_between_zeros() -> None:
 
 def test_dropout_of_vgg16_stands_where_the_original_has_it() -> None:
     model = build_model("vgg16", 10, (0.3, 0.4, 0.5))
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    rates = {name: module.rate for name, module in model.named_modules() if isinstance(module, Dropout)}
     assert rates == {
         "base.conv1_1.dropout": 0.3,
         "base.conv2_1.dropout": 0.4,
@@ -320,7 +321,7 @@ def test_dropout_of_a_wide_block_takes_the_sum_with_the_shortcut() -> None:
 
 
 def test_dropout_0_adds_no_layer() -> None:
-    assert not [m for m in build_model("resnet10", 10, 0.0).modules() if isinstance(m, nn.Dropout)]
+    assert not [m for m in build_model("resnet10", 10, 0.0).modules() if isinstance(m, Dropout)]
 
 
 # --- VGG-16 ---------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ studies:
     seed: 0
     lr: 0.05
     initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}
-engine: {precision: fp32}
+engine: {precision: fp32, compile: never}
 """
 GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
 

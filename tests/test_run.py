@@ -41,7 +41,11 @@ def cell(cell_id: str = "resnet20-sgd-0", lr: float | None = None, **recipe: Any
     changed = Recipe.model_validate(found.recipe.model_dump() | PLAIN | recipe)
     optimizer = found.optimizer.model_copy(update={"lr": lr or found.optimizer.lr})
     return found.model_copy(
-        update={"recipe": changed, "optimizer": optimizer, "engine": Engine(precision="fp32")}
+        update={
+            "recipe": changed,
+            "optimizer": optimizer,
+            "engine": Engine(precision="fp32", compile="never"),
+        }
     )
 
 
@@ -162,7 +166,7 @@ def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
     timing = json.loads((finished / "timing.json").read_text())
     assert list(timing) == [
         "started", "train_seconds", "epoch_seconds", "images_per_second", "peak_memory_bytes", "device",
-        "device_name", "precision", "threads", "torch", "python", "platform", "resgrid",
+        "device_name", "precision", "compiled", "threads", "torch", "python", "platform", "resgrid",
     ]  # fmt: skip
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
     assert len(timing["epoch_seconds"]) == 2

@@ -78,7 +78,7 @@ def make_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) 
                 "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
             },
             "studies": {},
-            "engine": {"precision": "fp32"},
+            "engine": {"precision": "fp32", "compile": "never"},
         }
     )
 
@@ -331,6 +331,7 @@ def test_a_trained_cell_is_one_complete_run(
         "approach": "end_to_end",
         "initial_weights": "random",
         "precision": "fp32",
+        "compile": "never",
         "num_parameters": "271098",
         "num_trainable": "269722",
         "num_non_trainable": "1376",
@@ -351,6 +352,7 @@ def test_a_trained_cell_is_one_complete_run(
         "device": "cpu",
         "device_name": timing["device_name"],
         "precision": "fp32",
+        "compiled": "false",
         "resgrid": "0.1.0",
         "logged": "live",
     }

@@ -483,7 +483,7 @@ optimizers:
   rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
   adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
 studies: {}
-engine: {precision: fp32}
+engine: {precision: fp32, compile: never}
 """
 
 

@@ -203,19 +203,25 @@ def _train(options: argparse.Namespace) -> None:
     from resgrid import tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
-    from resgrid.training.device import choose_device
+    from resgrid.training.allocator import keep_freed_memory
+    from resgrid.training.device import choose_device, choose_execution, device_name
     from resgrid.training.run import train_cell
 
     watch.watch()
+    keep_freed_memory()
+    cache = tracking.project_root() / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     device = choose_device(options.device)
     meta = load_meta(PROCESSED)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
     epochs = cell.recipe.epochs
+    execution = choose_execution(cell, meta.num_images["train"], device)
     with (
         tracking.live_run(params.name, cell, meta) as run,
         Progress(cell.id, epochs * meta.num_images["train"], "images") as progress,
     ):
         finished = 0
+        progress.say(f"{cell.id}  {execution} on {device_name(device)}")
 
         def on_step(images: int, images_an_epoch: int) -> None:
             progress.update(finished * images_an_epoch + images, epochs * images_an_epoch)

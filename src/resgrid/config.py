@@ -296,9 +296,10 @@ class Grid(Strict):
 
 
 class Engine(Strict):
-    """What the arithmetic is done in."""
+    """What the arithmetic is done in, and by which kernels; `auto` goes by the device and the cell's work."""
 
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 autocast where the device is good at it
+    compile: Literal["auto", "always", "never"]  # steps by torch.compile; auto: where that pays
 
 
 class Params(Strict):

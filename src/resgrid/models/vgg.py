@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from resgrid.errors import ResgridError
+from resgrid.models.convolution import Conv3x3
+from resgrid.models.dropout import Dropout
 
 # Convolutions a block, and their filters; a 2x2 max-pooling ends each block.
 BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -40,11 +42,11 @@ def build(num_classes: int, dropout: tuple[float, float, float]) -> tuple[nn.Mod
     base["flatten"] = nn.Flatten()  # (N, 512)
 
     head = OrderedDict(
-        dropout1=nn.Dropout(dense),
+        dropout1=Dropout(dense),
         dense=nn.Linear(512, 512),
         relu=nn.ReLU(inplace=True),
         norm=nn.BatchNorm1d(512, eps=1e-3, momentum=0.01),
-        dropout2=nn.Dropout(dense),
+        dropout2=Dropout(dense),
         classifier=nn.Linear(512, num_classes),
     )
     return nn.Sequential(base), nn.Sequential(head)
@@ -52,12 +54,12 @@ def build(num_classes: int, dropout: tuple[float, float, float]) -> tuple[nn.Mod
 
 def _convolution(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
     layers = OrderedDict(
-        conv=nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        conv=Conv3x3(in_channels, out_channels),
         relu=nn.ReLU(inplace=True),
         norm=nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01),
     )
     if dropout:
-        layers["dropout"] = nn.Dropout(dropout)
+        layers["dropout"] = Dropout(dropout)
     return nn.Sequential(layers)
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resgrid.config import Architecture
+from resgrid.models.convolution import Conv3x3
+from resgrid.models.dropout import Dropout
 
 BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
     "resnet10": (1, 1, 1, 1),
@@ -57,9 +59,13 @@ class Block(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.conv1: nn.Conv2d = (
+            Conv3x3(in_channels, out_channels, bias=False)
+            if stride == 1
+            else nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        )
         self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(out_channels, out_channels, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
@@ -70,7 +76,7 @@ class Block(nn.Module):
                 )
             )
         # A rate of 0 would still draw a mask for every activation.
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)

@@ -54,6 +54,7 @@ def params_of(cell: Cell) -> dict[str, str]:
         "seed": cell.seed,
         **cell.recipe.model_dump(),
         "precision": cell.engine.precision,
+        "compile": cell.engine.compile,
     }
     return dict(_flat(values))
 
@@ -212,6 +213,7 @@ def complete(
         "device": timing["device"],
         "device_name": timing["device_name"],
         "precision": timing["precision"],
+        "compiled": str(timing["compiled"]).lower(),
         "mlflow.note.content": _description(metrics, timing),
         "grid": "current",
         "synced": f"{weights_sha256}:{FORMAT}",

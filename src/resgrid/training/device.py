@@ -5,12 +5,35 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from resgrid.config import Engine
 from resgrid.errors import ResgridError
+from resgrid.grid import Cell
+
+# Compiling takes about a minute of a cold start. Where it makes a step of a thin network a fifth faster, that
+# is paid back after some 300,000 images: six epochs of CIFAR-10. Wide networks gain nothing.
+COMPILE_FROM_IMAGES = 300_000
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a cell's steps are computed on this machine; it changes results by no more than rounding."""
+
+    precision: torch.dtype  # float32, or bfloat16 for autocast over float32 weights
+    compiled: bool = False
+
+    @property
+    def precision_name(self) -> str:
+        return "bf16" if self.precision is torch.bfloat16 else "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.precision_name}, {'compiled' if self.compiled else 'eager'}"
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -59,6 +82,43 @@ def choose_precision(engine: Engine, device: torch.device) -> torch.dtype:
                     "write fp32, or auto, which takes what the device is good at."
                 )
             return torch.bfloat16
+
+
+def choose_execution(cell: Cell, num_train: int, device: torch.device) -> Execution:
+    """As the cell's `engine` says; what it leaves to us goes by the whole work of the cell and the machine.
+
+    Never by what is cached or left to do, so that a cell gives the same weights whenever it is started.
+    Without a C++ compiler nothing is compiled; where that was asked for, one line on stderr says so.
+    Raises ResgridError as `choose_precision` does.
+    """
+    precision = choose_precision(cell.engine, device)
+    if cell.engine.compile == "auto":
+        pays = (
+            device.type == "cpu"
+            and _has_amx()
+            and cell.family == "cifar_resnet"
+            and cell.recipe.epochs * num_train >= COMPILE_FROM_IMAGES
+        )
+        return Execution(precision, pays and _has_compiler())
+    if cell.engine.compile == "always" and not _has_compiler():
+        print(
+            "resgrid: engine.compile: always, but this machine has no C++ compiler (g++, clang++, or $CXX), "
+            "so that steps are computed without.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return Execution(precision)
+    return Execution(precision, cell.engine.compile == "always")
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+
+
+def _has_amx() -> bool:
+    """Whether the CPU multiplies matrices in tiles: there convolutions are so fast that the rest weighs."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
 
 
 def device_name(device: torch.device) -> str:

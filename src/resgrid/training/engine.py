@@ -31,7 +31,7 @@ from resgrid.data.dataset import Split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
-from resgrid.training.device import choose_precision
+from resgrid.training.device import Execution, choose_execution
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 from resgrid.training.schedules import lr_factor
 
@@ -119,12 +119,12 @@ def fit(
             f"images of the training split; write {len(data.train.labels)} or less."
         )
     with _explained_memory_error(cell, device):
-        precision = choose_precision(cell.engine, device)
+        execution = choose_execution(cell, len(data.train.labels), device)
         _place(model, device)
         model.base.requires_grad_(recipe.approach == "end_to_end")
         optimizer = build_optimizer(cell, model)
         totals = Totals(device)
-        step = make_step(cell, model, optimizer, totals, precision)
+        step = make_step(cell, model, optimizer, totals, execution)
 
         train, test = _on(data.train, device), _on(data.test, device)
         validation = None if data.validation is None else _on(data.validation, device)
@@ -158,7 +158,7 @@ def fit(
             train_loss, train_accuracy = totals.read(len(batches), num_images)  # waits for the device
             seconds = time.perf_counter() - started
 
-            scoring = torch.float32 if number == recipe.epochs else precision
+            scoring = torch.float32 if number == recipe.epochs else execution.precision
             test_scores = scores(test, scoring)
             validation_scores = None if validation is None else scores(validation, scoring)
             losses = {"training": train_loss, "test": test_scores.loss}
@@ -220,20 +220,27 @@ class Totals:
 
 
 def make_step(
-    cell: Cell, model: Classifier, optimizer: optim.Optimizer, totals: Totals, precision: torch.dtype
+    cell: Cell, model: Classifier, optimizer: optim.Optimizer, totals: Totals, execution: Execution
 ) -> Callable[[Tensor, Tensor], None]:
     """One optimizer step on images (B, 3, 32, 32) and labels (B,), all of it on the device.
 
-    Shapes never change and nothing is read back, so that it can be compiled or captured as it stands.
+    Shapes never change and nothing is read back, so that it can be compiled as it stands.
     """
     trains_base = cell.recipe.approach == "end_to_end"
+    bf16 = execution.precision is torch.bfloat16
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             with torch.set_grad_enabled(trains_base):
                 features = model.base(images)
             logits = model.head(features).float()  # (B, classes)
-        loss = F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels), logits
+
+    if execution.compiled:
+        forward = torch.compile(forward, dynamic=False)  # and with it what backward does
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        loss, logits = forward(images, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -31,7 +31,7 @@ from resgrid.models import Classifier, build_model
 from resgrid.models.summary import count_parameters, summarize
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.models.weights import WeightsInfo, load_weights, save_weights
-from resgrid.training.device import choose_precision, device_name
+from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit, recipe_key, stream_seed
 
 HISTORY = (
@@ -84,7 +84,7 @@ def train_cell(
         save_weights(run_folder / "weights.safetensors", model, info)
         _write(run_folder / "summary.txt", summary + "\n")
         _write(run_folder / "history.csv", _history(outcome.epochs))
-        _write(run_folder / "timing.json", _json(_timing(cell, outcome, device, started)))
+        _write(run_folder / "timing.json", _json(_timing(cell, outcome, meta, device, started)))
         weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
         _write(run_folder / "metrics.json", _json(_metrics(cell, model, meta, outcome, weights_sha256)))
     except OSError as error:
@@ -195,10 +195,12 @@ def _origin(cell: Cell) -> str:
             return other.name
 
 
-def _timing(cell: Cell, outcome: Outcome, device: torch.device, started: datetime) -> dict[str, Any]:
+def _timing(
+    cell: Cell, outcome: Outcome, meta: Meta, device: torch.device, started: datetime
+) -> dict[str, Any]:
     seconds = [epoch.seconds for epoch in outcome.epochs]
     images = sum(epoch.seconds * epoch.images_per_second for epoch in outcome.epochs)
-    precision = choose_precision(cell.engine, device)
+    execution = choose_execution(cell, meta.num_images["train"], device)
     return {
         "started": started.isoformat(timespec="seconds"),
         "train_seconds": sum(seconds),
@@ -207,7 +209,8 @@ def _timing(cell: Cell, outcome: Outcome, device: torch.device, started: datetim
         "peak_memory_bytes": _peak_memory(device),
         "device": device.type,
         "device_name": device_name(device),
-        "precision": "bf16" if precision is torch.bfloat16 else "fp32",
+        "precision": execution.precision_name,
+        "compiled": execution.compiled,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

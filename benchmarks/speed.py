@@ -1,0 +1,327 @@
+"""ResGrid's training and scoring against the standard loop (standard_loop.py): `make bench`.
+
+Both sides are processes that live through the whole of a row and take turns, so that the machine's moods hit
+both; each figure is the median of its rounds, each ratio the median of the rounds' ratios. Images are real
+(scikit-learn's handwritten digits as 32x32 RGB), batches 128, augmentation crop and flip on both sides.
+ResGrid computes as it would for that cell's full training on CIFAR-10. Writes results.md and results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+BATCH = 128
+CIFAR_IMAGES = 50_000
+# Batches a round of the standard loop: a few seconds each on two cores.
+BATCHES = {"resnet20": 12, "resnet18": 2, "vgg16": 3, "resnet110": 3}
+NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "vgg16": "VGG-16", "resnet110": "ResNet-110"}
+GOALS = {"resnet20": (3.2, 5.0), "resnet18": (3.7, 5.0), "vgg16": (3.0, 5.0), "resnet110": (2.8, 4.5)}
+GPU_FACTOR = 20  # more batches a round
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; speeds in images/s, times in s."""
+
+    name: str
+    baseline: float
+    ours: float
+    ratio: float
+    lowest_ratio: float
+    highest_ratio: float
+    rounds: int
+    unit: str
+    at_least: float | None
+    aim: float | None
+
+
+# --- the two sides, each in a process of its own ----------------------------------------------------
+
+
+def digits(num: int):
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = (found.images * 15).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    index = np.arange(num) % len(pixels)
+    return np.repeat(pixels[index][..., None], 3, axis=3), found.target[index]
+
+
+def serve(measure) -> None:
+    """Run `measure` for each line on stdin, and print what it returns."""
+    measure()  # the first touch of everything is not counted
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(measure(), flush=True)
+
+
+def standard(architecture: str, what: str, batches: int) -> None:
+    sys.path.insert(0, str(HERE))
+    import standard_loop
+    import torch
+
+    from resgrid.config import load_params
+    from resgrid.grid import find_cell
+    from resgrid.models import build_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cell = find_cell(load_params(HERE.parent / "params.yaml"), f"{architecture}-sgd-0")
+    model = build_model(architecture, 10, cell.recipe.dropout).to(device)
+    for name, module in model.named_modules():  # torch's own, as people have them
+        if type(module).__name__ == "Dropout" and type(module).__module__.startswith("resgrid"):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, torch.nn.Dropout(module.rate))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    train, test = standard_loop.loaders(*digits(batches * BATCH), BATCH, device)
+
+    def measure() -> float:
+        began = time.perf_counter()
+        if what == "train":
+            *_, images = standard_loop.train(model, train, optimizer, device)
+        else:
+            *_, images = standard_loop.test(model, test, device)
+        return images / (time.perf_counter() - began)
+
+    serve(measure)
+
+
+def ours(architecture: str, what: str, batches: int) -> None:
+    from resgrid.training.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    import torch
+
+    from resgrid.config import Engine, Recipe, load_params
+    from resgrid.data.dataset import Split
+    from resgrid.grid import find_cell
+    from resgrid.models import build_model
+    from resgrid.training.device import choose_device, choose_execution
+    from resgrid.training.engine import TrainingData, fit, score
+
+    device = choose_device()
+    cell = find_cell(load_params(HERE.parent / "params.yaml"), f"{architecture}-sgd-0")
+    execution = choose_execution(cell, CIFAR_IMAGES, device)
+    same = {"flip": True, "crop_padding": 4, "rotation_degrees": 0.0, "shift_fraction": 0.0}
+    recipe = cell.recipe.model_dump() | {"batch_size": BATCH, "epochs": 10_000, "augmentation": same}
+    cell = cell.model_copy(
+        update={
+            "recipe": Recipe.model_validate(recipe),
+            "engine": Engine(
+                precision=execution.precision_name, compile="always" if execution.compiled else "never"
+            ),
+        }
+    )
+    images, labels = (torch.from_numpy(part) for part in digits(batches * BATCH))
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    few = Split(images[:100], labels[:100])
+    data = TrainingData(train=Split(images, labels), test=few, validation=None, mean=mean, std=std)
+    model = build_model(architecture, 10, cell.recipe.dropout)
+    if what == "train":
+        training = fit(cell, model, data, device)
+        serve(lambda: next(training).images_per_second)
+        return
+
+    def measure() -> float:
+        began = time.perf_counter()
+        score(model, data.train, mean, std, device, execution.precision)
+        return len(labels) / (time.perf_counter() - began)
+
+    serve(measure)
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+class Side:
+    """One of the two processes, or several that work at once."""
+
+    def __init__(self, side: str, architecture: str, what: str, batches: int, processes: int = 1) -> None:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        env = os.environ | {"RESGRID_THREADS": str(threads)}
+        self.processes = [
+            subprocess.Popen(
+                _command(side, architecture, what, batches),
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(processes)
+        ]
+        for process in self.processes:
+            assert process.stdout.readline() == "ready\n", f"{side} {architecture} {what} did not start"
+
+    def measure(self) -> float:
+        """Images/s, summed over the processes."""
+        for process in self.processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sum(float(process.stdout.readline()) for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+            process.wait()
+
+
+def _command(side: str, architecture: str, what: str, batches: int) -> list[str]:
+    return [sys.executable, str(Path(__file__)), "--side", side, architecture, what, str(batches)]
+
+
+def speed_row(
+    name: str, architecture: str, what: str, batches: int, rounds: int, goals, processes: int = 1
+) -> Row:
+    """Both sides in turn. The standard loop is always one process: several only get in each other's way."""
+    factor = 4 if what == "score" else 1
+    baseline = Side("standard", architecture, what, batches * factor)
+    own = Side("ours", architecture, what, batches * factor * 2, processes)
+    pairs = [(baseline.measure(), own.measure()) for _ in range(rounds)]
+    baseline.close()
+    own.close()
+    ratios = [fast / slow for slow, fast in pairs]
+    return Row(
+        name=name,
+        baseline=round(median(slow for slow, _ in pairs), 1),
+        ours=round(median(fast for _, fast in pairs), 1),
+        ratio=round(median(ratios), 2),
+        lowest_ratio=round(min(ratios), 2),
+        highest_ratio=round(max(ratios), 2),
+        rounds=rounds,
+        unit="images/s",
+        at_least=goals[0],
+        aim=goals[1],
+    )
+
+
+def start_row(rounds: int) -> Row:
+    """Seconds from the start of a process to the end of its first training step, file caches warm."""
+    times: dict[str, list[float]] = {"standard": [], "ours": []}
+    for _ in range(rounds + 1):
+        for side, found in times.items():
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                _command(side, "resnet20", "train", 1),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdout.readline() == "ready\n"  # printed after the first step
+            found.append(time.perf_counter() - began)
+            process.wait()
+    slow, fast = times["standard"][1:], times["ours"][1:]
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return Row(
+        name="first training step after process start, warm",
+        baseline=round(median(slow), 1),
+        ours=round(median(fast), 1),
+        ratio=round(median(ratios), 2),
+        lowest_ratio=round(min(ratios), 2),
+        highest_ratio=round(max(ratios), 2),
+        rounds=rounds,
+        unit="s (goal: at most 8, aim 4)",
+        at_least=None,
+        aim=None,
+    )
+
+
+def measure_all(rounds: int, gpu: bool) -> list[Row]:
+    factor = GPU_FACTOR if gpu else 1
+    rows = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.name:48} {row.baseline:9,.1f} {row.ours:9,.1f} {row.ratio:6.2f} x", flush=True)
+
+    for architecture, batches in BATCHES.items():
+        goals = (10.0, None) if gpu and architecture == "resnet20" else GOALS[architecture]
+        name = f"{NAMES[architecture]} training"
+        add(speed_row(name, architecture, "train", batches * factor, rounds, goals))
+    for architecture, batches in BATCHES.items():
+        name = f"{NAMES[architecture]} evaluation"
+        add(speed_row(name, architecture, "score", batches * factor, rounds, (4.2, 6.0)))
+    many = 8 if gpu else 2
+    name = f"{many} ResNet-20 cells at once, summed"
+    add(speed_row(name, "resnet20", "train", 12 * factor, rounds, (3.7, 5.0), processes=many))
+    add(start_row(rounds))
+    return rows
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    from resgrid.training.device import choose_device, choose_precision, device_name
+
+    device = choose_device()
+    from resgrid.config import load_params
+
+    precision = choose_precision(load_params(HERE.parent / "params.yaml").engine, device)
+    return {
+        "device": device_name(device),
+        "cores": str(os.cpu_count()),
+        "bf16": str(precision is torch.bfloat16),
+        "amx": str(bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def write(name: str, found: dict[str, str], rows: list[Row]) -> None:
+    (HERE / f"{name}.json").write_text(
+        json.dumps({"machine": found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+    )
+    lines = [
+        "| | standard loop | ResGrid | ratio | rounds' ratios | at least | aim |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        goals = " | ".join("" if goal is None else f"{goal:.1f}" for goal in (row.at_least, row.aim))
+        lines.append(
+            f"| {row.name} | {row.baseline:,.1f} {row.unit} | {row.ours:,.1f} | {row.ratio:.2f} "
+            f"| {row.lowest_ratio:.2f}–{row.highest_ratio:.2f} ({row.rounds}) | {goals} |"
+        )
+    said = "\n".join(f"- {key}: {value}" for key, value in found.items())
+    (HERE / f"{name}.md").write_text(
+        f"# Speed against the standard loop\n\nWritten by `make bench`; read with "
+        f"[notes.md](notes.md).\n\n{said}\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gpu", action="store_true", help="longer rounds, and results-gpu.md")
+    parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)  # whose, which, what, how many batches
+    options = parser.parse_args()
+    if options.side:
+        side, architecture, what, batches = options.side
+        (standard if side == "standard" else ours)(architecture, what, int(batches))
+        return
+    found = machine()
+    if options.gpu and "cuda" not in _device_type():
+        sys.exit("bench: there is no GPU here; `make bench` measures the CPU.")
+    write("results-gpu" if options.gpu else "results", found, measure_all(options.rounds, options.gpu))
+
+
+def _device_type() -> str:
+    from resgrid.training.device import choose_device
+
+    return choose_device().type
+
+
+if __name__ == "__main__":
+    main()
