@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     command("preprocess", _preprocess, "Make one compact file a split from the raw images (a DVC stage)")
     sub = command("train", _train, "Train one cell (a DVC stage)")
     sub.add_argument("cell", help="a cell's id, such as resnet20-adam-0; `resgrid cells` lists them")
+    sub.add_argument(
+        "--afresh",
+        action="store_true",
+        help="anew from the first epoch, though an earlier start was cut off",
+    )
     _device_option(sub)
     sub = command("evaluate", _evaluate, "Score every trained cell afresh and compare them (a DVC stage)")
     _device_option(sub)
@@ -203,6 +208,7 @@ def _train(options: argparse.Namespace) -> None:
     from resgrid import tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
+    from resgrid.training import checkpoint
     from resgrid.training.device import choose_device
     from resgrid.training.run import train_cell
 
@@ -210,17 +216,29 @@ def _train(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     meta = load_meta(PROCESSED)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
-    epochs = cell.recipe.epochs
+    kept = checkpoint.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    checkpoint.forget_recorded(kept, Path("dvc.lock"))
+    if options.afresh:
+        checkpoint.delete(checkpoint.files_of(kept, cell.id))
+    checkpoints = checkpoint.Checkpoints(kept, cell, meta.digest, device)
+    epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
+    num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     with (
-        tracking.live_run(params.name, cell, meta) as run,
-        Progress(cell.id, epochs * meta.num_images["train"], "images") as progress,
+        tracking.live_run(
+            params.name, cell, meta, training=checkpoints.digest, resumed_epochs=finished
+        ) as run,
+        Progress(cell.id, epochs * num_images, "images") as progress,
     ):
-        finished = 0
+        for damaged in checkpoints.refused:
+            progress.say(f"{cell.id}  {damaged} The one before it is used.")
+        if finished:
+            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}")
+            progress.begin(finished * num_images)
 
         def on_step(images: int, images_an_epoch: int) -> None:
-            progress.update(finished * images_an_epoch + images, epochs * images_an_epoch)
+            progress.update(finished * images_an_epoch + images)
 
-        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights):
+        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
             run.log_epoch(epoch)
             progress.note = f"epoch {epoch.epoch}/{epochs}, test {100 * epoch.test_accuracy:.2f} %"

@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self._before = 0
         self.note = ""
         self._started = self._drawn = time.monotonic()
         self._said = self._started
@@ -59,6 +59,10 @@ class Progress:
             self._draw()
             self._bar.stop()
 
+    def begin(self, done: int) -> None:
+        """`done` units were done before: they count as done, but not for the speed."""
+        self.done = self._before = done
+
     def update(self, done: int, total: int | None = None) -> None:
         """`done` units of the whole are done."""
         self.done, self.total = done, total if total is not None else self.total
@@ -79,11 +83,11 @@ class Progress:
     @property
     def speed(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def remaining(self) -> str:
         """`1:02:03` until the end at the speed so far, or nothing while it is unknown."""
-        if not self.total or not self.done:
+        if not self.total or self.done <= self._before:
             return ""
         return clock((self.total - self.done) / self.speed)
 

@@ -99,14 +99,14 @@ def _sync_cell(store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path,
     if not all((folder / name).is_file() for name in FILES):
         report.missing.append(cell.id)
         for each in runs:
-            if not _is_live(each):
+            if not is_live(each):
                 _end_killed(store, each)
         return
     try:
         metrics = read_json(folder / "metrics.json")
         started = contents.started_at(read_json(folder / "timing.json"))
         run = _find(runs, cell, metrics, started)
-        if run and _is_live(run, started):
+        if run and is_live(run, started):
             report.training.append(cell.id)
             return
         if run and run.data.tags.get("synced") == f"{metrics['weights_sha256']}:{contents.FORMAT}":
@@ -169,6 +169,8 @@ def _contradiction(cell: Cell, metrics: dict[str, Any]) -> str | None:
             return (
                 f"trained with {key} {metrics[key]}, but params.yaml says {value}: `dvc repro {cell.stage}`"
             )
+    if metrics.get("cell_digest", cell.digest) != cell.digest:
+        return f"trained with other params than those in params.yaml: `dvc repro {cell.stage}`"
     return None
 
 
@@ -198,7 +200,7 @@ def retire(store: Store, runs: list[Run], keep: str | None = None, started: int 
     """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
     changed = []
     for run in runs:
-        if run.info.run_id == keep or _is_live(run, started):
+        if run.info.run_id == keep or is_live(run, started):
             continue
         _end_killed(store, run)
         if run.data.tags.get("grid") != "superseded":
@@ -213,7 +215,7 @@ def _end_killed(store: Store, run: Run) -> None:
         store.client.set_terminated(run.info.run_id, "KILLED")
 
 
-def _is_live(run: Run, started: int | None = None) -> bool:
+def is_live(run: Run, started: int | None = None) -> bool:
     """Whether a process may yet log to `run`.
 
     On this machine that is known. On another one it counts as gone once its cell has files of a training that
