@@ -33,9 +33,8 @@ from resgrid.training.run import train_cell
 
 ROOT = Path(__file__).parents[1]
 SAME = ["history.csv", "metrics.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
-# Dropout, augmentation and a schedule: every stream of random numbers and every counter is in use.
+# Augmentation and a schedule: the streams of random numbers and the counters are in use.
 LIVELY = {
-    "dropout": 0.1,
     "schedule": {"name": "cosine", "final_factor": 0.0},
     "augmentation": {"flip": True, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.1},
 }
@@ -213,7 +212,7 @@ def test_only_the_same_cell_data_and_precision_go_on(data: Path, tmp_path: Path)
     assert found(cell(epochs=4, **LIVELY)) == 0
     assert found(cell(epochs=3, lr=0.01, **LIVELY)) == 0
     assert found(trained.model_copy(update={"seed": 1})) == 0
-    assert found(cell(epochs=3, **LIVELY | {"dropout": 0.2})) == 0
+    assert found(cell(epochs=3, **LIVELY | {"time_decay": 0.1})) == 0
     assert found(trained, "sha256:" + 64 * "0") == 0
     # Also under the name of a file that is ours: the owner stands inside.
     other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU)
