@@ -26,8 +26,9 @@ from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder`
 from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.leftovers import CODE, code_digest
 from resgrid.training import checkpoint
-from resgrid.training.checkpoint import Checkpoints, code_digest
+from resgrid.training.checkpoint import Checkpoints
 from resgrid.training.engine import Epoch, Outcome
 from resgrid.training.run import train_cell
 
@@ -100,12 +101,16 @@ def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
     moments = random.Random(time.time_ns())
     survived = 0
     while survived < kills:
-        process = processes.Process(target=_train, args=(trained, data, tmp_path / "kept", tmp_path / "killed"))
+        process = processes.Process(
+            target=_train, args=(trained, data, tmp_path / "kept", tmp_path / "killed")
+        )
         process.start()
         process.join(0.3 + moments.uniform(0, 3 * an_epoch))
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was done before: from now on it is killed at its end, or restarts there
+        if (
+            process.exitcode == 0
+        ):  # it was done before: from now on it is killed at its end, or restarts there
             shutil.rmtree(tmp_path / "killed")
         survived += process.exitcode == -signal.SIGKILL
     process = processes.Process(target=_train, args=(trained, data, tmp_path / "kept", tmp_path / "killed"))
@@ -241,7 +246,7 @@ def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -
 def test_the_code_that_it_belongs_to_is_that_of_the_stage() -> None:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for deps in (stages["train"]["deps"], stages["train-study"]["do"]["deps"]):
-        assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in checkpoint.CODE)]
+        assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in CODE)]
 
 
 def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:

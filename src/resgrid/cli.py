@@ -27,6 +27,7 @@ RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
 RUNS = Path("runs")
 REPORTS = Path("reports")
+LOCK = Path("dvc.lock")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     json_flag(sub)
     _device_option(sub)
     sub = command("sync", _sync, "Give every current cell its complete run in MLflow")
+    json_flag(sub)
+    sub = command("gc", _gc, "Delete what interrupted and former work has left; tell what the rest takes")
+    sub.add_argument("--dry-run", action="store_true", help="only tell")
     json_flag(sub)
     sub = command("ui", _ui, "Open MLflow's pages on the pipeline's store (syncs first)")
     sub.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
@@ -205,10 +209,10 @@ def _train(options: argparse.Namespace) -> None:
     params = load_params()
     cell = find_cell(params, options.cell)
 
-    from resgrid import tracking, watch
+    from resgrid import leftovers, tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
-    from resgrid.training import checkpoint
+    from resgrid.training.checkpoint import Checkpoints
     from resgrid.training.device import choose_device
     from resgrid.training.run import train_cell
 
@@ -216,11 +220,11 @@ def _train(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     meta = load_meta(PROCESSED)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
-    kept = checkpoint.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
-    checkpoint.forget_recorded(kept, Path("dvc.lock"))
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
     if options.afresh:
-        checkpoint.delete(checkpoint.files_of(kept, cell.id))
-    checkpoints = checkpoint.Checkpoints(kept, cell, meta.digest, device)
+        leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
+    checkpoints = Checkpoints(kept, cell, meta.digest, device)
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     with (
@@ -314,15 +318,61 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from resgrid import tracking
+    from resgrid import leftovers, tracking
     from resgrid.config import load_params
     from resgrid.progress import Progress
 
     params = load_params()
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
     with Progress("sync", None, "cells") as progress:
         report = tracking.sync(params, Path.cwd(), progress.update)
     print(json.dumps(report.as_dict(), indent=2) if options.json else report)
     return 1 if report.failed else 0
+
+
+def _gc(options: argparse.Namespace) -> None:
+    from resgrid import leftovers, tracking
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+    from resgrid.progress import amount
+
+    params = load_params()
+    root, pipeline = tracking.project_root(), Path.cwd().resolve()
+    digest = None
+    if (PROCESSED / "meta.json").is_file():
+        from resgrid.data.dataset import load_meta
+
+        digest = load_meta(PROCESSED).digest
+    found = leftovers.find_leftovers(root, pipeline, expand(params), digest)
+    if not options.dry_run:
+        leftovers.delete(each.path for each in found)
+    taken = leftovers.usage(root, pipeline)
+    old = tracking.superseded_bytes(params.name)
+    if options.json:
+        content = {
+            "deleted": not options.dry_run,
+            "leftovers": [
+                {"path": str(each.path.relative_to(root)), "bytes": each.num_bytes, "why": each.why}
+                for each in found
+            ],
+            "bytes": taken,
+            "superseded_runs_bytes": old,
+        }
+        print(json.dumps(content, indent=2))
+        return
+    for each in found:
+        print(f"{amount(each.num_bytes, 'B'):>9}  {each.path.relative_to(root)}: {each.why}")
+    total = amount(sum(each.num_bytes for each in found), "B")
+    print(
+        f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
+    )
+    for place, num_bytes in taken.items():
+        print(f"{amount(num_bytes, 'B'):>9}  {place}")
+    print(
+        f"{amount(old, 'B'):>9}  of it in MLflow's superseded runs, with replaced weights\n"
+        "`dvc gc --workspace` empties DVC's cache of what no current result is made of."
+    )
 
 
 def _ui(options: argparse.Namespace) -> None:

@@ -93,13 +93,13 @@ class Progress:
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        speed = f"{_amount(self.speed, self.unit)}/s"
+        speed = f"{amount(self.speed, self.unit)}/s"
         self._bar.update(self._task, completed=self.done, total=self.total, speed=speed, note=self.note)
 
     def _line(self) -> str:
-        share = f"{100 * self.done / self.total:.0f} %" if self.total else _amount(self.done, self.unit)
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else amount(self.done, self.unit)
         left = f", {self.remaining()} left" if self.remaining() else ""
-        return f"{self.title}: {share}, {_amount(self.speed, self.unit)}/s{left}"
+        return f"{self.title}: {share}, {amount(self.speed, self.unit)}/s{left}"
 
 
 def clock(seconds: float) -> str:
@@ -117,7 +117,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} days"
 
 
-def _amount(number: float, unit: str) -> str:
+def amount(number: float, unit: str) -> str:
+    """`1,234 images`, or of the unit B `1.2 MB`."""
     if unit != "B":
         return f"{number:,.0f} {unit}"
     for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,26 +30,10 @@ from torch import Tensor, nn, optim
 
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.leftovers import code_digest
 from resgrid.training.device import choose_precision
 
-CODE = ("data/batches.py", "models", "training")  # as a cell's dependencies in dvc.yaml
 MAGIC = "resgrid checkpoint 1"
-MAX_HEAD_BYTES = 2**24  # 250 epochs take 80 kB
-
-
-def checkpoint_folder(root: Path, pipeline: Path) -> Path:
-    """Where the checkpoints of the cells of a pipeline's folder lie; both paths are absolute."""
-    return root / ".resgrid" / "checkpoints" / pipeline.relative_to(root)
-
-
-def code_digest(package: Path = Path(__file__).parents[1]) -> str:
-    """`sha256:…` of the source files that can change a cell's weights."""
-    sha256 = hashlib.sha256()
-    for name in CODE:
-        for path in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
-            content = path.read_bytes()
-            sha256.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return f"sha256:{sha256.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,10 @@ class Checkpoints:
             writing.result()
 
     def finished(self, timing: Path) -> None:
-        """Note what came of the training, by a file of its run that no other training writes alike."""
+        """Note what came of the training, by a file of its run that no other training writes alike.
+
+        By it `leftovers.forget_recorded` sees that DVC has recorded this very training.
+        """
         _replace(self._done, hashlib.md5(timing.read_bytes(), usedforsecurity=False).hexdigest().encode())
 
     def _read(self, path: Path) -> Checkpoint | None:
@@ -197,49 +184,6 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(**json.loads(head), tensors=load_tensors(tensors))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ResgridError(f"{path}: it is no checkpoint of this version ({error}).") from None
-
-
-def read_owner(path: Path) -> dict[str, str] | None:
-    """Whose checkpoint `path` is, by its head alone; None if that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.readline(MAX_HEAD_BYTES)
-            owner: dict[str, str] = json.loads(file.readline(MAX_HEAD_BYTES))["owner"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return owner
-
-
-def files_of(folder: Path, cell_id: str | None = None) -> list[Path]:
-    """What lies in a pipeline's folder of checkpoints, of one cell or of all."""
-    return sorted(path for path in folder.glob(f"{cell_id or '*'}.*") if path.is_file())
-
-
-def forget_recorded(folder: Path, lock: Path) -> list[Path]:
-    """Delete the checkpoints of every training whose results the dvc.lock `lock` lists; what was deleted.
-
-    A training that DVC runs once more is then a new one. The MD5 in dvc.lock is that of the file's bytes.
-    """
-    notes = [path for path in files_of(folder) if path.suffix == ".done"]
-    if not notes or not lock.is_file():
-        return []
-    listed, deleted = lock.read_text(encoding="utf-8"), []
-    for note in notes:
-        with suppress(FileNotFoundError):  # another process was quicker
-            md5 = note.read_text(encoding="utf-8")
-            if len(md5) == 32 and md5 in listed:
-                deleted += delete([*note.parent.glob(f"{note.stem}.[01]"), note])
-    return deleted
-
-
-def delete(paths: Iterable[Path]) -> list[Path]:
-    """Delete these files; those that were there."""
-    deleted = []
-    for path in paths:
-        with suppress(FileNotFoundError):
-            path.unlink()
-            deleted.append(path)
-    return deleted
 
 
 def _replace(path: Path, content: bytes) -> None:
