@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -13,23 +12,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from mlflow import MlflowClient
 from ruamel.yaml import YAML
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
+from resgrid import tracking
+from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
-from resgrid.grid import Cell
+from resgrid.grid import Cell, find_cell
 from resgrid.leftovers import CODE, code_digest
 from resgrid.training import checkpoint
 from resgrid.training.checkpoint import Checkpoints
-from resgrid.training.engine import Epoch, Outcome
+from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
 
 ROOT = Path(__file__).parents[1]
@@ -284,3 +286,157 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_ther
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3, 4]
     assert same_files(tmp_path / "run", tmp_path / "alone")
+
+
+# --- with DVC and MLflow -----------------------------------------------------------------------------
+
+STAGES = """
+stages:
+  train:
+    matrix: {architecture: "${grid.architectures}", optimizer: "${grid.optimizers}", seed: "${grid.seeds}"}
+    cmd: resgrid train ${item.architecture}-${item.optimizer}-${item.seed} && sh after.sh
+    deps: [data/processed]
+    params: [recipes]
+    outs:
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/history.csv
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/metrics.json
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/summary.txt
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/timing.json
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights.safetensors
+"""
+CELL = "resnet20-sgd-0"
+
+
+class Project:
+    """A DVC repository with one cell of 16 epochs, whose MLflow is one SQLite file."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root = root
+        self.begun: list[subprocess.Popen[str]] = []
+        shutil.copytree(data, root / "data/processed")
+        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+        params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
+        params["studies"] = {}
+        params["engine"] = {"precision": "fp32"}
+        params["recipes"]["resnet20"] |= {"epochs": 16, "batch_size": 16}
+        with (root / "params.yaml").open("w") as file:
+            YAML(typ="safe").dump(params, file)
+        (root / "dvc.yaml").write_text(STAGES)
+        (root / "after.sh").write_text("exit 0\n")
+        for name in (".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, root / name)
+        for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
+            assert self.run(*command.split()).returncode == 0
+        self.kept = root / ".resgrid/checkpoints"
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return kept | {"PATH": path, "RESGRID_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def begin(self, *command: str) -> subprocess.Popen[str]:
+        begun = subprocess.Popen(
+            command, cwd=self.root, env=self.env, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.begun.append(begun)
+        return begun
+
+    def end(self) -> None:
+        for process in self.begun:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def mlflow_runs(self) -> list[Any]:
+        store = tracking.open_store("cifar10", self.root)
+        return list(store.client.search_runs([store.experiment_id]))
+
+    def steps(self, run_id: str, key: str) -> list[int]:
+        client = tracking.open_store("cifar10", self.root).client
+        return sorted(point.step for point in client.get_metric_history(run_id, key))
+
+
+@pytest.fixture
+def project(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "ein Projekt, größer").mkdir()
+    made = Project(tmp_path / "ein Projekt, größer", data)
+    yield made
+    made.end()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
+    project: Project, data: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, then SIGKILL of trainer and DVC, then of DVC alone before it records what was trained."""
+    trained = find_cell(load_params(project.root / "params.yaml"), CELL)
+    train(trained, data, tmp_path / "alone")
+
+    first = project.begin("dvc", "repro")
+    while not any("learning_rate" in run.data.metrics for run in project.mlflow_runs()):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    [trainer] = psutil.Process(first.pid).children(recursive=True)[-1:]
+    assert "train" in trainer.cmdline()
+    trainer.terminate()
+    began = time.monotonic()
+    trainer.wait()
+    assert time.monotonic() - began < 10
+    first.communicate()
+    assert first.returncode != 0
+    [run] = project.mlflow_runs()
+    assert run.info.status == "KILLED"
+    done = len(project.steps(run.info.run_id, "train_loss"))
+    assert 0 < done < 16
+
+    second = project.begin("dvc", "repro")
+    while "goes on after epoch" not in (line := second.stdout.readline()):
+        assert line
+    assert int(line.split("after epoch ")[1].split("/")[0]) >= done
+    epoch = second.stdout.readline()
+    assert epoch.startswith(CELL)
+    for process in (*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)):
+        process.kill()
+    second.communicate()
+
+    # DVC is killed when the trainer has ended well.
+    (project.root / "after.sh").write_text("kill -KILL $(ps -o ppid= -p $PPID)\n")
+    third = project.begin("dvc", "repro")
+    said, _ = third.communicate()
+    assert third.returncode == -signal.SIGKILL
+    assert "epoch  16/16" in said
+    assert not (project.root / "dvc.lock").exists()
+    assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
+    (project.root / "after.sh").write_text("exit 0\n")
+    fourth = project.run("dvc", "repro")
+    assert fourth.returncode == 0, fourth.stderr
+    assert "goes on after epoch 16/16" in fourth.stderr
+    assert "loss" not in fourth.stderr  # no epoch was trained
+    assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
+
+    [one] = project.mlflow_runs()
+    assert (one.info.run_id, one.info.status) == (run.info.run_id, "FINISHED")
+    assert one.data.tags["grid"] == "current"
+    for key in ("train_loss", "test_accuracy", "learning_rate"):
+        assert project.steps(one.info.run_id, key) == list(range(1, 17)), key
+
+    # The lock lists it now, so its checkpoints may go.
+    names = sorted(path.name.rpartition(".")[2] for path in project.kept.iterdir())
+    assert names == ["0", "1", "done"]
+    kept = project.run("resgrid", "gc", "--dry-run", "--json")
+    assert kept.returncode == 0, kept.stderr
+    assert {each["why"] for each in json.loads(kept.stdout)["leftovers"]} == {
+        "its training is recorded in dvc.lock"
+    }
+    assert project.run("resgrid", "sync").returncode == 0
+    assert list(project.kept.iterdir()) == []
