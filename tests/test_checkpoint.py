@@ -294,7 +294,7 @@ STAGES = """
 stages:
   train:
     matrix: {architecture: "${grid.architectures}", optimizer: "${grid.optimizers}", seed: "${grid.seeds}"}
-    cmd: resgrid train ${item.architecture}-${item.optimizer}-${item.seed} && sh after.sh
+    cmd: resgrid train ${item.architecture}-${item.optimizer}-${item.seed} && python after.py
     deps: [data/processed]
     params: [recipes]
     outs:
@@ -305,10 +305,15 @@ stages:
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights.safetensors
 """
 CELL = "resnet20-sgd-0"
+KILL_DVC = """
+import psutil
+[dvc] = [process for process in psutil.Process().parents() if "repro" in process.cmdline()]
+dvc.kill()
+"""
 
 
 class Project:
-    """A DVC repository with one cell of 16 epochs, whose MLflow is one SQLite file."""
+    """A DVC repository with one cell of 60 epochs, whose MLflow is one SQLite file."""
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root = root
@@ -318,11 +323,11 @@ class Project:
         params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
         params["studies"] = {}
         params["engine"] = {"precision": "fp32"}
-        params["recipes"]["resnet20"] |= {"epochs": 16, "batch_size": 16}
+        params["recipes"]["resnet20"] |= {"epochs": 60, "batch_size": 16}
         with (root / "params.yaml").open("w") as file:
             YAML(typ="safe").dump(params, file)
         (root / "dvc.yaml").write_text(STAGES)
-        (root / "after.sh").write_text("exit 0\n")
+        (root / "after.py").write_text("")
         for name in (".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, root / name)
         for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
@@ -354,7 +359,9 @@ class Project:
         for process in self.begun:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
+            assert process.stdout
+            process.stdout.close()
 
     def mlflow_runs(self) -> list[Any]:
         store = tracking.open_store("cifar10", self.root)
@@ -397,7 +404,7 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     [run] = project.mlflow_runs()
     assert run.info.status == "KILLED"
     done = len(project.steps(run.info.run_id, "train_loss"))
-    assert 0 < done < 16
+    assert 0 < done < 60
 
     second = project.begin("dvc", "repro")
     while "goes on after epoch" not in (line := second.stdout.readline()):
@@ -410,17 +417,17 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     second.communicate()
 
     # DVC is killed when the trainer has ended well.
-    (project.root / "after.sh").write_text("kill -KILL $(ps -o ppid= -p $PPID)\n")
+    (project.root / "after.py").write_text(KILL_DVC)
     third = project.begin("dvc", "repro")
     said, _ = third.communicate()
     assert third.returncode == -signal.SIGKILL
-    assert "epoch  16/16" in said
+    assert "epoch  60/60" in said
     assert not (project.root / "dvc.lock").exists()
     assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
-    (project.root / "after.sh").write_text("exit 0\n")
+    (project.root / "after.py").write_text("")
     fourth = project.run("dvc", "repro")
     assert fourth.returncode == 0, fourth.stderr
-    assert "goes on after epoch 16/16" in fourth.stderr
+    assert "goes on after epoch 60/60" in fourth.stderr
     assert "loss" not in fourth.stderr  # no epoch was trained
     assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
 
@@ -428,7 +435,7 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     assert (one.info.run_id, one.info.status) == (run.info.run_id, "FINISHED")
     assert one.data.tags["grid"] == "current"
     for key in ("train_loss", "test_accuracy", "learning_rate"):
-        assert project.steps(one.info.run_id, key) == list(range(1, 17)), key
+        assert project.steps(one.info.run_id, key) == list(range(1, 61)), key
 
     # The lock lists it now, so its checkpoints may go.
     names = sorted(path.name.rpartition(".")[2] for path in project.kept.iterdir())

@@ -235,7 +235,7 @@ FORBIDDEN = {
     "pickle.load", "pickle.loads", "pickle.Unpickler", "_pickle.loads", "cPickle.loads", "dill.load",
     "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load", "marshal.load", "marshal.loads",
     "shelve.open", "pandas.read_pickle", "pd.read_pickle", "torch.jit.load", "torch.package.PackageImporter",
-    "mlflow.pyfunc.load_model", "mlflow.pytorch.load_model", "yaml.load", "yaml.unsafe_load", "eval", "exec",
+    "mlflow.pyfunc.load_model", "mlflow.pytorch.load_model", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
 }  # fmt: skip
 
 
