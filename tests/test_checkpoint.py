@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -28,7 +29,14 @@ from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, find_cell
-from resgrid.leftovers import CODE, code_digest
+from resgrid.leftovers import (
+    CODE,
+    checkpoint_folder,
+    code_digest,
+    delete,
+    find_leftovers,
+    forget_recorded,
+)
 from resgrid.training import checkpoint
 from resgrid.training.checkpoint import Checkpoints
 from resgrid.training.engine import Epoch
@@ -412,15 +420,14 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     assert int(line.split("after epoch ")[1].split("/")[0]) >= done
     epoch = second.stdout.readline()
     assert epoch.startswith(CELL)
-    for process in (*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)):
-        process.kill()
+    os.killpg(second.pid, signal.SIGKILL)  # all at once, as when the power is cut
     second.communicate()
 
     # DVC is killed when the trainer has ended well.
     (project.root / "after.py").write_text(KILL_DVC)
     third = project.begin("dvc", "repro")
     said, _ = third.communicate()
-    assert third.returncode == -signal.SIGKILL
+    assert third.returncode == -signal.SIGKILL, said
     assert "epoch  60/60" in said
     assert not (project.root / "dvc.lock").exists()
     assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
@@ -447,3 +454,51 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     }
     assert project.run("resgrid", "sync").returncode == 0
     assert list(project.kept.iterdir()) == []
+
+
+def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_path: Path) -> None:
+    pipeline, digest = tmp_path / "examples/small", load_meta(data).digest
+    kept = checkpoint_folder(tmp_path, pipeline)
+    assert kept == tmp_path / ".resgrid/checkpoints/examples/small"
+    current = cell(epochs=3, **LIVELY)
+    former = current.model_copy(update={"id": "resnet20-sgd-9", "seed": 9})
+    changed = cell(epochs=4, **LIVELY)
+    for each in (current, former, changed):
+        go_on(each, data, kept, tmp_path / "run", stop_after=1)
+    (kept / "resnet20-sgd-0.0123456789abcdef.0").write_bytes(b"torn")
+    (pipeline / "data/.partial").mkdir(parents=True)
+    (pipeline / "data/.partial/rest.part").write_bytes(b"12345")
+    (pipeline / "data/raw").mkdir()
+    (kept / "resnet20-sgd-0.0.part").write_bytes(b"half")  # may be being written
+
+    def found(data_digest: str = digest) -> dict[str, str]:
+        leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest)
+        return {each.path.name.split(".", 1)[0] + each.path.suffix: each.why for each in leftovers}
+
+    mine = next(kept.glob(f"*{start(current, data, kept).digest[7:23]}.1"))
+    assert found() == {
+        "resnet20-sgd-0.0": "it is damaged",
+        "resnet20-sgd-0.1": "it is of other params",
+        "resnet20-sgd-9.1": "there is no cell resnet20-sgd-9 any more",
+        "": "data/raw is complete",
+    }
+    leftovers = find_leftovers(tmp_path, pipeline, [current], digest)
+    assert mine not in {each.path for each in leftovers}
+    assert sum(each.num_bytes for each in leftovers if each.why == "data/raw is complete") == 5
+    assert mine in {each.path for each in find_leftovers(tmp_path, pipeline, [current], "sha256:other")}
+    assert len(delete(each.path for each in leftovers)) == 4
+    assert not (pipeline / "data/.partial").exists()
+    assert start(current, data, kept).num_epochs == 1
+    assert find_leftovers(tmp_path, pipeline, [current], digest) == []
+
+
+def test_only_what_dvc_has_recorded_is_forgotten(data: Path, tmp_path: Path) -> None:
+    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
+    go_on(trained, data, kept, tmp_path / "run")
+    assert forget_recorded(kept, lock) == []  # there is none yet
+    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
+    assert forget_recorded(kept, lock) == []  # it lists an earlier training
+    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
+    assert len(forget_recorded(kept, lock)) == 3  # two checkpoints and the note
+    assert len(go_on(trained, data, kept, tmp_path / "run")) == 2  # as under `dvc repro -f`
