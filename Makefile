@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up ui test test-long check format repro bench bench-gpu lock clean
+.PHONY: help install demo up ui test test-long check audit format repro bench bench-gpu lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -60,6 +60,9 @@ check: install  ## Style, types and import contracts
 	ruff format --check .
 	mypy
 	lint-imports
+
+audit: install  ## Check the locked dependencies against known advisories (asks a server)
+	uv tool run pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict
 
 format: install  ## Put the code into shape
 	ruff check --fix .

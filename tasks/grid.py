@@ -28,6 +28,7 @@ from prefect.states import Cancelled, Completed, Failed
 from resgrid import watch
 from resgrid.errors import ResgridError
 from resgrid.grid import suggest
+from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import duration
 from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
 from tasks.publish import CUT, FAILED, GRID, RUNNING, WAITING, Page, Progress, mlflow_runs, save
@@ -292,6 +293,9 @@ class Grid:
         title = attempt.step.title
         if attempt.number > 1 and self.stop.wait(0 if attempt.alone else PAUSE_SECONDS):
             return Cancelled(message="not begun again")
+        if self.force and attempt.number == 1:  # or an interrupted training would go on
+            kept = checkpoint_folder(self.pipeline.root, self.pipeline.folder)
+            delete(checkpoint_files(kept, title))
         return self._reproduce(title, attempt.step.stage, slot.name, slot.env, self.force)
 
     def _link(self, title: str) -> None:

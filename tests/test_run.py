@@ -105,8 +105,8 @@ def test_a_run_leaves_five_files_and_nothing_else(finished):
 def test_metrics_have_these_keys_in_this_order(finished, folder):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics) == [
-        "cell", "study", "architecture", "family", "depth", "optimizer", "learning_rate", "batch_size",
-        "seed", "approach", "initial_weights", "status", "cause", "epochs", "epochs_planned", "steps",
+        "cell", "cell_digest", "study", "architecture", "family", "depth", "optimizer", "learning_rate",
+        "batch_size", "seed", "approach", "initial_weights", "status", "cause", "epochs", "epochs_planned", "steps",
         "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss",
         "validation_accuracy", "best_test_accuracy", "best_epoch", "num_parameters", "num_trainable",
         "num_non_trainable", "data_digest", "weights_sha256",

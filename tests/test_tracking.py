@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from resgrid import tracking
+from resgrid import tracking, watch
 from resgrid.config import Digits, MlflowWeights, Params, Preprocess, RandomWeights, parse_params
 from resgrid.data.dataset import Meta, Split, content_digest, load_meta, load_split, save, split_digest
 from resgrid.data.fetch import download
@@ -484,7 +484,9 @@ def test_sigterm_ends_the_run_as_killed_and_after_sigkill_sync_does(
     second = _wait_for_first_epoch(process)
     assert second.info.run_id != first.info.run_id
     tracking.sync(params, pipeline)
-    assert all_runs()[0].info.status == "RUNNING"  # sync leaves a run alone whose process lives
+    left = all_runs()[0]
+    alive = (left.data.tags.get("process"), watch.describe(process.pid or 0), process.is_alive())
+    assert left.info.status == "RUNNING", alive  # sync leaves a run alone whose process lives
     process.kill()
     process.join()
     assert all_runs()[0].info.status == "RUNNING"
@@ -598,6 +600,114 @@ def test_logging_an_epoch_does_not_wait_for_a_server_that_hangs(
             run.log_epoch(trained.epochs[0])
             run.log_epoch(trained.epochs[1])
             assert time.monotonic() - started < 0.2
+
+
+def test_a_server_that_hangs_does_not_keep_a_stopped_training_from_ending(
+    pipeline: Path, meta: Meta, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = make_params()
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hangs.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(SystemExit), tracking.live_run(params.name, only_cell(params), meta):
+            raise SystemExit(143)
+        assert time.monotonic() - started < 9
+    assert "MLflow does not get all of resnet20-sgd-0: it did not answer in time" in capfd.readouterr().err
+
+
+# --- a training that goes on --------------------------------------------------------------------------
+
+
+def _cut_off(meta: Meta, epochs: list[Epoch], **training: Any) -> None:
+    params = make_params()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.live_run(params.name, only_cell(params), meta, **training) as run,
+    ):
+        for epoch in epochs:
+            run.log_epoch(epoch)
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_goes_on_does_so_in_its_run_and_no_epoch_is_logged_twice(
+    pipeline: Path, trained: Trained, meta: Meta
+) -> None:
+    params = make_params()
+    _cut_off(meta, trained.epochs[:1], training="sha256:a", resumed_epochs=0)
+    first = the_run()
+    assert first.info.status == "KILLED"
+    with tracking.live_run(
+        params.name, only_cell(params), meta, training="sha256:a", resumed_epochs=1
+    ) as run:
+        for epoch in trained.epochs:  # the first one again, as after a kill before its checkpoint
+            run.log_epoch(epoch)
+        while (
+            len(tracking.open_store(params.name).client.get_metric_history(first.info.run_id, "test_loss"))
+            < 2
+        ):
+            time.sleep(0.1)
+        assert the_run().info.status == "RUNNING"
+        run.complete(put(trained, pipeline))
+    run = the_run()
+    assert (run.info.run_id, run.info.status) == (first.info.run_id, "FINISHED")
+    assert run.data.tags["grid"] == "current"
+    client = tracking.open_store(params.name).client
+    for key in run.data.metrics:
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, key)]
+        assert len(steps) == len(set(steps)), key
+    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
+
+
+def test_another_training_and_one_that_begins_anew_get_runs_of_their_own(
+    pipeline: Path, trained: Trained, meta: Meta
+) -> None:
+    _cut_off(meta, trained.epochs[:1], training="sha256:a", resumed_epochs=0)
+    _cut_off(meta, trained.epochs[:1], training="sha256:b", resumed_epochs=1)
+    _cut_off(meta, trained.epochs[:1], training="sha256:a", resumed_epochs=0)  # its checkpoint is gone
+    assert [run.data.tags["training"] for run in all_runs()] == ["sha256:a", "sha256:b", "sha256:a"]
+
+
+def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_back(
+    pipeline: Path,
+    trained: Trained,
+    meta: Meta,
+    processes: ForkServerContext,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    params, port = make_params(), _free_port()
+    address = f"http://127.0.0.1:{port}"
+
+    def begin() -> ForkServerProcess:
+        process = processes.Process(target=_serve, args=(pipeline, port))
+        process.start()
+        _wait_until_healthy(address, process.is_alive)
+        return process
+
+    def end(process: ForkServerProcess) -> None:
+        process.terminate()
+        process.join()
+
+    server = begin()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with tracking.live_run(params.name, only_cell(params), meta) as run:
+        run.log_epoch(trained.epochs[0])
+        while not (runs := all_runs()) or "test_accuracy" not in runs[0].data.metrics:
+            time.sleep(0.1)
+        end(server)
+        run.log_epoch(trained.epochs[1])
+        run.complete(put(trained, pipeline))
+    assert capfd.readouterr().err.count("MLflow does not get all of resnet20-sgd-0") == 1
+
+    server = begin()
+    assert tracking.sync(params, pipeline).completed == ["resnet20-sgd-0"]
+    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
+    history = tracking.open_store(params.name).client.get_metric_history(the_run().info.run_id, "train_loss")
+    assert [(point.step, point.value) for point in history] == [
+        (epoch.epoch, epoch.train_loss) for epoch in trained.epochs
+    ]
+    end(server)
 
 
 # --- from the files ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
 RUNS = Path("runs")
 REPORTS = Path("reports")
+LOCK = Path("dvc.lock")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     command("preprocess", _preprocess, "Make one compact file a split from the raw images (a DVC stage)")
     sub = command("train", _train, "Train one cell (a DVC stage)")
     sub.add_argument("cell", help="a cell's id, such as resnet20-adam-0; `resgrid cells` lists them")
+    sub.add_argument(
+        "--afresh",
+        action="store_true",
+        help="anew from the first epoch, though an earlier start was cut off",
+    )
     _device_option(sub)
     sub = command("evaluate", _evaluate, "Score every trained cell afresh and compare them (a DVC stage)")
     _device_option(sub)
@@ -88,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     json_flag(sub)
     _device_option(sub)
     sub = command("sync", _sync, "Give every current cell its complete run in MLflow")
+    json_flag(sub)
+    sub = command("gc", _gc, "Delete what interrupted and former work has left; tell what the rest takes")
+    sub.add_argument("--dry-run", action="store_true", help="only tell")
     json_flag(sub)
     sub = command("ui", _ui, "Open MLflow's pages on the pipeline's store (syncs first)")
     sub.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
@@ -200,10 +209,11 @@ def _train(options: argparse.Namespace) -> None:
     params = load_params()
     cell = find_cell(params, options.cell)
 
-    from resgrid import tracking, watch
+    from resgrid import leftovers, tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
     from resgrid.training.allocator import keep_freed_memory
+    from resgrid.training.checkpoint import Checkpoints
     from resgrid.training.device import choose_device, choose_execution, device_name
     from resgrid.training.run import train_cell
 
@@ -214,19 +224,31 @@ def _train(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     meta = load_meta(PROCESSED)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
-    epochs = cell.recipe.epochs
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
+    if options.afresh:
+        leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
+    checkpoints = Checkpoints(kept, cell, meta.digest, device)
+    epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
+    num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     execution = choose_execution(cell, meta.num_images["train"], device)
     with (
-        tracking.live_run(params.name, cell, meta) as run,
-        Progress(cell.id, epochs * meta.num_images["train"], "images") as progress,
+        tracking.live_run(
+            params.name, cell, meta, training=checkpoints.digest, resumed_epochs=finished
+        ) as run,
+        Progress(cell.id, epochs * num_images, "images") as progress,
     ):
-        finished = 0
         progress.say(f"{cell.id}  {execution} on {device_name(device)}")
+        for damaged in checkpoints.refused:
+            progress.say(f"{cell.id}  {damaged} The one before it is used.")
+        if finished:
+            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}")
+            progress.begin(finished * num_images)
 
         def on_step(images: int, images_an_epoch: int) -> None:
-            progress.update(finished * images_an_epoch + images, epochs * images_an_epoch)
+            progress.update(finished * images_an_epoch + images)
 
-        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights):
+        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
             run.log_epoch(epoch)
             progress.note = f"epoch {epoch.epoch}/{epochs}, test {100 * epoch.test_accuracy:.2f} %"
@@ -302,15 +324,61 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from resgrid import tracking
+    from resgrid import leftovers, tracking
     from resgrid.config import load_params
     from resgrid.progress import Progress
 
     params = load_params()
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
     with Progress("sync", None, "cells") as progress:
         report = tracking.sync(params, Path.cwd(), progress.update)
     print(json.dumps(report.as_dict(), indent=2) if options.json else report)
     return 1 if report.failed else 0
+
+
+def _gc(options: argparse.Namespace) -> None:
+    from resgrid import leftovers, tracking
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+    from resgrid.progress import amount
+
+    params = load_params()
+    root, pipeline = tracking.project_root(), Path.cwd().resolve()
+    digest = None
+    if (PROCESSED / "meta.json").is_file():
+        from resgrid.data.dataset import load_meta
+
+        digest = load_meta(PROCESSED).digest
+    found = leftovers.find_leftovers(root, pipeline, expand(params), digest)
+    if not options.dry_run:
+        leftovers.delete(each.path for each in found)
+    taken = leftovers.usage(root, pipeline)
+    old = tracking.superseded_bytes(params.name)
+    if options.json:
+        content = {
+            "deleted": not options.dry_run,
+            "leftovers": [
+                {"path": str(each.path.relative_to(root)), "bytes": each.num_bytes, "why": each.why}
+                for each in found
+            ],
+            "bytes": taken,
+            "superseded_runs_bytes": old,
+        }
+        print(json.dumps(content, indent=2))
+        return
+    for each in found:
+        print(f"{amount(each.num_bytes, 'B'):>9}  {each.path.relative_to(root)}: {each.why}")
+    total = amount(sum(each.num_bytes for each in found), "B")
+    print(
+        f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
+    )
+    for place, num_bytes in taken.items():
+        print(f"{amount(num_bytes, 'B'):>9}  {place}")
+    print(
+        f"{amount(old, 'B'):>9}  of it in MLflow's superseded runs, with replaced weights\n"
+        "`dvc gc --workspace` empties DVC's cache of what no current result is made of."
+    )
 
 
 def _ui(options: argparse.Namespace) -> None:

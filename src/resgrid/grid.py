@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable
 
 from resgrid.config import (
@@ -49,6 +51,12 @@ class Cell(Strict):
     def depth(self) -> int:
         """The number in the architecture's name: its layers with weights, as its authors count."""
         return int("".join(filter(str.isdigit, self.architecture)))
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of all of it: two cells of the same digest are trained alike."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
     @property
     def stage(self) -> str:

@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self._before = 0
         self.note = ""
         self._started = self._drawn = time.monotonic()
         self._said = self._started
@@ -59,6 +59,10 @@ class Progress:
             self._draw()
             self._bar.stop()
 
+    def begin(self, done: int) -> None:
+        """`done` units were done before: they count as done, but not for the speed."""
+        self.done = self._before = done
+
     def update(self, done: int, total: int | None = None) -> None:
         """`done` units of the whole are done."""
         self.done, self.total = done, total if total is not None else self.total
@@ -79,23 +83,23 @@ class Progress:
     @property
     def speed(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def remaining(self) -> str:
         """`1:02:03` until the end at the speed so far, or nothing while it is unknown."""
-        if not self.total or not self.done:
+        if not self.total or self.done <= self._before:
             return ""
         return clock((self.total - self.done) / self.speed)
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        speed = f"{_amount(self.speed, self.unit)}/s"
+        speed = f"{amount(self.speed, self.unit)}/s"
         self._bar.update(self._task, completed=self.done, total=self.total, speed=speed, note=self.note)
 
     def _line(self) -> str:
-        share = f"{100 * self.done / self.total:.0f} %" if self.total else _amount(self.done, self.unit)
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else amount(self.done, self.unit)
         left = f", {self.remaining()} left" if self.remaining() else ""
-        return f"{self.title}: {share}, {_amount(self.speed, self.unit)}/s{left}"
+        return f"{self.title}: {share}, {amount(self.speed, self.unit)}/s{left}"
 
 
 def clock(seconds: float) -> str:
@@ -113,7 +117,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} days"
 
 
-def _amount(number: float, unit: str) -> str:
+def amount(number: float, unit: str) -> str:
+    """`1,234 images`, or of the unit B `1.2 MB`."""
     if unit != "B":
         return f"{number:,.0f} {unit}"
     for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -13,7 +13,7 @@ it is complete; `grid` is `current` on one run a cell, and `superseded` on those
 """
 
 from resgrid.tracking.contents import complete
-from resgrid.tracking.from_files import SyncReport, sync
+from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
 from resgrid.tracking.live import LiveRun, live_run
 from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, store_uri
 
@@ -28,5 +28,6 @@ __all__ = [
     "project_root",
     "serve",
     "store_uri",
+    "superseded_bytes",
     "sync",
 ]

@@ -72,9 +72,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def create(
-    store: Store, cell: Cell, data_digest: str, logged: Literal["live", "from files"], start_time: int
+    store: Store,
+    cell: Cell,
+    data_digest: str,
+    logged: Literal["live", "from files"],
+    start_time: int,
+    training: str | None = None,
 ) -> str:
-    """A new run of `cell` with its params and what is known before training; returns its id."""
+    """A new run of `cell` with its params and what is known before training; returns its id.
+
+    By the digest `training` the run is found again when that training goes on after an interruption.
+    """
     from mlflow.entities import Param
 
     commit, dirty = _git()
@@ -99,12 +107,19 @@ def create(
     if commit != "unknown":
         tags["mlflow.source.git.commit"] = commit
     if logged == "live":
-        tags["process"] = f"{platform.node()} {watch.describe(os.getpid())}"
+        tags["process"] = this_process()
+    if training:
+        tags["training"] = training
     run = store.client.create_run(store.experiment_id, start_time, tags, run_name=cell.id)
     run_id: str = run.info.run_id
     params = [Param(key, value) for key, value in params_of(cell).items()]
     store.client.log_batch(run_id, params=params)
     return run_id
+
+
+def this_process() -> str:
+    """The tag by which others know whether the process that logs a run still lives."""
+    return f"{platform.node()} {watch.describe(os.getpid())}"
 
 
 def _git() -> tuple[str, str]:

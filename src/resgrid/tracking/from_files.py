@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -14,6 +16,7 @@ from resgrid import watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
+from resgrid.leftovers import size
 from resgrid.runs import FILES, read_json
 from resgrid.tracking import contents
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
@@ -99,14 +102,14 @@ def _sync_cell(store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path,
     if not all((folder / name).is_file() for name in FILES):
         report.missing.append(cell.id)
         for each in runs:
-            if not _is_live(each):
+            if not is_live(each):
                 _end_killed(store, each)
         return
     try:
         metrics = read_json(folder / "metrics.json")
         started = contents.started_at(read_json(folder / "timing.json"))
         run = _find(runs, cell, metrics, started)
-        if run and _is_live(run, started):
+        if run and is_live(run, started):
             report.training.append(cell.id)
             return
         if run and run.data.tags.get("synced") == f"{metrics['weights_sha256']}:{contents.FORMAT}":
@@ -169,6 +172,8 @@ def _contradiction(cell: Cell, metrics: dict[str, Any]) -> str | None:
             return (
                 f"trained with {key} {metrics[key]}, but params.yaml says {value}: `dvc repro {cell.stage}`"
             )
+    if metrics.get("cell_digest", cell.digest) != cell.digest:
+        return f"trained with other params than those in params.yaml: `dvc repro {cell.stage}`"
     return None
 
 
@@ -198,7 +203,7 @@ def retire(store: Store, runs: list[Run], keep: str | None = None, started: int 
     """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
     changed = []
     for run in runs:
-        if run.info.run_id == keep or _is_live(run, started):
+        if run.info.run_id == keep or is_live(run, started):
             continue
         _end_killed(store, run)
         if run.data.tags.get("grid") != "superseded":
@@ -207,13 +212,30 @@ def retire(store: Store, runs: list[Run], keep: str | None = None, started: int 
     return changed
 
 
+def superseded_bytes(name: str, pipeline_folder: Path | None = None) -> int:
+    """What the artifacts and models of superseded runs take, where the store keeps them on this machine.
+
+    Raises ResgridError if the store cannot be used.
+    """
+    store = open_store(name, pipeline_folder)
+    total = 0
+    for run in runs_of(store):
+        if run.data.tags.get("grid") == "superseded":
+            outputs = run.outputs.model_outputs if run.outputs else []
+            models = [store.client.get_logged_model(output.model_id) for output in outputs]
+            places = [run.info.artifact_uri, *(model.artifact_location for model in models)]
+            local = [urllib.request.url2pathname(urlsplit(p).path) for p in places if p.startswith("file:")]
+            total += sum(size(Path(place)) for place in local)
+    return total
+
+
 def _end_killed(store: Store, run: Run) -> None:
     """SIGKILL, or the loss of the server, leaves a run RUNNING."""
     if run.info.status == "RUNNING":
         store.client.set_terminated(run.info.run_id, "KILLED")
 
 
-def _is_live(run: Run, started: int | None = None) -> bool:
+def is_live(run: Run, started: int | None = None) -> bool:
     """Whether a process may yet log to `run`.
 
     On this machine that is known. On another one it counts as gone once its cell has files of a training that

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from resgrid.grid import Cell
 from resgrid.runs import read_json
 from resgrid.tracking import contents
-from resgrid.tracking.from_files import retire, runs_of
+from resgrid.tracking.from_files import is_live, retire, runs_of
 from resgrid.tracking.store import Store, open_store, reason
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from resgrid.data.dataset import Meta
     from resgrid.training.engine import Epoch
 
+LAST_WORD_SECONDS = 7.0  # for MLflow when the process is to end, which it has 10 s for
 
-def live_run(name: str, cell: Cell, meta: Meta, folder: Path | None = None) -> LiveRun:
+
+def live_run(
+    name: str,
+    cell: Cell,
+    meta: Meta,
+    folder: Path | None = None,
+    *,
+    training: str | None = None,
+    resumed_epochs: int = 0,
+) -> LiveRun:
     """A context manager that logs the training of `cell` into the experiment `name` as it goes on.
+
+    The run of an earlier start of the same `training`, a digest, goes on, with no epoch logged twice, unless
+    it has epochs and this start begins anew: at `resumed_epochs` 0.
 
     `with live_run(…) as run:`, then `run.log_epoch(epoch)` after each, and `run.complete(run_folder)` when
     the files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
@@ -31,70 +47,125 @@ def live_run(name: str, cell: Cell, meta: Meta, folder: Path | None = None) -> L
     Nothing here raises, and only `complete` and the end wait for MLflow. Where that fails, one line on stderr
     says so, training goes on, and `sync` completes the run another day.
     """
-    return LiveRun(name, cell, meta, folder)
+    return LiveRun(name, cell, meta, folder, training, resumed_epochs)
 
 
 class LiveRun:
     """See `live_run`. What is called here is done, in turn, by the one thread that talks to MLflow."""
 
-    def __init__(self, name: str, cell: Cell, meta: Meta, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        cell: Cell,
+        meta: Meta,
+        folder: Path | None,
+        training: str | None,
+        resumed_epochs: int,
+    ) -> None:
         self._name, self._cell, self._meta, self._folder = name, cell, meta, folder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._training, self._resumed_epochs = training, resumed_epochs
+        self._waiting: Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = Queue()
+        # A daemon: a server that hangs does not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._store: Store | None = None
         self._run_id = ""
+        self._logged: set[int] = set()  # epochs
         self._monitor: Any = None  # MLflow's, which has no types
         self._failed = False  # until the end nothing more is tried: each try may take seconds
         self._over = False
 
     def __enter__(self) -> Self:
-        self._thread.submit(self._attempt, self._start, _now())
+        self._thread.start()
+        self._do(self._start, _now())
         return self
 
     def log_epoch(self, epoch: Epoch) -> None:
         """The figures of one epoch; returns at once."""
         if not self._failed:
-            self._thread.submit(self._attempt, self._log_epoch, epoch, _now())
+            self._do(self._log_epoch, epoch, _now())
 
     def complete(self, run_folder: Path) -> None:
         """All that is left, from the files that training has written: outcome, artifacts, model."""
-        self._thread.submit(self._attempt, self._finish, run_folder, _now()).result()
+        self._do(self._finish, run_folder, _now())
+        self._waiting.join()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self._thread.submit(self._attempt, self._end, status)
-        self._thread.shutdown(wait=True)
+        self._do(self._end, status)
+        self._waiting.put(None)
+        self._thread.join(LAST_WORD_SECONDS if status == "KILLED" else None)
+        if self._thread.is_alive():
+            self._complain("it did not answer in time")
+
+    def _do(self, action: Callable[..., None], *arguments: Any) -> None:
+        self._waiting.put((action, arguments))
+
+    def _work(self) -> None:
+        while task := self._waiting.get():
+            action, arguments = task
+            self._attempt(action, *arguments)
+            self._waiting.task_done()
 
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
         except Exception as error:  # whatever MLflow, its database or the network comes up with
-            if not self._failed:
-                print(
-                    f"resgrid: MLflow does not get all of {self._cell.id}: {reason(error)}\n"
-                    "resgrid: this does not touch the training; `resgrid sync` completes the run later.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self._failed = True
+            self._complain(reason(error))
+
+    def _complain(self, why: str) -> None:
+        if not self._failed:
+            print(
+                f"resgrid: MLflow does not get all of {self._cell.id}: {why}\n"
+                "resgrid: this does not touch the training; `resgrid sync` completes the run later.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._failed = True
 
     def _start(self, start_time: int) -> None:
         store = open_store(self._name, self._folder)
-        self._run_id = contents.create(store, self._cell, self._meta.digest, "live", start_time)
+        earlier = self._earlier(store)
+        if earlier is None:
+            self._run_id = contents.create(
+                store, self._cell, self._meta.digest, "live", start_time, self._training
+            )
+        else:
+            self._run_id = earlier.info.run_id
+            store.client.set_tag(self._run_id, "process", contents.this_process())  # first: now it is live
+            store.client.update_run(self._run_id, "RUNNING")
+            history = store.client.get_metric_history(self._run_id, "learning_rate")
+            self._logged = {point.step for point in history}
         self._store = store
-        contents.log_data(store, self._run_id, self._meta.digest, self._meta)
+        if earlier is None or not (earlier.inputs and earlier.inputs.dataset_inputs):
+            contents.log_data(store, self._run_id, self._meta.digest, self._meta)
 
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=store.uri)  # type: ignore[no-untyped-call]
+        self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            self._run_id, tracking_uri=store.uri, resume_logging=earlier is not None
+        )
         self._monitor.collect_metrics()  # psutil counts CPU load from the last look, for each thread
         self._monitor.start()
+
+    def _earlier(self, store: Store) -> Run | None:
+        """The run of an earlier start of this training, if it goes on."""
+        if self._training is None:
+            return None
+        runs = [
+            run
+            for run in runs_of(store, self._cell.id)
+            if run.data.tags.get("training") == self._training
+            and not is_live(run)
+            and (self._resumed_epochs > 0 or "learning_rate" not in run.data.metrics)
+        ]
+        return max(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
     def _log_epoch(self, epoch: Epoch, timestamp: int) -> None:
         from mlflow.entities import Metric
 
-        if self._store is None or self._failed:
+        if self._store is None or self._failed or epoch.epoch in self._logged:
             return
         figures = {key: getattr(epoch, key) for key in contents.EACH_EPOCH}
         metrics = [

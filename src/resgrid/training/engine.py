@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from resgrid.data.dataset import Split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
+from resgrid.training.checkpoint import Checkpoints
 from resgrid.training.device import Execution, choose_execution
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 from resgrid.training.schedules import lr_factor
@@ -98,7 +99,12 @@ def stream_seed(seed: int, stream: Literal["weights", "batches", "dropout"]) -> 
 
 
 def fit(
-    cell: Cell, model: Classifier, data: TrainingData, device: torch.device, on_step: OnStep | None = None
+    cell: Cell,
+    model: Classifier,
+    data: TrainingData,
+    device: torch.device,
+    on_step: OnStep | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Generator[Epoch, None, Outcome]:
     """Train `model` in place as `cell` says: yields an `Epoch` after each, and returns the `Outcome`.
 
@@ -109,6 +115,9 @@ def fit(
 
     `on_step` is called after every step, without waiting for the device. Dropout draws from torch's global
     generator, which is seeded here: do not run two of these in turn in one process.
+
+    With `checkpoints`, training goes on after the last epoch that an earlier start has left there, yields the
+    epochs that follow, and leaves its own. On the CPU the outcome is bit for bit that of one start alone.
 
     Raises ResgridError if the training split has fewer images than a batch, or the memory is too small.
     """
@@ -136,10 +145,12 @@ def fit(
         def scores(split: Split, precision: torch.dtype) -> Scores:
             return score(model, split, data.mean, data.std, device, precision)
 
-        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         epochs: list[Epoch] = []
-        steps, lr = 0, 0.0
-        for number in range(1, recipe.epochs + 1):
+        if checkpoints is not None:
+            epochs = [Epoch(**fields) for fields in checkpoints.restore(model, optimizer, draws)]
+        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        steps, lr = (epochs[-1].step, epochs[-1].learning_rate) if epochs else (0, 0.0)
+        for number in range(len(epochs) + 1, recipe.epochs + 1):
             started = time.perf_counter()
             model.train()
             if recipe.approach == "frozen_base":
@@ -193,7 +204,20 @@ def fit(
                     images_per_second=num_images / seconds,
                 )
             )
+            if checkpoints is not None:
+                checkpoints.save([asdict(epoch) for epoch in epochs], model, optimizer, draws)
             yield epochs[-1]
+
+    last = epochs[-1]  # the figures of the final scoring
+    test_scores = Scores(loss=last.test_loss, accuracy=last.test_accuracy, num_images=len(data.test.labels))
+    validation_scores = None
+    if data.validation is not None:
+        assert last.validation_loss is not None and last.validation_accuracy is not None  # noqa: PT018
+        validation_scores = Scores(
+            loss=last.validation_loss,
+            accuracy=last.validation_accuracy,
+            num_images=len(data.validation.labels),
+        )
     return Outcome(
         status="completed", cause=None, epochs=tuple(epochs), test=test_scores, validation=validation_scores
     )

@@ -31,6 +31,7 @@ from resgrid.models import Classifier, build_model
 from resgrid.models.summary import count_parameters, summarize
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.models.weights import WeightsInfo, load_weights, save_weights
+from resgrid.training.checkpoint import Checkpoints
 from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit, recipe_key, stream_seed
 
@@ -47,16 +48,18 @@ def train_cell(
     device: torch.device,
     on_step: OnStep | None = None,
     initial_weights_file: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Generator[Epoch, None, Outcome]:
     """Train `cell` on the processed data; yields an `Epoch` after each, and at the end writes `run_folder`.
 
     The folder gets `weights.safetensors`, `summary.txt`, `history.csv`, `timing.json` and, last of all,
     `metrics.json`: where that stands, the others are whole, and its figures are those of the weights there.
     Weights in MLflow are fetched by the caller, who passes their file as `initial_weights_file`.
+    With `checkpoints` it goes on after the last epoch of an earlier start, and yields those that follow.
 
     Raises ResgridError for data, initial weights or a folder that cannot be used, and as `fit` does.
     """
-    started = datetime.now(UTC)
+    started = datetime.fromisoformat(checkpoints.started) if checkpoints else datetime.now(UTC)
     meta = load_meta(data_folder)
     mean, std = statistics(meta, cell.recipe.normalization)
     data = TrainingData(
@@ -74,7 +77,11 @@ def train_cell(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    outcome = yield from fit(cell, model, data, device, on_step)
+    try:
+        outcome = yield from fit(cell, model, data, device, on_step, checkpoints)
+    finally:
+        if checkpoints is not None:
+            checkpoints.flush()
 
     info = WeightsInfo(architecture=cell.architecture, class_names=meta.class_names, mean=mean, std=std)
     summary = summarize(cell.architecture, len(meta.class_names), cell.recipe.dropout).table()
@@ -87,6 +94,8 @@ def train_cell(
         _write(run_folder / "timing.json", _json(_timing(cell, outcome, meta, device, started)))
         weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
         _write(run_folder / "metrics.json", _json(_metrics(cell, model, meta, outcome, weights_sha256)))
+        if checkpoints is not None:
+            checkpoints.finished(run_folder / "timing.json")
     except OSError as error:
         raise ResgridError(
             f"{run_folder}: cannot be written: {error.strerror}. Check the folder and the space on its disk."
@@ -154,6 +163,7 @@ def _metrics(
     total, trainable, non_trainable = count_parameters(model)
     return {
         "cell": cell.id,
+        "cell_digest": cell.digest,
         "study": cell.study,
         "architecture": cell.architecture,
         "family": cell.family,

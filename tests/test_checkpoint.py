@@ -1,0 +1,504 @@
+"""Trainings that are killed for real, at any moment, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from ruamel.yaml import YAML
+from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
+
+from resgrid import tracking
+from resgrid.config import load_params
+from resgrid.data.dataset import load_meta
+from resgrid.errors import ResgridError
+from resgrid.grid import Cell, find_cell
+from resgrid.leftovers import (
+    CODE,
+    checkpoint_folder,
+    code_digest,
+    delete,
+    find_leftovers,
+    forget_recorded,
+)
+from resgrid.training import checkpoint
+from resgrid.training.checkpoint import Checkpoints
+from resgrid.training.engine import Epoch
+from resgrid.training.run import train_cell
+
+ROOT = Path(__file__).parents[1]
+SAME = ["history.csv", "metrics.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
+# Augmentation and a schedule: the streams of random numbers and the counters are in use.
+LIVELY = {
+    "schedule": {"name": "cosine", "final_factor": 0.0},
+    "augmentation": {"flip": True, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    return smaller(folder, tmp_path_factory.mktemp("few") / "processed", train=32, test=16, validation=16)
+
+
+def start(trained: Cell, data: Path, kept: Path) -> Checkpoints:
+    return Checkpoints(kept, trained, load_meta(data).digest, CPU)
+
+
+def go_on(trained: Cell, data: Path, kept: Path, out: Path, stop_after: int = 1000) -> list[Epoch]:
+    """Train with checkpoints, and leave off after some epochs; those that were trained."""
+    torch.manual_seed(time.time_ns())  # what another process would bring
+    training = train_cell(trained, data, out, CPU, checkpoints=start(trained, data, kept))
+    epochs = [epoch for _, epoch in zip(range(stop_after), training, strict=False)]
+    training.close()
+    return epochs
+
+
+def same_files(out: Path, reference: Path) -> bool:
+    return all((out / name).read_bytes() == (reference / name).read_bytes() for name in SAME)
+
+
+# --- processes that are killed -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Real processes, from a server that has imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "resgrid.tracking", __name__])
+    return context
+
+
+def _train(trained: Cell, data: Path, kept: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    for _ in train_cell(trained, data, out, CPU, checkpoints=start(trained, data, kept)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(6, 12), pytest.param(50, 100, marks=pytest.mark.long, id="50-100")]
+)
+def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
+    data: Path, tmp_path: Path, processes: ForkServerContext, kills: int, epochs: int
+) -> None:
+    trained = cell("resnet20-adam-0", epochs=epochs, **LIVELY)
+    began = time.monotonic()
+    train(trained, data, tmp_path / "alone")
+    an_epoch = (time.monotonic() - began) / epochs
+    moments = random.Random(time.time_ns())
+    survived = 0
+    while survived < kills:
+        process = processes.Process(
+            target=_train, args=(trained, data, tmp_path / "kept", tmp_path / "killed")
+        )
+        process.start()
+        process.join(0.3 + moments.uniform(0, 3 * an_epoch))
+        process.kill()
+        process.join()
+        if (
+            process.exitcode == 0
+        ):  # it was done before: from now on it is killed at its end, or restarts there
+            shutil.rmtree(tmp_path / "killed")
+        survived += process.exitcode == -signal.SIGKILL
+    process = processes.Process(target=_train, args=(trained, data, tmp_path / "kept", tmp_path / "killed"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert same_files(tmp_path / "killed", tmp_path / "alone")
+
+
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
+    data: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    trained = cell("resnet10-adam-0", epochs=4, batch_size=8, **LIVELY)  # 59 MB: time to be hit
+    train(trained, data, tmp_path / "alone")
+    kept = tmp_path / "kept"
+    for _ in range(10):
+        shutil.rmtree(kept, ignore_errors=True)
+        process = processes.Process(target=_train, args=(trained, data, kept, tmp_path / "killed"))
+        process.start()
+        while not (list(kept.glob("*.1")) and list(kept.glob("*.0.part"))):  # the second is being written
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        if torn := list(kept.glob("*.0.part")):
+            break
+    assert torn
+    left = start(trained, data, kept)
+    assert (left.num_epochs, left.refused) == (1, [])
+    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "killed")] == [2, 3, 4]
+    assert same_files(tmp_path / "killed", tmp_path / "alone")
+
+
+# --- what a checkpoint is worth ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adagrad"])
+def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Path, optimizer: str) -> None:
+    trained = cell(f"resnet20-{optimizer}-0", epochs=4, **LIVELY)
+    train(trained, data, tmp_path / "alone")
+    pieces = [go_on(trained, data, tmp_path / "kept", tmp_path / "pieces", stop_after=n) for n in (1, 2, 9)]
+    assert [[epoch.epoch for epoch in piece] for piece in pieces] == [[1], [2, 3], [4]]
+    assert same_files(tmp_path / "pieces", tmp_path / "alone")
+    timing = json.loads((tmp_path / "pieces/timing.json").read_text())
+    assert len(timing["epoch_seconds"]) == 4  # those of all starts
+    assert timing["train_seconds"] == sum(timing["epoch_seconds"])
+
+
+def test_a_finished_training_ends_at_once_when_its_results_are_gone(data: Path, tmp_path: Path) -> None:
+    trained = cell(epochs=2, **LIVELY)
+    train(trained, data, tmp_path / "alone")
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
+    first = json.loads((tmp_path / "run/timing.json").read_text())
+    shutil.rmtree(tmp_path / "run")  # as DVC does before it runs the command again
+    assert go_on(trained, data, tmp_path / "kept", tmp_path / "run") == []
+    assert same_files(tmp_path / "run", tmp_path / "alone")
+    again = json.loads((tmp_path / "run/timing.json").read_text())
+    assert (again["started"], again["epoch_seconds"]) == (first["started"], first["epoch_seconds"])
+
+
+def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
+    data: Path, tmp_path: Path
+) -> None:
+    explosion = {"name": "piecewise", "boundaries": (4,), "factors": (1.0, 1e30)}  # in the third epoch
+    trained = cell(epochs=5, schedule=explosion)
+    _, alone = train(trained, data, tmp_path / "alone")
+    assert alone.status == "diverged"
+    assert len(go_on(trained, data, tmp_path / "kept", tmp_path / "pieces", stop_after=2)) == 2
+    assert go_on(trained, data, tmp_path / "kept", tmp_path / "pieces") == []
+    assert same_files(tmp_path / "pieces", tmp_path / "alone")
+
+
+def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(data: Path, tmp_path: Path) -> None:
+    trained, kept = cell(epochs=3, **LIVELY), tmp_path / "kept"
+    train(trained, data, tmp_path / "alone")
+    go_on(trained, data, kept, tmp_path / "run", stop_after=2)
+    first, second = sorted(kept.iterdir(), key=lambda path: len(checkpoint.read(path).epochs))
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    left = start(trained, data, kept)
+    assert left.num_epochs == 1
+    assert left.refused == [f"{second}: it is no whole checkpoint: its checksum is wrong."]
+    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3]
+    assert same_files(tmp_path / "run", tmp_path / "alone")
+
+    for path in (first, second):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    left = start(trained, data, kept)
+    assert (left.num_epochs, len(left.refused)) == (0, 2)
+    assert len(go_on(trained, data, kept, tmp_path / "run")) == 3  # from the start
+
+
+def test_only_the_same_cell_data_and_precision_go_on(data: Path, tmp_path: Path) -> None:
+    trained = cell(epochs=3, **LIVELY)
+    go_on(trained, data, tmp_path, tmp_path / "run", stop_after=1)
+    digest = load_meta(data).digest
+
+    def found(other: Cell, digest: str = digest) -> int:
+        return Checkpoints(tmp_path, other, digest, CPU).num_epochs
+
+    assert found(trained) == 1
+    assert found(cell(epochs=4, **LIVELY)) == 0
+    assert found(cell(epochs=3, lr=0.01, **LIVELY)) == 0
+    assert found(trained.model_copy(update={"seed": 1})) == 0
+    assert found(cell(epochs=3, **LIVELY | {"time_decay": 0.1})) == 0
+    assert found(trained, "sha256:" + 64 * "0") == 0
+    # Also under the name of a file that is ours: the owner stands inside.
+    other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU)
+    [mine] = tmp_path.glob("*.1")
+    shutil.copy(mine, other._slots[1])
+    left = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU)
+    assert (left.num_epochs, left.refused) == (0, [f"{other._slots[1]}: it belongs to another training."])
+
+
+def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "src/resgrid", tmp_path / "resgrid", ignore=shutil.ignore_patterns("__pycache__"))
+    package = tmp_path / "resgrid"
+    before = code_digest(package)
+    assert before == code_digest()
+    for name in ("cli.py", "report/leaderboard.py", "tracking/live.py", "data/fetch.py"):
+        (package / name).write_text("# edited")
+    (package / "models/__pycache__").mkdir()
+    (package / "models/__pycache__/vgg.pyc").write_bytes(b"code")
+    assert code_digest(package) == before
+    for name in ("data/batches.py", "models/vgg.py", "training/engine.py", "training/optimizers.py"):
+        (package / name).write_text((package / name).read_text() + "# edited\n")
+        assert code_digest(package) != before
+        before = code_digest(package)
+
+
+def test_the_code_that_it_belongs_to_is_that_of_the_stage() -> None:
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    for deps in (stages["train"]["deps"], stages["train-study"]["do"]["deps"]):
+        assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in CODE)]
+
+
+def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
+    trained = cell(epochs=2, **LIVELY)
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
+    torch.set_num_threads(2)
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
+    assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for 3 MB: for one checkpoint, and not for a second one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
+    data: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    trained = cell(epochs=4, **LIVELY)
+    train(trained, data, tmp_path / "alone")
+    kept = small_disk / "kept"
+    with pytest.raises(ResgridError, match=r"the checkpoint after epoch 2 cannot be written: No space left"):
+        go_on(trained, data, kept, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert [path.suffix for path in kept.iterdir()] == [".1"]
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3, 4]
+    assert same_files(tmp_path / "run", tmp_path / "alone")
+
+
+# --- with DVC and MLflow -----------------------------------------------------------------------------
+
+STAGES = """
+stages:
+  train:
+    matrix: {architecture: "${grid.architectures}", optimizer: "${grid.optimizers}", seed: "${grid.seeds}"}
+    cmd: resgrid train ${item.architecture}-${item.optimizer}-${item.seed} && python after.py
+    deps: [data/processed]
+    params: [recipes]
+    outs:
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/history.csv
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/metrics.json
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/summary.txt
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/timing.json
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights.safetensors
+"""
+CELL = "resnet20-sgd-0"
+KILL_DVC = """
+import psutil
+[dvc] = [process for process in psutil.Process().parents() if "repro" in process.cmdline()]
+dvc.kill()
+"""
+
+
+class Project:
+    """A DVC repository with one cell of 60 epochs, whose MLflow is one SQLite file."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root = root
+        self.begun: list[subprocess.Popen[str]] = []
+        shutil.copytree(data, root / "data/processed")
+        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+        params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
+        params["studies"] = {}
+        params["engine"] = {"precision": "fp32"}
+        params["recipes"]["resnet20"] |= {"epochs": 60, "batch_size": 16}
+        with (root / "params.yaml").open("w") as file:
+            YAML(typ="safe").dump(params, file)
+        (root / "dvc.yaml").write_text(STAGES)
+        (root / "after.py").write_text("")
+        for name in (".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, root / name)
+        for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
+            assert self.run(*command.split()).returncode == 0
+        self.kept = root / ".resgrid/checkpoints"
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return kept | {"PATH": path, "RESGRID_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def begin(self, *command: str) -> subprocess.Popen[str]:
+        begun = subprocess.Popen(
+            command, cwd=self.root, env=self.env, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.begun.append(begun)
+        return begun
+
+    def end(self) -> None:
+        for process in self.begun:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert process.stdout
+            process.stdout.close()
+
+    def mlflow_runs(self) -> list[Any]:
+        store = tracking.open_store("cifar10", self.root)
+        return list(store.client.search_runs([store.experiment_id]))
+
+    def steps(self, run_id: str, key: str) -> list[int]:
+        client = tracking.open_store("cifar10", self.root).client
+        return sorted(point.step for point in client.get_metric_history(run_id, key))
+
+
+@pytest.fixture
+def project(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "ein Projekt, größer").mkdir()
+    made = Project(tmp_path / "ein Projekt, größer", data)
+    yield made
+    made.end()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
+    project: Project, data: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, then SIGKILL of trainer and DVC, then of DVC alone before it records what was trained."""
+    trained = find_cell(load_params(project.root / "params.yaml"), CELL)
+    train(trained, data, tmp_path / "alone")
+
+    first = project.begin("dvc", "repro")
+    while not any("learning_rate" in run.data.metrics for run in project.mlflow_runs()):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    [trainer] = psutil.Process(first.pid).children(recursive=True)[-1:]
+    assert "train" in trainer.cmdline()
+    trainer.terminate()
+    began = time.monotonic()
+    trainer.wait()
+    assert time.monotonic() - began < 10
+    first.communicate()
+    assert first.returncode != 0
+    [run] = project.mlflow_runs()
+    assert run.info.status == "KILLED"
+    done = len(project.steps(run.info.run_id, "train_loss"))
+    assert 0 < done < 60
+
+    second = project.begin("dvc", "repro")
+    while "goes on after epoch" not in (line := second.stdout.readline()):
+        assert line
+    assert int(line.split("after epoch ")[1].split("/")[0]) >= done
+    epoch = second.stdout.readline()
+    assert epoch.startswith(CELL)
+    os.killpg(second.pid, signal.SIGKILL)  # all at once, as when the power is cut
+    second.communicate()
+
+    # DVC is killed when the trainer has ended well.
+    (project.root / "after.py").write_text(KILL_DVC)
+    third = project.begin("dvc", "repro")
+    said, _ = third.communicate()
+    assert third.returncode == -signal.SIGKILL, said
+    assert "epoch  60/60" in said
+    assert not (project.root / "dvc.lock").exists()
+    assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
+    (project.root / "after.py").write_text("")
+    fourth = project.run("dvc", "repro")
+    assert fourth.returncode == 0, fourth.stderr
+    assert "goes on after epoch 60/60" in fourth.stderr
+    assert "loss" not in fourth.stderr  # no epoch was trained
+    assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
+
+    [one] = project.mlflow_runs()
+    assert (one.info.run_id, one.info.status) == (run.info.run_id, "FINISHED")
+    assert one.data.tags["grid"] == "current"
+    for key in ("train_loss", "test_accuracy", "learning_rate"):
+        assert project.steps(one.info.run_id, key) == list(range(1, 61)), key
+
+    # The lock lists it now, so its checkpoints may go.
+    names = sorted(path.name.rpartition(".")[2] for path in project.kept.iterdir())
+    assert names == ["0", "1", "done"]
+    kept = project.run("resgrid", "gc", "--dry-run", "--json")
+    assert kept.returncode == 0, kept.stderr
+    assert {each["why"] for each in json.loads(kept.stdout)["leftovers"]} == {
+        "its training is recorded in dvc.lock"
+    }
+    assert project.run("resgrid", "sync").returncode == 0
+    assert list(project.kept.iterdir()) == []
+
+
+def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_path: Path) -> None:
+    pipeline, digest = tmp_path / "examples/small", load_meta(data).digest
+    kept = checkpoint_folder(tmp_path, pipeline)
+    assert kept == tmp_path / ".resgrid/checkpoints/examples/small"
+    current = cell(epochs=3, **LIVELY)
+    former = current.model_copy(update={"id": "resnet20-sgd-9", "seed": 9})
+    changed = cell(epochs=4, **LIVELY)
+    for each in (current, former, changed):
+        go_on(each, data, kept, tmp_path / "run", stop_after=1)
+    (kept / "resnet20-sgd-0.0123456789abcdef.0").write_bytes(b"torn")
+    (pipeline / "data/.partial").mkdir(parents=True)
+    (pipeline / "data/.partial/rest.part").write_bytes(b"12345")
+    (pipeline / "data/raw").mkdir()
+    (kept / "resnet20-sgd-0.0.part").write_bytes(b"half")  # may be being written
+
+    def found(data_digest: str = digest) -> dict[str, str]:
+        leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest)
+        return {each.path.name.split(".", 1)[0] + each.path.suffix: each.why for each in leftovers}
+
+    mine = next(kept.glob(f"*{start(current, data, kept).digest[7:23]}.1"))
+    assert found() == {
+        "resnet20-sgd-0.0": "it is damaged",
+        "resnet20-sgd-0.1": "it is of other params",
+        "resnet20-sgd-9.1": "there is no cell resnet20-sgd-9 any more",
+        "": "data/raw is complete",
+    }
+    leftovers = find_leftovers(tmp_path, pipeline, [current], digest)
+    assert mine not in {each.path for each in leftovers}
+    assert sum(each.num_bytes for each in leftovers if each.why == "data/raw is complete") == 5
+    assert mine in {each.path for each in find_leftovers(tmp_path, pipeline, [current], "sha256:other")}
+    assert len(delete(each.path for each in leftovers)) == 4
+    assert not (pipeline / "data/.partial").exists()
+    assert start(current, data, kept).num_epochs == 1
+    assert find_leftovers(tmp_path, pipeline, [current], digest) == []
+
+
+def test_only_what_dvc_has_recorded_is_forgotten(data: Path, tmp_path: Path) -> None:
+    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
+    go_on(trained, data, kept, tmp_path / "run")
+    assert forget_recorded(kept, lock) == []  # there is none yet
+    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
+    assert forget_recorded(kept, lock) == []  # it lists an earlier training
+    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
+    assert len(forget_recorded(kept, lock)) == 3  # two checkpoints and the note
+    assert len(go_on(trained, data, kept, tmp_path / "run")) == 2  # as under `dvc repro -f`
