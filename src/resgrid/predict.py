@@ -107,18 +107,15 @@ def probabilities(
 
 
 def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files that `paths` name, and in a folder all that have a picture's suffix, ordered by name.
+    """The files that `paths` name, and of a folder all that have a picture's suffix, ordered by name.
 
-    Hidden files are passed over, and links to folders are not followed.
-    Raises ResgridError, before it gives anything, for a path that is not there or a folder without pictures.
+    Hidden files are passed over, and links to folders are not followed. A folder without pictures stands for
+    itself, as what is not there does: `predict` says so.
     """
-    paths = list(paths)
     for path in paths:
-        if not path.exists():
-            raise ResgridError(f"{path}: no such file or folder.")
-        if path.is_dir() and next(_in_folder(path), None) is None:
-            raise ResgridError(f"{path}: there is no picture in this folder, nor below it.")
-    return (file for path in paths for file in (_in_folder(path) if path.is_dir() else (path,)))
+        found = _in_folder(path) if path.is_dir() else iter((path,))
+        yield next(found, path)
+        yield from found
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
@@ -142,6 +139,8 @@ def _suffixes() -> set[str]:
 
 
 def _read(file: Path, resize: Resize, formats: tuple[str, ...]) -> NDArray[np.uint8] | str:
+    if file.is_dir():
+        return f"{file}: there is no picture in this folder, nor below it."
     if not file.is_file():  # a pipe would never end
         return f"{file}: there is no such file."
     try:

@@ -113,15 +113,16 @@ def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
         lineage["test_accuracy"] = f"{metrics['test_accuracy']:.4f}"
     assert run.outputs is not None, "a complete run has its model"
     model_id = run.outputs.model_outputs[0].model_id
+    logged = client.get_logged_model(model_id)
     version = client.create_model_version(
         name,
-        f"models:/{model_id}",
+        logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
         run.info.run_id,
         lineage,
         description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {epoch}.",
         model_id=model_id,
     )
-    known = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    known = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
     known.append({"name": name, "version": version.version})  # MLflow's pages link the model by it
     client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
     return version
