@@ -104,9 +104,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 
 @pytest.fixture
-def inside(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+def inside(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     monkeypatch.chdir(pipeline.folder)
-    yield pipeline
+    return pipeline
 
 
 def test_a_handwritten_digit_given_as_png_is_named(

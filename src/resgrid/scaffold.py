@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def init(folder: Path, data: Path) -> str:
     return (
         f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
         f"Look at {folder / 'params.yaml'}, then:\n"
-        f"  cd {folder} && dvc repro && resgrid sync && resgrid compare"
+        f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid sync && resgrid compare"
     )
 
 
