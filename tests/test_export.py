@@ -22,12 +22,6 @@ from resgrid.export import export
 from resgrid.models import build_model
 from resgrid.models.weights import METADATA_KEY, WeightsInfo, load_model, load_weights, save_weights
 
-pytestmark = [
-    # of torch's exporter and onnxscript, which we do not steer
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 DIGITS = tuple("0123456789")
 
 
