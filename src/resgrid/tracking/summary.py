@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLE = "leaderboard.json"
+FIRST = (  # the columns that fit on a page
+    "cell", "status", "test_accuracy", "validation_accuracy", "train_accuracy", "best_test_accuracy",
+    "train_seconds", "num_parameters",
+)  # fmt: skip
 UNITS = {"train_seconds": "training (s)", "images_per_second": "images/s"}
 NOTE = "mlflow.note.content"
 
@@ -71,8 +75,9 @@ def summarize(store: Store, reports: Path) -> str | None:
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The leaderboard with accuracies in percent, and units in the names of its columns."""
-    table, names = frame.copy(), {}
+    """The leaderboard with accuracies in percent, units in the names of its columns, and results first."""
+    columns = [column for column in FIRST if column in frame]
+    table, names = frame[columns + [column for column in frame if column not in FIRST]].copy(), {}
     for column in frame:
         name = str(column)
         if name.endswith("_accuracy") or name == "difference":
@@ -107,8 +112,8 @@ def _guide(store: Store, run_id: str) -> str:
         "the present grid and leaves out what was trained again since. Group by the params `architecture`, "
         "`optimizer` or `seed`; select runs and press *Compare* for parallel coordinates; *Chart* overlays "
         "learning curves. Accuracies are in 0–1, with the weights of the last epoch.\n\n"
-        f"[The comparison](#/experiments/{store.experiment_id}/runs/{run_id}) is a run of its own, with the "
-        f"leaderboard as a table. The best cell is "
+        f"[The comparison](#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/{TABLE}) is a run "
+        "of its own, with the leaderboard as a table. The best cell is "
         f"[models:/{store.name}@{CHAMPION}](#/models/{store.name.replace(' ', '%20')})."
     )
 
