@@ -764,6 +764,8 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
         "missing": ["resnet20-sgd-1"],
         "stale": {},
         "failed": {},
+        "champions": {},
+        "summary": None,
     }
     assert str(second) == (
         "MLflow: 1 cells of 'small digits' have their complete run in "

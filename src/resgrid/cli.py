@@ -6,13 +6,14 @@ Each command imports what it needs when it runs: `resgrid --help` and `resgrid c
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
 from resgrid.errors import ResgridError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from resgrid.config import Architecture
+    from resgrid.predict import Prediction
 
 # The folders of a pipeline, beside its params.yaml.
 RAW = Path("data/raw")
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def json_flag(sub: argparse.ArgumentParser) -> None:
+    def json_flag(sub: argparse._ActionsContainer) -> None:
         sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     sub = command("cells", _cells, "List every cell of the grid and its studies")
@@ -119,6 +121,34 @@ def _parser() -> argparse.ArgumentParser:
         )
     sub.add_argument("--workers", type=int, default=1, help="(default: %(default)s)")
 
+    sub = command("predict", _predict, "Say what pictures show, with the champion or any other weights")
+    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER")
+    _model_option(sub, "--model", default="champion")
+    sub.add_argument("--top", type=int, default=3, help="classes of each picture (default: %(default)s)")
+    form = sub.add_mutually_exclusive_group()
+    json_flag(form)
+    form.add_argument("--csv", action="store_true", help="print CSV: a row a class, or one with an error")
+    _device_option(sub)
+    sub = command("export", _export, "Write a trained model for other programs, and check that it agrees")
+    _model_option(sub, "model", metavar="CELL")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=("onnx", "pt2", "pt", "safetensors"),
+        help="onnx and pt2 (torch.export): programs from RGB images on the 0-1 scale to probabilities; "
+        "pt: a plain state dict; safetensors: a weights file",
+    )
+    sub.add_argument("--out", type=Path, help="the file to write (default: CELL.FORMAT in this folder)")
+    sub = command("init", _init, "Make a pipeline's folder for images of your own")
+    sub.add_argument("folder", type=Path, help="the folder to make")
+    sub.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="train/<class>/<image> and test/<class>/<image> as PNG or JPEG, or an archive of that; or an "
+        "archive in CIFAR-10's layout",
+    )
+
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
     sub.add_argument("model", help="an architecture, such as resnet20 or vgg16")
     sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
@@ -148,6 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     json_flag(sub)
     _device_option(sub)
     return parser
+
+
+def _model_option(sub: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
+    text = (
+        "champion (the best cell, as `resgrid sync` found it), a cell's id, a weights file, or a models:/ URI"
+    )
+    sub.add_argument(name, help=f"{text} (default: champion)" if "default" in keywords else text, **keywords)
 
 
 def _device_option(sub: argparse.ArgumentParser) -> None:
@@ -416,6 +453,71 @@ def _up(options: argparse.Namespace) -> int:
         mlflow_port=options.mlflow_port,
         workers=options.workers,
     )
+
+
+# --- a trained model --------------------------------------------------------------------------------
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from resgrid import tracking
+    from resgrid.models.weights import load_model
+    from resgrid.predict import find_pictures, predict
+    from resgrid.training.device import choose_device
+
+    if options.top < 1:
+        raise ResgridError(f"--top {options.top}: there must be at least one class.")
+    files = find_pictures(options.pictures)
+    model, info = load_model(tracking.find_weights(options.model, RUNS))
+    device = choose_device(options.device)
+    if not (options.json or options.csv):
+        print(f"{options.model}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if options.csv:
+        writer.writerow(("file", "rank", "class", "probability", "error"))
+    count = failed = 0
+    for count, each in enumerate(predict(model, info, files, device, options.top), start=1):
+        failed += each.error is not None
+        if options.json:
+            print("[\n" if count == 1 else ",\n", json.dumps(each.as_dict()), sep="", end="")
+        elif options.csv:
+            writer.writerows(_csv_rows(each))
+        elif each.error:
+            print(f"resgrid: {each.error}", file=sys.stderr)
+        else:
+            print(f"{each.file}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in each.top))
+    if options.json:
+        print("\n]")
+    if failed:
+        print(f"resgrid: {failed:,} of {count:,} pictures could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
+    if each.error:
+        return [(each.file, "", "", "", each.error)]
+    return [(each.file, rank, name, value, "") for rank, (name, value) in enumerate(each.top, start=1)]
+
+
+def _export(options: argparse.Namespace) -> None:
+    from resgrid import tracking
+    from resgrid.export import export, images_to_compare
+
+    weights = tracking.find_weights(options.model, RUNS)
+    name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
+    out = options.out or Path(f"{name}.{options.format}")
+    images, origin = images_to_compare(PROCESSED)
+    difference = export(weights, options.format, out, images)
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB of {options.model}")
+    if difference is not None:
+        print(
+            f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
+        )
+
+
+def _init(options: argparse.Namespace) -> None:
+    from resgrid.scaffold import init
+
+    print(init(options.folder, options.data))
 
 
 # --- models and weights -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Architecture = Literal[
 ]  # fmt: skip
 Family = Literal["cifar_resnet", "wide_resnet", "vgg"]
 OptimizerName = Literal["sgd", "adam", "rmsprop", "adagrad"]
+Resize = Literal["stretch", "crop", "pad"]
 
 FAMILIES: dict[Architecture, Family] = {
     "resnet20": "cifar_resnet",
@@ -89,7 +90,7 @@ Data = Annotated[Cifar10 | Archive | ImageFolder | Digits, Field(discriminator="
 class Preprocess(Strict):
     """From raw images to arrays of 32x32x3."""
 
-    resize: Literal["stretch", "crop", "pad"]  # how another shape becomes a square
+    resize: Resize  # how another shape becomes a square
     validation_fraction: Fraction  # of the training images, drawn within each class; 0: no split
     validation_seed: Seed
 

@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resgrid.config import ChannelStatistics, FixedStatistics, Normalization, ScalarStatistics, Strict, Triple
+from resgrid.config import (
+    ChannelStatistics,
+    FixedStatistics,
+    Normalization,
+    Resize,
+    ScalarStatistics,
+    Strict,
+    Triple,
+)
 from resgrid.errors import ResgridError
 
 SIDE = 32  # pixels
@@ -37,6 +45,7 @@ class Meta(Strict):
 
     source: str
     class_names: tuple[str, ...]  # in the order of the labels
+    resize: Resize  # how images of another shape became squares
     num_images: dict[str, int]  # by split
     scalar_mean: float
     scalar_std: float

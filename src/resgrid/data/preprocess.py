@@ -42,6 +42,7 @@ def preprocess(
     meta = Meta(
         source=data.source,
         class_names=source.class_names,
+        resize=settings.resize,
         num_images={name: len(split.labels) for name, split in splits.items()},
         scalar_mean=scalar_mean,
         scalar_std=scalar_std,

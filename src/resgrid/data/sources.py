@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Literal, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -21,15 +22,16 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from resgrid.config import Resize
 from resgrid.data import archives
 from resgrid.data.dataset import SIDE, Split, load_meta, load_split
 from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError
 
-Resize = Literal["stretch", "crop", "pad"]
 OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
 
 SPLITS = ("train", "test")
+FORMATS = ("PNG", "JPEG")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 OTHER_SUFFIXES = (".bmp", ".gif", ".webp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm", ".pgm")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel or less
@@ -199,13 +201,9 @@ class ImageFolder:
         require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self._path}: {split} of {len(wanted):,} images")
         images = np.empty((len(wanted), SIDE, SIDE, 3), np.uint8)
         done = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, on metadata that nothing here uses …
-            warnings.simplefilter(
-                "error", Image.DecompressionBombWarning
-            )  # … but not on 90 megapixels and more
+        with no_bombs():
             for done, (name, content) in enumerate(archives.contents(self._path, place), start=1):
-                images[place[name]] = _decode(content, f"{self._path}: {name}", self._resize)
+                images[place[name]] = decode(io.BytesIO(content), f"{self._path}: {name}", self._resize)
                 if on_image is not None:
                     on_image(split, done, len(wanted))
         if done != len(wanted):
@@ -240,12 +238,26 @@ def _find_images(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def _decode(content: bytes, origin: str, resize: Resize) -> NDArray[np.uint8]:
-    """A PNG or JPEG file as (32, 32, 3): upright by its EXIF tag, transparent parts on black."""
+@contextmanager
+def no_bombs() -> Iterator[None]:
+    """Pillow's warning of 90 megapixels and more is an error, and those of metadata do not show."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decode(
+    file: Path | IO[bytes], origin: str, resize: Resize, formats: tuple[str, ...] = FORMATS
+) -> NDArray[np.uint8]:
+    """A picture in one of Pillow's `formats` as (32, 32, 3): upright by EXIF, transparent parts on black.
+
+    Raises ResgridError, which names `origin`, for one that is broken or has more than 8 bits a channel.
+    """
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
+        with Image.open(file, formats=formats) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
         if image.mode not in MODES:
             raise ValueError(f"pixels of type {image.mode}: save it with 8 bits a channel")
         if image.has_transparency_data:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resgrid.config import Architecture, Positive, Strict, Triple
+from resgrid.config import Architecture, Positive, Resize, Strict, Triple
 from resgrid.errors import ResgridError
 from resgrid.models import Classifier, build_model
 
@@ -31,6 +31,7 @@ class WeightsInfo(Strict):
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]  # in the order of the logits
     mean: Triple  # of the input's red, green and blue, on the 0-1 scale
     std: tuple[Positive, Positive, Positive]
+    resize: Resize = "stretch"  # how images of another shape became squares; CIFAR-10's needed nothing
 
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:

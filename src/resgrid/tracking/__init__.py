@@ -15,6 +15,7 @@ it is complete; `grid` is `current` on one run a cell, and `superseded` on those
 from resgrid.tracking.contents import complete
 from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
 from resgrid.tracking.live import LiveRun, live_run
+from resgrid.tracking.registry import find_weights
 from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, store_uri
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SyncReport",
     "complete",
     "fetch_weights",
+    "find_weights",
     "live_run",
     "open_store",
     "project_root",

@@ -27,10 +27,8 @@ from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
     from mlflow.entities import Run
-    from torch import nn
 
     from resgrid.data.dataset import Meta
-    from resgrid.models.weights import WeightsInfo
 
 FORMAT = 1  # of a complete run; a higher number makes `sync` complete all of them anew
 SCORES = (
@@ -293,6 +291,7 @@ def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
     from mlflow.types import Schema, TensorSpec
 
     from resgrid.models.weights import load_model
+    from resgrid.predict import Predictor
 
     client, run_id = store.client, run.info.run_id
     outputs = run.outputs.model_outputs if run.outputs else []
@@ -309,7 +308,7 @@ def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
     model = Model(logged.artifact_location, run_id, model_id=logged.model_id)
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pytorch.save_model(
-            _predictor(classifier, info),
+            Predictor(classifier, info),
             f"{folder}/model",
             mlflow_model=model,
             signature=ModelSignature(
@@ -337,24 +336,3 @@ def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
         run_id, [Metric(each.key, each.value, each.timestamp, each.step, logged.model_id) for each in scores]
     )
     client.finalize_logged_model(logged.model_id, "READY")
-
-
-def _predictor(classifier: nn.Module, info: WeightsInfo) -> nn.Module:
-    """RGB images (N, 3, 32, 32) on the 0–1 scale to probabilities (N, classes): what other programs want."""
-    import torch
-    from torch import Tensor, nn
-
-    class Predictor(nn.Module):
-        mean: Tensor
-        std: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.classifier = classifier
-            self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1))
-            self.register_buffer("std", torch.tensor(info.std).view(3, 1, 1))
-
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.softmax(self.classifier((images - self.mean) / self.std), dim=1)
-
-    return Predictor().eval().requires_grad_(False)

@@ -19,7 +19,9 @@ from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
 from resgrid.runs import FILES, read_json
 from resgrid.tracking import contents
+from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
+from resgrid.tracking.summary import summarize
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -41,6 +43,8 @@ class SyncReport:
     missing: list[str] = field(default_factory=list)  # no whole folder runs/<cell>
     stale: dict[str, str] = field(default_factory=dict)  # the files are of other params; which
     failed: dict[str, str] = field(default_factory=dict)  # why
+    champions: dict[str, str] = field(default_factory=dict)  # registered models that got another cell; which
+    summary: str | None = None  # the run that was made of the reports
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +62,9 @@ class SyncReport:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
+        lines += [f"  champion of models:/{name}: {cell}" for name, cell in self.champions.items()]
+        if self.summary:
+            lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
         return "\n".join(lines)
 
@@ -69,7 +76,8 @@ def sync(
 
     A run is found by its cell and the digest of its weights, completed if it is partial, and made from the
     files if there is none. Other runs of the cell, and those of cells that are no more, become superseded;
-    one whose process was killed ends as KILLED. A second time there is nothing to do.
+    one whose process was killed ends as KILLED. Then the registry gets its champions, and the reports their
+    run. A second time there is nothing to do.
     `on_cell` is told how many cells are done, and of how many.
     Raises ResgridError if the store cannot be used; what is wrong with single cells stands in the report.
     """
@@ -92,6 +100,9 @@ def sync(
                     on_cell(done, len(cells))
             for of_former_cell in runs.values():
                 report.superseded += retire(store, of_former_cell)
+            current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
+            report.champions = crown(store, current, _data_digest(pipeline_folder, current))
+            report.summary = summarize(store, pipeline_folder / "reports")
     except (MlflowException, OSError) as error:
         raise unusable(store.uri, error) from None
     return report
@@ -184,6 +195,14 @@ def _meta(pipeline_folder: Path) -> Meta | None:
         return load_meta(pipeline_folder / "data" / "processed")
     except ResgridError:  # the results may be here without the data
         return None
+
+
+def _data_digest(pipeline_folder: Path, runs: list[Run]) -> str:
+    """Of the data as they are now or, where they are not here, of what was trained last."""
+    if meta := _meta(pipeline_folder):
+        return meta.digest
+    latest = max(runs, key=lambda run: run.info.start_time, default=None)
+    return latest.data.tags["data_digest"] if latest else ""
 
 
 def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:

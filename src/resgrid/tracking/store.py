@@ -100,17 +100,30 @@ def open_store(name: str, folder: Path | None = None) -> Store:
 def fetch_weights(initial: InitialWeights, folder: Path | None = None) -> Path | None:
     """The weights file of `initial_weights: {name: mlflow}`, kept in `.resgrid/weights`; None of other kinds.
 
-    The URI names a run (`runs:/ID`), a version or an alias of a registered model (`models:/NAME/3`,
-    `models:/NAME@best`), or a logged model (`models:/m-ID`); of a model it is the weights of its source run.
-    Raises ResgridError if there is no such thing, or it has no weights file.
+    Raises ResgridError as `fetch` does.
     """
     if not isinstance(initial, MlflowWeights):
         return None
+    return fetch(initial.uri, f"initial_weights: {initial.uri}", folder=folder)
+
+
+def fetch(
+    model: str,
+    what: str,
+    advice: str = "Name a run, or the model of a run, that ResGrid has made; `resgrid ui` shows them.",
+    folder: Path | None = None,
+) -> Path:
+    """The weights file of a run (`runs:/ID`), of a version or an alias of a registered model
+    (`models:/NAME/3`, `models:/NAME@best`), or of a logged model (`models:/m-ID`), in `.resgrid/weights`.
+
+    Of a model it is the weights of its source run. Raises ResgridError, which begins with `what`, if there is
+    no such thing, or it has no weights file.
+    """
     uri = store_uri(folder)
     kept = project_root(folder) / ".resgrid" / "weights"
     try:
         client, _ = _connect(uri)
-        run_id = _source_run(client, initial.uri)
+        run_id = _source_run(client, model)
         path = kept / f"{run_id}.safetensors"
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
@@ -118,8 +131,7 @@ def fetch_weights(initial: InitialWeights, folder: Path | None = None) -> Path |
                 Path(client.download_artifacts(run_id, WEIGHTS, part)).replace(path)
     except Exception as error:
         raise ResgridError(
-            f"initial_weights: {initial.uri} gives no {WEIGHTS} in MLflow at {shown(uri)} ({reason(error)}). "
-            "Name a run, or the model of a run, that ResGrid has made; `resgrid ui` shows them."
+            f"{what} gives no {WEIGHTS} in MLflow at {shown(uri)} ({reason(error)}). {advice}"
         ) from None
     return path
 

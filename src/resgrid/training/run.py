@@ -83,7 +83,9 @@ def train_cell(
         if checkpoints is not None:
             checkpoints.flush()
 
-    info = WeightsInfo(architecture=cell.architecture, class_names=meta.class_names, mean=mean, std=std)
+    info = WeightsInfo(
+        architecture=cell.architecture, class_names=meta.class_names, mean=mean, std=std, resize=meta.resize
+    )
     summary = summarize(cell.architecture, len(meta.class_names), cell.recipe.dropout).table()
     try:
         run_folder.mkdir(parents=True, exist_ok=True)

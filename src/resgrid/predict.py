@@ -1,0 +1,149 @@
+"""A person's own pictures, classified: what `resgrid predict` does.
+
+A picture goes the way of a training image: `sources.decode` with the resizing that is stored with the
+weights, then their mean and deviation. Pictures stream through in batches, so that a folder may hold any
+number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from resgrid.config import Resize
+from resgrid.data.batches import in_order
+from resgrid.data.dataset import Split
+from resgrid.data.sources import OTHER_SUFFIXES, decode, no_bombs
+from resgrid.errors import ResgridError
+from resgrid.models.weights import WeightsInfo
+
+BATCH = 64  # pictures in memory at once, at 3 kB each
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # what Pillow leaves to other programs
+
+
+class Predictor(nn.Module):
+    """RGB images (N, 3, 32, 32) on the 0–1 scale to probabilities (N, classes): what other programs want."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: nn.Module, info: WeightsInfo) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(info.std).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.softmax(self.classifier((images - self.mean) / self.std), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one file shows, or why that cannot be said."""
+
+    file: str
+    top: tuple[tuple[str, float], ...] = ()  # class and probability, best first
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.error:
+            return {"file": self.file, "error": self.error}
+        return {"file": self.file, "top": [{"class": name, "probability": value} for name, value in self.top]}
+
+
+def predict(
+    model: nn.Module, info: WeightsInfo, files: Iterable[Path], device: torch.device, top: int = 3
+) -> Iterator[Prediction]:
+    """The `top` classes of each file, in order; `model` moves to `device`.
+
+    Files are opened as late as their batch is asked for. One that cannot be read has its reason in place of
+    classes, and the next ones go on.
+    """
+    formats = _formats()
+    waiting = iter(files)
+    while batch := list(islice(waiting, BATCH)):
+        with no_bombs():
+            read = [_read(file, info.resize, formats) for file in batch]
+        images = [each for each in read if not isinstance(each, str)]
+        rows = iter(probabilities(model, info, np.stack(images), device) if images else ())
+        for file, each in zip(batch, read, strict=True):
+            if isinstance(each, str):
+                yield Prediction(file=str(file), error=each)
+            else:
+                values, classes = next(rows).topk(min(top, len(info.class_names)))
+                pairs = zip(classes.tolist(), values.tolist(), strict=True)
+                yield Prediction(
+                    file=str(file), top=tuple((info.class_names[label], value) for label, value in pairs)
+                )
+
+
+def probabilities(
+    model: nn.Module, info: WeightsInfo, images: NDArray[np.uint8], device: torch.device
+) -> Tensor:
+    """Of each class for `images` (N, 32, 32, 3), in fp32 on the CPU: (N, classes)."""
+    model.to(device).eval()
+    split = Split(
+        images=torch.from_numpy(images).to(device), labels=torch.zeros(len(images), dtype=torch.int64)
+    )
+    with (
+        torch.inference_mode(),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+    ):
+        return torch.cat([
+            torch.softmax(model(batch).float(), dim=1).cpu()
+            for batch, _ in in_order(split, info.mean, info.std, BATCH)
+        ])  # fmt: skip
+
+
+def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files that `paths` name, and of a folder all that have a picture's suffix, ordered by name.
+
+    Hidden files are passed over, and links to folders are not followed. A folder without pictures stands for
+    itself, as what is not there does: `predict` says so.
+    """
+    for path in paths:
+        found = _in_folder(path) if path.is_dir() else iter((path,))
+        yield next(found, path)
+        yield from found
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    suffixes = _suffixes()
+    for place, subfolders, files in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+                yield Path(place, name)
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in NO_PICTURES)
+
+
+def _suffixes() -> set[str]:
+    formats = _formats()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return known.union(OTHER_SUFFIXES)  # HEIC as well: better refused by name than passed over
+
+
+def _read(file: Path, resize: Resize, formats: tuple[str, ...]) -> NDArray[np.uint8] | str:
+    if file.is_dir():
+        return f"{file}: there is no picture in this folder, nor below it."
+    if not file.is_file():  # a pipe would never end
+        return f"{file}: there is no such file."
+    try:
+        return decode(file, str(file), resize, formats)
+    except ResgridError as error:
+        return str(error)

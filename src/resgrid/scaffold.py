@@ -1,0 +1,316 @@
+"""A pipeline's folder for a person's own images: what `resgrid init` makes.
+
+Its `dvc.yaml` has the stages of this project's own, with the paths of the code as seen from there; its
+`params.yaml` a small grid by the number and the size of the images.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+import resgrid
+from resgrid.config import Resize, load_params
+from resgrid.data import archives
+from resgrid.data.dataset import SIDE
+from resgrid.data.fetch import digest
+from resgrid.data.sources import Cifar, ImageFolder, no_bombs, open_source
+from resgrid.errors import ResgridError
+from resgrid.grid import expand
+
+PACKAGE = Path(resgrid.__file__).parent
+NUM_SIZED = 200  # images whose size is looked at
+MIN_FOR_VALIDATION = 20  # training images in the smallest class
+
+IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
+IGNORED_BY_GIT = "# what the pipeline makes\n/data/\n/runs/\n/reports/\n/mlflow.db*\n/mlruns/\n/.resgrid/\n"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A grid for a number of training images."""
+
+    architectures: tuple[str, ...]
+    epochs: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands at a location."""
+
+    source: str  # as in params.yaml
+    class_names: tuple[str, ...]
+    num_train: int
+    num_test: int
+    smallest_class: int  # its training images
+    sizes: tuple[tuple[int, int], ...]  # width and height of some of them
+
+
+def init(folder: Path, data: Path) -> str:
+    """Make `folder`, with `params.yaml` and `dvc.yaml` for the images at `data`; returns what to do next.
+
+    Where that is in no DVC repository, it becomes one.
+    Raises ResgridError, and writes nothing, for images that the pipeline could not read, and for a folder
+    that is a pipeline already.
+    """
+    folder = folder.resolve()
+    for name in ("params.yaml", "dvc.yaml"):
+        if (folder / name).exists():
+            raise ResgridError(f"{folder / name}: is there already. Name a new folder, or delete it.")
+    if "://" in str(data) or re.match(r"https?:/", str(data)):
+        raise ResgridError(f"--data {data}: give a path; what comes from a URL must be fetched first.")
+    data = data.expanduser().resolve()
+    for made in ("data", "runs", "reports"):
+        if data == folder or data == folder / made or (folder / made) in data.parents:
+            raise ResgridError(
+                f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
+                f"such as {folder / 'images'}."
+            )
+    found = look_at(data)
+    root = _repository(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "dvc.yaml").write_text(_stages(folder, root), encoding="utf-8")
+        params = _params(_name(folder), _location(data, folder, root), data, found)
+        (folder / "params.yaml").write_text(params, encoding="utf-8")
+        if root is None:
+            _make_repository(folder)
+    except OSError as error:
+        raise ResgridError(f"{folder}: cannot be written: {error.strerror}.") from None
+    cells = expand(load_params(folder / "params.yaml"))
+    repository = "" if root else f"\n{folder} was in no DVC repository, so it is one now."
+    return (
+        f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
+        f"Look at {folder / 'params.yaml'}, then:\n"
+        f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid sync && resgrid compare"
+    )
+
+
+def look_at(data: Path) -> Found:
+    """Raises ResgridError for what is neither an image folder nor CIFAR's layout, or has a broken image."""
+    try:
+        source = open_source(data)
+        if isinstance(source, ImageFolder):
+            source = ImageFolder(data, "stretch")  # both splits must be there
+    except ResgridError as error:
+        if data.is_dir() and (advice := _without_splits(data)):
+            raise ResgridError(f"{error}\n{advice}") from None
+        raise
+    if isinstance(source, ImageFolder):
+        labels = {split: [name for _, name in images] for split, images in source.images.items()}
+        train = source.images["train"]
+        step = max(1, len(train) // NUM_SIZED)
+        sizes = _measure(data, [name for name, _ in train[::step][:NUM_SIZED]])
+        kind = "image-folder"
+    elif isinstance(source, Cifar) and data.is_file():
+        labels = {
+            split: [source.class_names[label] for label in source.load(split).labels.tolist()]
+            for split in ("train", "test")
+        }
+        sizes, kind = ((SIDE, SIDE),), "archive"
+    else:
+        raise ResgridError(f"{data}: give an image folder, or an archive of one or of CIFAR-10's layout.")
+    return Found(
+        source=kind,
+        class_names=source.class_names,
+        num_train=len(labels["train"]),
+        num_test=len(labels["test"]),
+        smallest_class=min(labels["train"].count(name) for name in source.class_names),
+        sizes=sizes,
+    )
+
+
+def _measure(data: Path, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    with no_bombs():
+        for name, content in archives.contents(data, set(names)):
+            try:
+                with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+                    sizes.append(image.size)
+            except Exception as error:  # a broken file raises whatever its decoder came upon
+                raise ResgridError(
+                    f"{data}: {name} cannot be read as an image ({error}). Mend it, or take it out."
+                ) from None
+    return tuple(sizes)
+
+
+def _without_splits(data: Path) -> str | None:
+    """What to do with `<class>/<image>`, which has no splits."""
+    classes = sorted(
+        entry.name for entry in data.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if len(classes) < 2 or set(classes) & {"train", "test"}:
+        return None
+    return (
+        f"{data} seems to hold a folder a class ({', '.join(classes[:3])}, …) and no splits. Put a fifth or "
+        "so of each class into test/<class>/ and the rest into train/<class>/, no image into both."
+    )
+
+
+# --- the files --------------------------------------------------------------------------------------
+
+
+def _stages(folder: Path, root: Path | None) -> str:
+    """The project's dvc.yaml, its paths of code as seen from `folder`.
+
+    Inside the repository of the code, .dvcignore keeps byte code out of the hashes. It does not reach
+    outside: there a folder of code is named file by file.
+    """
+    template = PACKAGE / "pipeline.yaml"  # in a wheel
+    if not template.is_file():
+        template = PACKAGE.parents[1] / "dvc.yaml"
+    text = template.read_text(encoding="utf-8").partition("stages:")
+    lines = []
+    for line in (text[1] + text[2]).splitlines():
+        match = re.fullmatch(r"( +- )src/resgrid/(.+)", line)
+        if not match:
+            lines.append(line)
+            continue
+        indent, path = match.groups()
+        place = PACKAGE / path
+        outside = root is None or root not in PACKAGE.parents
+        files = sorted(place.rglob("*.py")) if outside and place.is_dir() else [place]
+        lines += [f"{indent}{_quoted(os.path.relpath(file, folder))}" for file in files]
+    head = (
+        "# download -> preprocess -> train@<cell>, train-study@<name> -> evaluate\n"
+        "# Made by `resgrid init`: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
+    )
+    return head + "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As a YAML scalar."""
+    return text if re.fullmatch(r"[\w./@+-]+", text) else "'" + text.replace("'", "''") + "'"
+
+
+def _scale(num_train: int) -> Scale:
+    """Some thousands of steps a cell: enough to rank by, and minutes to an hour on a CPU."""
+    if num_train < 2_000:
+        return Scale(("resnet20", "resnet10"), epochs=30, batch_size=16)
+    if num_train < 20_000:
+        return Scale(("resnet20", "resnet32", "resnet10"), epochs=20, batch_size=32)
+    return Scale(("resnet20", "resnet56", "resnet18"), epochs=30, batch_size=128)
+
+
+def _params(name: str, location: str, data: Path, found: Found) -> str:
+    scale = _scale(found.num_train)
+    checksum = "null" if data.is_dir() else _quoted(digest(data, "sha256:"))
+    validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION else 0.0
+    wide = [name for name in scale.architectures if name in ("resnet10", "resnet18")]
+    narrow = [name for name in scale.architectures if name not in wide]
+    others = "\n".join(f"  {name}: *narrow" for name in narrow[1:])
+    rates = "\n".join(f"  {name}: *narrow_rates" for name in narrow[1:])
+    text = f"""\
+# {_counts(found)}.
+# A grid to start with: widen its lists, add seeds, train for longer.
+
+name: {_quoted(name)} # the MLflow experiment
+
+data:
+  source: {found.source}
+  location: {_quoted(location)}
+  checksum: {checksum}
+
+preprocess:
+  resize: {_resize(found)} # every image becomes 32x32: stretch | crop | pad
+  validation_fraction: {validation} # of the training images; the best cell is chosen by it
+  validation_seed: 0
+
+grid:
+  architectures: [{", ".join(scale.architectures)}]
+  optimizers: [sgd, adam]
+  seeds: [0] # [0, 1, 2] gives each figure its spread
+
+recipes:
+  {narrow[0]}: &narrow
+    epochs: {scale.epochs}
+    batch_size: {scale.batch_size}
+    schedule: {{ name: cosine, final_factor: 0.0 }}
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 2.0e-4
+    decay_norm_and_bias: false
+    dropout: 0.0
+    # flip only where a mirrored image is of the same class: not for digits, text or traffic signs
+    augmentation: {{ flip: false, crop_padding: 4, rotation_degrees: 10.0, shift_fraction: 0.0 }}
+    normalization: {{ name: per_channel }}
+    approach: end_to_end
+    initial_weights: {{ name: random }}
+{others}
+  {wide[0]}: {{ <<: *narrow, dropout: 0.1 }}
+
+learning_rates:
+  {narrow[0]}: &narrow_rates {{ sgd: 0.1, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2 }}
+{rates}
+  {wide[0]}: {{ sgd: 0.05, adam: 1.0e-3, rmsprop: 5.0e-4, adagrad: 5.0e-3 }}
+
+optimizers:
+  sgd: {{ momentum: 0.9, nesterov: true }}
+  adam: {{ betas: [0.9, 0.999], eps: 1.0e-8 }}
+  rmsprop: {{ alpha: 0.99, momentum: 0.0, eps: 1.0e-8 }}
+  adagrad: {{ lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10 }}
+
+studies: {{}} # cells of their own, each with a whole recipe in which one thing differs
+
+engine:
+  precision: auto # bf16 autocast where the device is good at it: auto | fp32 | bf16
+"""
+    return re.sub(r"\n\n(?=  )", "\n", text)
+
+
+def _resize(found: Found) -> Resize:
+    """`stretch` keeps the shape where all images are nearly square; otherwise bars of black do."""
+    ratio = statistics.median(max(size) / min(size) for size in found.sizes)
+    return "stretch" if ratio < 1.15 else "pad"
+
+
+def _counts(found: Found) -> str:
+    smallest, largest = ("x".join(map(str, pick(found.sizes))) for pick in (min, max))
+    sizes = smallest if smallest == largest else f"{smallest} to {largest}"
+    return (
+        f"{found.num_train:,} training and {found.num_test:,} test images of {len(found.class_names)} "
+        f"classes, of {sizes} pixels"
+    )
+
+
+def _name(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9 _.-]", "-", folder.name).lstrip(" _.-") or "own"
+
+
+def _location(data: Path, folder: Path, root: Path | None) -> str:
+    """Relative where images and pipeline move together, in one repository or one folder."""
+    home = root or folder
+    return os.path.relpath(data, folder) if home in data.parents else str(data)
+
+
+# --- the repository ---------------------------------------------------------------------------------
+
+
+def _repository(folder: Path) -> Path | None:
+    return next((each for each in (folder, *folder.parents) if (each / ".dvc").is_dir()), None)
+
+
+def _make_repository(folder: Path) -> None:
+    """`dvc init`, as part of a git repository if there is one."""
+    in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
+    kind = ["--no-scm"] if in_git is None else [] if in_git == folder else ["--subdir"]
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["init", "--quiet", *kind], ["config", "core.analytics", "false"]):
+        done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ResgridError(f"{folder}: `dvc {' '.join(command)}` failed: {reason}")
+    (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text(IGNORED_BY_GIT, encoding="utf-8")

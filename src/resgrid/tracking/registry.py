@@ -1,0 +1,150 @@
+"""The model registry: the winners among the current cells, under names that stay.
+
+A pipeline has one registered model, called as it is, and one an architecture: `digits`, `digits-resnet20`.
+Each version is a cell that was the best when `sync` looked; the alias `champion` is on the one that still is,
+so that `models:/digits@champion` works in whatever reads MLflow's models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resgrid.config import load_params
+from resgrid.errors import ResgridError
+from resgrid.grid import find_cell
+from resgrid.runs import WEIGHTS, read_json, verify_weights
+from resgrid.tracking.store import Store, fetch
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+
+
+def crown(store: Store, runs: Iterable[Run], data_digest: str) -> dict[str, str]:
+    """Put the alias of every registered model on the best of `runs`, which are those of the current cells.
+
+    Compared are completed cells on the data of `data_digest`: by validation accuracy or, where there is no
+    validation split, by the test accuracy of the last epoch; never by the best epoch. Among equals a champion
+    stays, then the lower loss wins. Returns, by registered model, the cells to which an alias moved.
+    """
+    candidates: dict[str, list[Run]] = {}
+    for run in runs:
+        tags = run.data.tags
+        if tags.get("status") == "completed" and tags["data_digest"] == data_digest:
+            for name in (store.name, f"{store.name}-{run.data.params['architecture']}"):
+                candidates.setdefault(name, []).append(run)
+    moved = {name: _crown_one(store, name, compared) for name, compared in candidates.items()}
+    return {name: cell for name, cell in moved.items() if cell}
+
+
+def _crown_one(store: Store, name: str, runs: list[Run]) -> str | None:
+    """The cell that is the champion from now on, if it was not before."""
+    versions = _versions(store, name)
+    reigning = next((each for each in versions if CHAMPION in each.aliases), None)
+    split = judge(runs)
+
+    def strength(run: Run) -> tuple[float, bool, float, str]:
+        metrics = run.data.metrics
+        reigns = reigning is not None and _is_of(reigning, run)
+        return metrics[f"{split}_accuracy"], reigns, -metrics[f"{split}_loss"], run.data.tags["cell"]
+
+    best = max(runs, key=strength)
+    if reigning is not None and _is_of(reigning, best):
+        return None
+    version = next((each for each in versions if _is_of(each, best)), None)
+    version = version or _register(store, name, best, split)
+    store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    cell: str = best.data.tags["cell"]
+    return cell
+
+
+def judge(runs: list[Run]) -> str:
+    """The split by which `runs`, all on the same data, are ranked: `validation` or `test`."""
+    return "validation" if all("validation_accuracy" in run.data.metrics for run in runs) else "test"
+
+
+def _is_of(version: ModelVersion, run: Run) -> bool:
+    """By the weights: trained again without a change, a cell has another run and is the same model."""
+    return bool(version.tags.get("weights_sha256") == run.data.tags["weights_sha256"])
+
+
+def _versions(store: Store, name: str) -> list[ModelVersion]:
+    """Those of a registered model, which is made if it is not there. Aliases come with the model alone."""
+    from mlflow.exceptions import MlflowException
+
+    client = store.client
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        what = "the pipeline" if name == store.name else name.removeprefix(f"{store.name}-")
+        client.create_registered_model(
+            name,
+            {"pipeline": store.name},
+            f"The best current cell of {what} has the alias `{CHAMPION}`: by validation accuracy or, without "
+            "a validation split, by the test accuracy of the last epoch. Input: RGB images (N, 3, 32, 32) on "
+            f"the 0–1 scale; output: probabilities. `resgrid predict --model models:/{name}@{CHAMPION} "
+            "PICTURE` does the rest.",
+        )
+        return []
+    numbers = {str(number): alias for alias, number in model.aliases.items()}
+    versions = list(client.search_model_versions(f"name = '{name}'", max_results=1000))
+    for each in versions:
+        each.aliases = [numbers[str(each.version)]] if str(each.version) in numbers else []
+    return versions
+
+
+def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
+    """A version of the model that the run has logged, with the lineage as its tags."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    client, tags, metrics = store.client, run.data.tags, run.data.metrics
+    accuracy, epoch = metrics[f"{split}_accuracy"], run.data.params["epochs"]
+    lineage = {key: tags[key] for key in ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")}
+    lineage |= {key: run.data.params[key] for key in ("architecture", "optimizer", "seed")}
+    lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
+    if "test_accuracy" in metrics:
+        lineage["test_accuracy"] = f"{metrics['test_accuracy']:.4f}"
+    assert run.outputs is not None, "a complete run has its model"
+    model_id = run.outputs.model_outputs[0].model_id
+    logged = client.get_logged_model(model_id)
+    version = client.create_model_version(
+        name,
+        logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
+        run.info.run_id,
+        lineage,
+        description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {epoch}.",
+        model_id=model_id,
+    )
+    known = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    known.append({"name": name, "version": version.version})  # MLflow's pages link the model by it
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
+    return version
+
+
+def find_weights(model: str, runs: Path) -> Path:
+    """The weights file meant by `champion`, a file's path, a `models:/` or `runs:/` URI, or a cell's id.
+
+    Of a cell it is the one in the folder `runs`, checked against the cell's metrics.
+    Raises ResgridError if there is no such thing.
+    """
+    if model.startswith(("models:/", "runs:/")):
+        return fetch(model, f"--model {model}")
+    if model == CHAMPION:
+        uri = f"models:/{load_params().name}@{CHAMPION}"
+        return fetch(uri, f"the champion, {uri},", "`resgrid sync` names one as soon as a cell is trained.")
+    path = Path(model)
+    if path.is_file() or path.suffix == ".safetensors":
+        return path
+    cell = find_cell(load_params(), model)
+    folder = runs / cell.id
+    if not (folder / "metrics.json").is_file():
+        raise ResgridError(f"{model}: this cell has no result yet. `dvc repro {cell.stage}` trains it.")
+    verify_weights(folder, read_json(folder / "metrics.json"), cell.stage)
+    return folder / WEIGHTS

@@ -1,0 +1,150 @@
+"""Exports: each is read back by the program that it is for, and gives what the model gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from resgrid.cli import main
+from resgrid.config import Architecture
+from resgrid.convert import import_torch
+from resgrid.data.sources import Digits
+from resgrid.errors import ResgridError
+from resgrid.export import export
+from resgrid.models import build_model
+from resgrid.models.weights import METADATA_KEY, WeightsInfo, load_model, load_weights, save_weights
+
+DIGITS = tuple("0123456789")
+
+
+def make_weights(path: Path, architecture: Architecture = "resnet20") -> Path:
+    """Weights whose batch norms have seen images, so that no statistic is the one it began with."""
+    torch.manual_seed(0)
+    model = build_model(architecture, 10)
+    with torch.no_grad():
+        model(torch.randn(64, 3, 32, 32))
+    info = WeightsInfo(
+        architecture=architecture,
+        class_names=DIGITS,
+        mean=(0.3, 0.31, 0.32),
+        std=(0.4, 0.41, 0.42),
+        resize="pad",
+    )
+    save_weights(path, model, info)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
+    """The first 20 handwritten digits of the test split: uint8 (20, 32, 32, 3)."""
+    from safetensors.numpy import save_file
+
+    path = tmp_path_factory.mktemp("raw") / "digits.safetensors"
+    digits = load_digits()
+    save_file({"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)}, path)
+    return Digits(path, 0.2, 0).load("test").images[:20].numpy()
+
+
+def expected(weights: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Probabilities by the definition: softmax of the logits of ((x / 255) - mean) / std."""
+    model, info = load_model(weights)
+    normalised = (torch.from_numpy(images) / 255 - torch.tensor(info.mean)) / torch.tensor(info.std)
+    with torch.no_grad():
+        return torch.softmax(model(normalised.permute(0, 3, 1, 2)), dim=1).numpy()
+
+
+@pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
+def test_onnx_gives_the_probabilities_of_the_model_for_any_number_of_images(
+    architecture: Architecture, images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    weights = make_weights(tmp_path / "w.safetensors", architecture)
+    difference = export(weights, "onnx", tmp_path / "m.onnx", images)
+    assert difference is not None
+    assert difference < 1e-4
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    scaled = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    for number in (1, 7, 20):
+        [found] = session.run(None, {"images": scaled[:number]})
+        np.testing.assert_allclose(found, expected(weights, images)[:number], atol=1e-4)
+
+
+def test_onnx_says_its_classes_and_how_pictures_become_its_input(
+    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    export(weights, "onnx", tmp_path / "m.onnx", images)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    info = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    assert info["class_names"] == list(DIGITS)
+    assert info["resize"] == "pad"
+    assert [(each.name, each.shape[1:]) for each in session.get_inputs()] == [("images", [3, 32, 32])]
+    assert [(each.name, each.shape[1:]) for each in session.get_outputs()] == [("probabilities", [10])]
+
+
+def test_pt2_is_a_program_that_needs_no_code_of_ours(
+    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    export(weights, "pt2", tmp_path / "m.pt2", images)
+    extra = {f"{METADATA_KEY}.json": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(program.module()(scaled).numpy(), expected(weights, images), atol=1e-5)
+    assert json.loads(extra[f"{METADATA_KEY}.json"])["architecture"] == "resnet20"
+
+
+def test_pt_is_a_plain_state_dict_that_comes_back_as_the_same_weights(
+    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    assert export(weights, "pt", tmp_path / "m.pt", images) is None
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    build_model("resnet20", 10).load_state_dict(state, strict=True)
+    import_torch(tmp_path / "m.pt", "resnet20", tmp_path / "again.safetensors", DIGITS)
+    _, before = load_weights(weights)
+    _, after = load_weights(tmp_path / "again.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_safetensors_is_the_weights_file(weights: Path, images: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    export(weights, "safetensors", tmp_path / "m.safetensors", images)
+    assert (tmp_path / "m.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_what_differs_from_the_model_is_not_written(
+    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any tolerance even another order of summation is too much."""
+    monkeypatch.setattr("resgrid.export.TOLERANCE", -1.0)
+    with pytest.raises(ResgridError, match=r"m\.pt2: not written, .* differs from the model by "):
+        export(weights, "pt2", tmp_path / "m.pt2", images)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(
+    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ResgridError, match=r"gone/m\.pt: cannot be written: No such file or directory"):
+        export(weights, "pt", tmp_path / "gone" / "m.pt", images)
+
+
+def test_the_command_writes_beside_the_person_and_says_on_what_it_was_compared(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(weights), "--format", "pt2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("weights.pt2: 1.")
+    assert "On 64 images of noise, since there is no data/processed here, it differs" in said
+    assert (tmp_path / "weights.pt2").is_file()

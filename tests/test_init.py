@@ -1,0 +1,201 @@
+"""Pipelines for images of one's own, made by `resgrid init` and run by the real DVC."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+from sklearn.datasets import load_digits
+
+from resgrid.cli import main
+from resgrid.config import load_params
+from resgrid.data.sources import ImageFolder, open_source
+from resgrid.errors import ResgridError
+from resgrid.grid import expand
+from resgrid.scaffold import Found, _params, init, look_at
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes of digits at 60x40: 25 training and 4 test images each."""
+    digits = load_digits()
+    for number, name in ((0, "round"), (1, "straight"), (8, "double")):
+        pixels = (digits.images[digits.target == number] * 15).astype("uint8")
+        for i in range(29):
+            folder = tmp_path / "my pictures" / ("train" if i < 25 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).resize((60, 40)).save(folder / f"{i}.png")
+    return tmp_path / "my pictures"
+
+
+def test_outside_of_any_repository_it_makes_one_in_which_dvc_repro_goes_to_the_end(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a pipeline"
+    assert main(["init", str(folder), "--data", str(pictures)]) == 0
+    said = capsys.readouterr().out
+    assert "75 training and 12 test images of 3 classes, of 60x40 pixels: 4 cells, resnet20-sgd-0" in said
+    assert f"{folder} was in no DVC repository, so it is one now." in said
+    assert f"cd '{folder}' && dvc repro" in said
+
+    params = (folder / "params.yaml").read_text()
+    smaller = params.replace("[resnet20, resnet10]", "[resnet20]").replace("[sgd, adam]", "[adam]")
+    (folder / "params.yaml").write_text(smaller.replace("epochs: 30", "epochs: 1"))
+    done = run("dvc", "repro", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "resnet20-adam-0" in (folder / "reports" / "leaderboard.csv").read_text()
+    again = run("dvc", "status", cwd=folder)
+    assert "up to date" in again.stdout, again.stdout
+    synced = run("resgrid", "sync", cwd=folder)
+    assert "champion of models:/a pipeline: resnet20-adam-0" in synced.stdout, synced.stderr
+    predicted = run("resgrid", "predict", str(pictures / "test" / "round"), cwd=folder)
+    assert predicted.returncode == 0, predicted.stderr
+    assert len(predicted.stdout.splitlines()) == 4
+
+
+def test_inside_the_project_its_stages_are_those_of_the_example(pictures: Path, tmp_path: Path) -> None:
+    """A copy of the code, so that nothing is written into this checkout."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", root)
+    (root / ".dvc").mkdir()
+    code = "import sys; from resgrid.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "init", "examples/mine", "--data", str(pictures)]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root / "src")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    yaml = YAML(typ="safe")
+    assert yaml.load(root / "examples/mine/dvc.yaml") == yaml.load(ROOT / "examples/digits/dvc.yaml")
+    assert sorted(path.name for path in (root / "examples/mine").iterdir()) == ["dvc.yaml", "params.yaml"]
+
+
+def found(num_train: int, smallest: int = 100, size: tuple[int, int] = (64, 64)) -> Found:
+    return Found(
+        source="image-folder",
+        class_names=("a", "b"),
+        num_train=num_train,
+        num_test=10,
+        smallest_class=smallest,
+        sizes=(size,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_train", "architectures", "epochs", "batch"),
+    [
+        (100, ["resnet20", "resnet10"], 30, 16),
+        (1_999, ["resnet20", "resnet10"], 30, 16),
+        (2_000, ["resnet20", "resnet32", "resnet10"], 20, 32),
+        (19_999, ["resnet20", "resnet32", "resnet10"], 20, 32),
+        (20_000, ["resnet20", "resnet56", "resnet18"], 30, 128),
+    ],
+)
+def test_the_grid_grows_with_the_number_of_images(
+    tmp_path: Path, num_train: int, architectures: list[str], epochs: int, batch: int
+) -> None:
+    (tmp_path / "params.yaml").write_text(_params("mine", "images", tmp_path, found(num_train)))
+    params = load_params(tmp_path / "params.yaml")
+    assert list(params.grid.architectures) == architectures
+    assert {(cell.recipe.epochs, cell.recipe.batch_size) for cell in expand(params)} == {(epochs, batch)}
+
+
+@pytest.mark.parametrize(
+    ("size", "resize"), [((64, 64), "stretch"), ((64, 60), "stretch"), ((64, 48), "pad"), ((20, 200), "pad")]
+)
+def test_images_that_are_not_square_keep_their_shape(
+    tmp_path: Path, size: tuple[int, int], resize: str
+) -> None:
+    (tmp_path / "params.yaml").write_text(_params("mine", "images", tmp_path, found(100, size=size)))
+    assert load_params(tmp_path / "params.yaml").preprocess.resize == resize
+
+
+@pytest.mark.parametrize(("smallest", "fraction"), [(19, 0.0), (20, 0.1)])
+def test_a_validation_split_needs_enough_images_in_each_class(
+    tmp_path: Path, smallest: int, fraction: float
+) -> None:
+    (tmp_path / "params.yaml").write_text(_params("mine", "images", tmp_path, found(100, smallest)))
+    assert load_params(tmp_path / "params.yaml").preprocess.validation_fraction == fraction
+
+
+def test_an_archive_is_named_with_its_checksum(image_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar.gz", "w:gz") as archive:
+        archive.add(image_folder, "images")
+    init(tmp_path / "mine", tmp_path / "pictures.tar.gz")
+    data = load_params(tmp_path / "mine" / "params.yaml").data
+    digest = hashlib.sha256((tmp_path / "pictures.tar.gz").read_bytes()).hexdigest()
+    assert (data.source, data.checksum) == ("image-folder", f"sha256:{digest}")  # type: ignore[union-attr]
+
+
+def test_an_archive_in_cifars_layout_is_one(cifar_archive: Path) -> None:
+    seen = look_at(cifar_archive)
+    assert (seen.source, seen.num_train, seen.num_test) == ("archive", 40, 20)
+    assert seen.smallest_class == 10
+
+
+def test_a_folder_without_splits_is_explained(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ResgridError, match=r"a folder a class \(one, three, two, …\) and no splits. Put a fifth"
+    ):
+        init(tmp_path / "mine", image_folder / "train")
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "data", "said"),
+    [
+        ("mine", "absent", "absent: no such file or folder"),
+        ("mine", "https://example.org/a.tar.gz", "must be fetched first"),
+        ("images", "images", "the pipeline writes into"),
+        (".", "images", None),
+    ],
+)
+def test_what_cannot_be_a_pipeline_is_refused_and_nothing_is_written(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    data: str,
+    said: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if said is None:  # images inside of the pipeline's folder, but not where it writes
+        init(Path(folder), Path(data))
+        assert load_params().data.location == "images"  # type: ignore[union-attr]
+        return
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ResgridError, match=said):
+        init(Path(folder), Path(data))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "params.yaml").write_text("mine")
+    with pytest.raises(ResgridError, match=r"params\.yaml: is there already"):
+        init(tmp_path / "mine", image_folder)
+    assert (tmp_path / "mine" / "params.yaml").read_text() == "mine"
+
+
+def test_the_images_that_it_names_are_those_that_the_pipeline_reads(image_folder: Path) -> None:
+    source = open_source(image_folder)
+    assert isinstance(source, ImageFolder)
+    seen = look_at(image_folder)
+    assert (seen.num_train, seen.num_test, seen.class_names) == (12, 6, source.class_names)
+    assert seen.sizes == ((8, 8),) * 12

@@ -1,0 +1,281 @@
+"""Pictures of one's own, by a model that is trained here on scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from resgrid.cli import main
+from resgrid.config import Digits, Preprocess, parse_params
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import preprocess
+from resgrid.data.sources import draw
+from resgrid.grid import expand
+from resgrid.models import build_model
+from resgrid.models.weights import WeightsInfo, load_weights, save_weights
+from resgrid.predict import BATCH, find_pictures, predict
+from resgrid.runs import read_json
+from resgrid.training.run import train_cell
+
+CPU = torch.device("cpu")
+PARAMS = {
+    "name": "digits",
+    "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
+    "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "validation_seed": 0},
+    "grid": {"architectures": ["resnet20"], "optimizers": ["adam"], "seeds": [0]},
+    "recipes": {
+        "resnet20": {
+            "epochs": 2,
+            "batch_size": 16,
+            "schedule": {"name": "cosine", "final_factor": 0.0},
+            "warmup": None,
+            "time_decay": 0.0,
+            "weight_decay": 0.0,
+            "decay_norm_and_bias": False,
+            "dropout": 0.0,
+            "augmentation": {
+                "flip": False,
+                "crop_padding": 0,
+                "rotation_degrees": 0.0,
+                "shift_fraction": 0.0,
+            },
+            "normalization": {"name": "scalar"},
+            "approach": "end_to_end",
+            "initial_weights": {"name": "random"},
+        }
+    },
+    "learning_rates": {"resnet20": {"sgd": 0.1, "adam": 3e-3, "rmsprop": 3e-3, "adagrad": 2e-2}},
+    "optimizers": {
+        "sgd": {"momentum": 0.9, "nesterov": True},
+        "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
+        "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
+        "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
+    },
+    "studies": {},
+    "engine": {"precision": "fp32"},
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline's folder with one trained cell, and the test images as PNG files called by their digit."""
+
+    folder: Path
+    pictures: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "runs" / "resnet20-adam-0" / "weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("pipeline")
+    data = Digits(source="digits", test_fraction=0.2, split_seed=0)
+    download(data, folder / "data" / "raw")
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    preprocess(data, settings, folder / "data" / "raw", folder / "data" / "processed")
+    (folder / "params.yaml").write_text(json.dumps(PARAMS))  # JSON is YAML
+    [cell] = expand(parse_params(PARAMS))
+    for _ in train_cell(cell, folder / "data" / "processed", folder / "runs" / cell.id, CPU):
+        pass
+    digits = load_digits()
+    is_test = draw(digits.target, "0123456789", 0.2, 0)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for i in np.flatnonzero(is_test):
+        grey = ((digits.images[i].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
+        Image.fromarray(grey).save(pictures / f"{digits.target[i]}-{i}.png")
+    return Pipeline(folder, pictures)
+
+
+@pytest.fixture
+def inside(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.chdir(pipeline.folder)
+    return pipeline
+
+
+def test_a_handwritten_digit_given_as_png_is_named(
+    inside: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = min(inside.pictures.glob("4-*.png"))
+    assert main(["predict", str(picture), "--model", "resnet20-adam-0", "--top", "2"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{picture}: 4 ")
+    assert output.out.count(" %") == 2
+    assert output.err == "resnet20-adam-0: resnet20, 10 classes\n"
+
+
+def test_files_are_prepared_as_the_training_images_were_so_that_the_accuracy_is_the_same(
+    inside: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """359 pictures: more than a batch, and whether each is right is what `evaluate` counted."""
+    assert main(["predict", "pictures", "--model", str(inside.weights), "--csv", "--top", "1"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [Path(row["file"]).name for row in rows] == sorted(p.name for p in inside.pictures.iterdir())
+    right = sum(Path(row["file"]).name[0] == row["class"] for row in rows)
+    assert len(rows) == 359
+    assert right / 359 == read_json(inside.weights.parent / "metrics.json")["test_accuracy"]
+    assert right > 300
+
+
+def test_the_resizing_is_the_one_stored_with_the_weights(tmp_path: Path) -> None:
+    """A picture with a white left third: padded there is black above it, stretched there is none."""
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, :32] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    seen = {}
+
+    class Watched(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen["mean"] = images.mean().item()
+            return torch.zeros(len(images), 2)
+
+    for resize, mean in (("stretch", 1 / 3), ("pad", 1 / 9), ("crop", 0.0)):
+        info = WeightsInfo(
+            architecture="resnet20", class_names=("a", "b"), mean=(0.0,) * 3, std=(1.0,) * 3, resize=resize
+        )
+        [prediction] = predict(Watched(), info, [tmp_path / "wide.png"], CPU)
+        assert prediction.top == (("a", 0.5), ("b", 0.5))
+        assert seen["mean"] == pytest.approx(mean, abs=0.01)
+
+
+def test_training_stores_the_resizing_of_its_data(pipeline: Pipeline) -> None:
+    info, _ = load_weights(pipeline.weights)
+    assert info.resize == "stretch"
+
+
+def test_probabilities_add_up_and_stand_best_first(
+    inside: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(min(inside.pictures.glob("7-*.png")))
+    assert main(["predict", picture, "--model", "resnet20-adam-0", "--json", "--top", "99"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    values = [each["probability"] for each in row["top"]]
+    assert sorted(each["class"] for each in row["top"]) == list("0123456789")
+    assert values == sorted(values, reverse=True)
+    assert sum(values) == pytest.approx(1)
+
+
+def test_a_broken_file_is_named_and_the_next_ones_go_on(
+    inside: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = min(inside.pictures.glob("0-*.png"))
+    (tmp_path / "a.png").write_bytes(good.read_bytes()[:60])
+    (tmp_path / "b.png").write_bytes(good.read_bytes())
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    paths = [str(tmp_path), str(tmp_path / "gone.png"), str(tmp_path / "empty"), str(good)]
+    assert main(["predict", *paths, "--model", "resnet20-adam-0", "--json"]) == 1
+    output = capsys.readouterr()
+    rows = json.loads(output.out)
+    assert [Path(row["file"]).name for row in rows] == ["a.png", "b.png", "gone.png", "empty", good.name]
+    assert ["error" in row for row in rows] == [True, False, True, True, False]
+    assert "a.png cannot be read as an image" in rows[0]["error"]
+    assert rows[1]["top"] == rows[4]["top"]
+    assert output.err == "resgrid: 3 of 5 pictures could not be read.\n"
+
+    assert main(["predict", *paths, "--model", "resnet20-adam-0"]) == 1
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2
+    assert "gone.png: there is no such file." in output.err
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.bmp", "x.tif", "x.ppm", "x.jp2", "x.ico"])
+def test_other_formats_are_read_as_well(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+    Image.open(min(pipeline.pictures.glob("1-*.png"))).convert("RGB").resize((64, 64)).save(tmp_path / name)
+    model, info = build_model("resnet20", 2), _info(2)
+    [prediction] = predict(model, info, find_pictures([tmp_path]), CPU)
+    assert prediction.error is None
+    assert len(prediction.top) == 2
+
+
+def _info(num_classes: int) -> WeightsInfo:
+    names = tuple(f"class {i}" for i in range(num_classes))
+    return WeightsInfo(architecture="resnet20", class_names=names, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_what_would_start_another_program_or_never_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = list(
+        predict(build_model("resnet20", 2), _info(2), [tmp_path / "x.eps", tmp_path / "pipe.png"], CPU)
+    )
+    assert all(each.error for each in found)
+
+
+def test_files_are_opened_a_batch_at_a_time(pipeline: Pipeline) -> None:
+    picture = min(pipeline.pictures.glob("1-*.png"))
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield picture
+
+    predictions = predict(build_model("resnet20", 2), _info(2), endless(), CPU)
+    for _ in range(BATCH + 1):
+        next(predictions)
+    assert taken == 2 * BATCH
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipeline) -> None:
+    program = "import sys; from resgrid.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "predict", "pictures", "--model", str(inside.weights)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait() in (0, 141)
+    timer.cancel()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
+        (["--model", "absent.safetensors"], "there is no such weights file"),
+        (["--model", "params.yaml"], "no whole safetensors file"),
+        (["--top", "0"], "--top 0: there must be at least one class"),
+    ],
+)
+def test_a_mistake_ends_with_one_message(
+    inside: Pipeline, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "pictures", *arguments]) == 1
+    output = capsys.readouterr()
+    assert said in output.err
+    assert output.out == ""
+
+
+def test_weights_that_changed_since_training_are_refused(
+    inside: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = tmp_path / "runs" / "resnet20-adam-0"
+    cell.mkdir(parents=True)
+    (cell / "metrics.json").write_bytes((inside.weights.parent / "metrics.json").read_bytes())
+    (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
+    save_weights(cell / "weights.safetensors", build_model("resnet20", 10), _info(10))
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", str(inside.pictures), "--model", "resnet20-adam-0"]) == 1
+    assert "the file has changed since it was trained" in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""The registry and the comparison's run, in a real SQLite store; the champion served over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from test_tracking import RECIPE
+
+from resgrid import tracking
+from resgrid.cli import main
+from resgrid.config import Digits, Params, Preprocess, parse_params
+from resgrid.data.dataset import Split, content_digest, load_split, save, split_digest
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import preprocess
+from resgrid.errors import ResgridError
+from resgrid.grid import expand
+from resgrid.models.weights import load_model
+from resgrid.predict import probabilities
+from resgrid.training.run import train_cell
+
+pytestmark = [
+    # MLflow uses what SQLAlchemy 2.1 deprecates, and warns of a type of its own.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
+]
+
+CPU = torch.device("cpu")
+
+
+def make_params(*seeds: int) -> Params:
+    """A grid of ResNet-20 with SGD: one cell a seed."""
+    return parse_params(
+        {
+            "name": "small digits",
+            "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
+            "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "validation_seed": 0},
+            "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
+            "recipes": {"resnet20": RECIPE | {"epochs": 1}},
+            "learning_rates": {"resnet20": {"sgd": 0.01, "adam": 0.01, "rmsprop": 0.01, "adagrad": 0.01}},
+            "optimizers": {
+                "sgd": {"momentum": 0.9, "nesterov": True},
+                "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
+                "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
+                "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
+            },
+            "studies": {},
+            "engine": {"precision": "fp32"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder without a store: 64 training and 32 test digits, and the cells of seeds 0 to 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = Digits(source="digits", test_fraction=0.2, split_seed=0)
+    download(data, folder / "raw")
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    meta = preprocess(data, settings, folder / "raw", folder / "all")
+    splits = {}
+    for name, number in (("train", 64), ("test", 32)):
+        split = load_split(folder / "all", name)
+        splits[name] = Split(images=split.images[:number], labels=split.labels[:number])
+    digests = {name: split_digest(split) for name, split in splits.items()}
+    update = {
+        "num_images": {"train": 64, "test": 32},
+        "split_digests": digests,
+        "digest": content_digest(meta.class_names, digests),
+    }
+    save(folder / "data" / "processed", meta.model_copy(update=update), splits)
+    for cell in expand(make_params(0, 1, 2)):
+        for _ in train_cell(cell, folder / "data" / "processed", folder / "runs" / cell.id, CPU):
+            pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def pipeline(trained: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with data and no results, current."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    shutil.copy(empty_database, tmp_path)
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "params.yaml").write_text(make_params(0, 1, 2).model_dump_json())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def put(trained: Path, pipeline: Path, seed: int, **figures: Any) -> None:
+    """The cell of `seed`, its metrics changed to what a test needs."""
+    folder = pipeline / "runs" / f"resnet20-sgd-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained / "runs" / folder.name, folder)
+    metrics = json.loads((folder / "metrics.json").read_text()) | figures
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def champion(name: str = "small digits") -> Any:
+    return tracking.open_store("small digits").client.get_model_version_by_alias(name, "champion")
+
+
+def versions(name: str = "small digits") -> list[str]:
+    """The cells of all versions, the first one first."""
+    found = tracking.open_store("small digits").client.search_model_versions(f"name = '{name}'")
+    return [each.tags["cell"] for each in sorted(found, key=lambda each: int(each.version))]
+
+
+def test_the_champion_is_the_best_of_the_last_epoch_and_carries_its_lineage(
+    trained: Path, pipeline: Path
+) -> None:
+    put(trained, pipeline, 0, test_accuracy=0.80, best_test_accuracy=0.99)
+    put(trained, pipeline, 1, test_accuracy=0.85, best_test_accuracy=0.86)
+    put(trained, pipeline, 2, test_accuracy=0.95, status="diverged", cause="the test loss was not finite")
+    report = tracking.sync(make_params(0, 1, 2), pipeline)
+    assert report.champions == {
+        "small digits": "resnet20-sgd-1",
+        "small digits-resnet20": "resnet20-sgd-1",
+    }
+    metrics = json.loads((pipeline / "runs/resnet20-sgd-1/metrics.json").read_text())
+    for name in ("small digits", "small digits-resnet20"):
+        tags = champion(name).tags
+        assert tags["cell"] == "resnet20-sgd-1"
+        assert tags["data_digest"] == metrics["data_digest"]
+        assert tags["weights_sha256"] == metrics["weights_sha256"]
+        assert tags["git_commit"] == "unknown"  # this project has no git
+        assert (tags["chosen_by"], tags["accuracy"]) == ("test accuracy", "0.8500")
+    assert champion().description == "resnet20-sgd-1: test accuracy 85.00% after epoch 1."
+
+    second = tracking.sync(make_params(0, 1, 2), pipeline)
+    assert second.champions == {}
+    assert versions() == ["resnet20-sgd-1"]
+
+
+def test_the_alias_moves_only_to_something_better_and_back_without_a_new_version(
+    trained: Path, pipeline: Path
+) -> None:
+    put(trained, pipeline, 1, test_accuracy=0.85)
+    tracking.sync(make_params(1), pipeline)
+    put(trained, pipeline, 0, test_accuracy=0.85, test_loss=0.001)  # no better, though its loss is lower
+    assert tracking.sync(make_params(0, 1), pipeline).champions == {}
+    assert champion().tags["cell"] == "resnet20-sgd-1"
+    put(trained, pipeline, 2, test_accuracy=0.90)
+    assert set(tracking.sync(make_params(0, 1, 2), pipeline).champions.values()) == {"resnet20-sgd-2"}
+    assert champion().tags["cell"] == "resnet20-sgd-2"
+    # The best cell is taken out of the grid: the best of the current ones is the champion, as it was before.
+    tracking.sync(make_params(1), pipeline)
+    assert champion().tags["cell"] == "resnet20-sgd-1"
+    assert versions() == ["resnet20-sgd-1", "resnet20-sgd-2"]
+
+
+def test_with_a_validation_split_that_decides_and_not_the_test_split(trained: Path, pipeline: Path) -> None:
+    put(trained, pipeline, 0, test_accuracy=0.99, validation_accuracy=0.70, validation_loss=1.0)
+    put(trained, pipeline, 1, test_accuracy=0.60, validation_accuracy=0.75, validation_loss=1.0)
+    tracking.sync(make_params(0, 1), pipeline)
+    assert champion().tags["cell"] == "resnet20-sgd-1"
+    assert champion().tags["chosen_by"] == "validation accuracy"
+
+
+def test_a_cell_that_was_trained_on_other_data_is_not_compared(trained: Path, pipeline: Path) -> None:
+    put(trained, pipeline, 0, test_accuracy=0.99, data_digest="sha256:" + "0" * 64)
+    put(trained, pipeline, 1, test_accuracy=0.50)
+    tracking.sync(make_params(0, 1), pipeline)
+    assert champion().tags["cell"] == "resnet20-sgd-1"
+
+
+def test_predict_uses_the_champion_unless_told_otherwise(
+    trained: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    image = load_split(pipeline / "data" / "processed", "test").images[0].numpy()
+    Image.fromarray(image).save(pipeline / "digit.png")
+    with pytest.raises(ResgridError, match=r"the champion, .*`resgrid sync` names one"):
+        tracking.find_weights("champion", pipeline / "runs")
+    put(trained, pipeline, 0, test_accuracy=0.10)
+    put(trained, pipeline, 1, test_accuracy=0.20)
+    tracking.sync(make_params(0, 1), pipeline)
+    best = pipeline / "runs" / "resnet20-sgd-1" / "weights.safetensors"
+    model, info = load_model(best)
+    label = info.class_names[int(probabilities(model, info, image[None], CPU).argmax())]
+    capsys.readouterr()
+    for arguments in ([], ["--model", "models:/small digits-resnet20@champion"]):
+        assert main(["predict", "digit.png", *arguments]) == 0
+        assert capsys.readouterr().out.startswith(f"digit.png: {label} ")
+    assert tracking.find_weights("champion", pipeline / "runs").read_bytes() == best.read_bytes()
+
+
+CSV = """cell,status,test_accuracy,best_test_accuracy,train_seconds,images_per_second,cause
+resnet20-sgd-1,completed,0.85,0.9,12.5,700.0,
+resnet20-sgd-0,missing,,,,,
+"""
+
+
+def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pipeline: Path) -> None:
+    put(trained, pipeline, 1)
+    (pipeline / "reports" / "figures").mkdir(parents=True)
+    (pipeline / "reports" / "leaderboard.csv").write_text(CSV)
+    (pipeline / "reports" / "figures" / "one.svg").write_text("<svg/>")
+    (pipeline / "reports" / ".gitignore").write_text("/leaderboard.csv")
+    first = tracking.sync(make_params(1), pipeline)
+    store = tracking.open_store("small digits")
+    run = store.client.get_run(first.summary)
+    assert (run.info.run_name, run.info.status) == ("comparison", "FINISHED")
+    files = {
+        item.path for folder in ("", "figures") for item in store.client.list_artifacts(first.summary, folder)
+    }
+    assert files == {"leaderboard.csv", "leaderboard.json", "figures", "figures/one.svg"}
+    table = json.loads(Path(store.client.download_artifacts(first.summary, "leaderboard.json")).read_text())
+    assert table["columns"] == [
+        "cell", "status", "test accuracy (%)", "best test accuracy (%)", "training (s)", "images/s", "cause",
+    ]  # fmt: skip
+    assert table["data"] == [
+        ["resnet20-sgd-1", "completed", 85.0, 90.0, 12.5, 700.0, None],
+        ["resnet20-sgd-0", "missing", None, None, None, None, None],
+    ]
+    assert "| resnet20-sgd-1 | 85.00% | 12 s |" in run.data.tags["mlflow.note.content"]
+    note = store.client.get_experiment(store.experiment_id).tags["mlflow.note.content"]
+    assert f"#/experiments/{store.experiment_id}/runs/{first.summary}" in note
+
+    assert tracking.sync(make_params(1), pipeline).summary is None
+    (pipeline / "reports" / "leaderboard.csv").write_text(CSV.replace("0.85", "0.86"))
+    second = tracking.sync(make_params(1), pipeline)
+    assert second.summary not in (None, first.summary)
+    assert store.client.get_run(first.summary).data.tags["summary"] == "superseded"
+    shown = store.client.search_runs([store.experiment_id], "tags.grid = 'current'")
+    assert [each.info.run_name for each in shown] == ["resnet20-sgd-1"]
+
+
+def test_mlflows_own_server_answers_for_the_champion(trained: Path, pipeline: Path) -> None:
+    put(trained, pipeline, 1)
+    tracking.sync(make_params(1), pipeline)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["--model-uri", "models:/small digits@champion", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{pipeline}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with (pipeline / "serve.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            assert process.poll() is None, (pipeline / "serve.log").read_text()
+            try:
+                with urllib.request.urlopen(f"{address}/ping", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        images = load_split(pipeline / "data" / "processed", "test").images[:3].numpy()
+        scaled = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        body = json.dumps({"inputs": scaled.tolist()}).encode()
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = np.array(json.load(answer)["predictions"])
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+    model, info = load_model(pipeline / "runs" / "resnet20-sgd-1" / "weights.safetensors")
+    np.testing.assert_allclose(found, probabilities(model, info, images, CPU).numpy(), atol=1e-5)
