@@ -203,6 +203,7 @@ def _train(options: argparse.Namespace) -> None:
     from resgrid import tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
+    from resgrid.runs import noted_failure
     from resgrid.training.device import choose_device
     from resgrid.training.run import train_cell
 
@@ -212,6 +213,7 @@ def _train(options: argparse.Namespace) -> None:
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
     epochs = cell.recipe.epochs
     with (
+        noted_failure(RUNS / cell.id),
         tracking.live_run(params.name, cell, meta) as run,
         Progress(cell.id, epochs * meta.num_images["train"], "images") as progress,
     ):
