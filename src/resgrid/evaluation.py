@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resgrid.config import Triple
-from resgrid.data.dataset import Split, load_split
+from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
@@ -29,12 +29,13 @@ Status = Literal["completed", "diverged", "missing"]
 class Predictions:
     """What a model says of each image of a split, in their order.
 
-    Held in memory and written nowhere: the top class and its probability are all that the report needs (60 kB
-    a cell for 10,000 images, at any number of classes), and the weights they come from are at hand.
+    Held in memory and written nowhere: the top class and its probability are all that the report needs
+    (130 kB a cell for 10,000 images, at any number of classes), and the weights they come from are at hand.
     """
 
     classes: NDArray[np.int64]  # (N,)
     confidence: NDArray[np.float32]  # (N,), the probability of that class
+    correct: NDArray[np.bool_]  # (N,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +102,16 @@ def predict(
         scores = score(model, split, mean, std, device)
     finally:
         hook.remove()
+    predicted = torch.cat(classes).flatten().cpu()
     return scores, Predictions(
-        classes=torch.cat(classes).flatten().cpu().numpy(),
+        classes=predicted.numpy(),
         confidence=torch.cat(confidence).flatten().cpu().numpy(),
+        correct=(predicted == split.labels.cpu()).numpy(),
     )
 
 
-def evaluate_all(cells: list[Cell], runs: Path, data_folder: Path, device: torch.device) -> Iterator[Result]:
-    """Every cell of the grid and its studies, in order, scored on the test split."""
-    test = load_split(data_folder, "test")
+def evaluate_all(cells: list[Cell], runs: Path, test: Split, device: torch.device) -> Iterator[Result]:
+    """Every cell of the grid and its studies, in order, scored on the split `test`."""
     for cell in cells:
         yield evaluate_cell(cell, runs / cell.id, test, device)
 

@@ -120,10 +120,15 @@ def confusion(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
 
 
 def pareto_front(cost: Sequence[float], value: Sequence[float]) -> list[int]:
-    """The places, by rising cost, of what nothing beats: nothing costs as little and is worth more, or is
-    worth as much and costs less."""
+    """The places, by rising cost, of what nothing beats: nothing that costs as little is worth more, and
+    nothing that is worth as much costs less. Equals are all on it."""
     front: list[int] = []
     for place in sorted(range(len(cost)), key=lambda i: (cost[i], -value[i])):
-        if not front or value[place] > value[front[-1]]:
+        last = front[-1] if front else None
+        if (
+            last is None
+            or value[place] > value[last]
+            or (cost[place], value[place]) == (cost[last], value[last])
+        ):
             front.append(place)
     return front
