@@ -136,7 +136,7 @@ def _sync_cell(
         return None
     done.append(cell.id)
     report.superseded += retire(store, runs, run_id, started)
-    return run_id
+    return str(run_id)
 
 
 def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:
