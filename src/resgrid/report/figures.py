@@ -258,7 +258,9 @@ def curves(result: Result) -> go.Figure:
             y=(100 * result.history[f"{split}_accuracy"]).round(3).tolist(),
             mode="lines",
             line={"dash": dash, "width": 2},
-            name=f"{result.cell.id} {split}",
+            name=result.cell.id,
+            legendgroup=result.cell.id,
+            showlegend=split == "test",
             hovertemplate=f"{result.cell.id}, {split}: %{{y:.2f}} % after epoch %{{x}}<extra></extra>",
         )
         for split, dash in (("test", "solid"), ("train", "dash"))
