@@ -95,7 +95,7 @@ def predict(
     def listen(_model: nn.Module, _images: tuple[Tensor], logits: Tensor) -> None:
         top = logits.argmax(1, keepdim=True)  # (B, 1)
         classes.append(top)
-        confidence.append(logits.float().softmax(1).gather(1, top))
+        confidence.append(logits.float().softmax(1).gather(1, top).nan_to_num(0.0))
 
     hook = model.register_forward_hook(listen)
     try:

@@ -28,7 +28,6 @@ MAX_CLASSES = 40  # that a confusion matrix can show and a person can read
 class Chart(NamedTuple):
     id: str
     title: str
-    note: str
     figure: go.Figure
 
 
@@ -83,7 +82,7 @@ def differences(comparisons: list[Comparison]) -> go.Figure:
     )
 
 
-def trade_off(findings: Findings, cost: str, title: str, is_log: bool) -> go.Figure:
+def trade_off(findings: Findings, cost: str, title: str) -> go.Figure:
     """Accuracy against a cost, a point an architecture with an optimizer, and the Pareto front as a line."""
     groups, front = findings.trained, findings.front(cost)
     traces: list[Any] = [
@@ -118,7 +117,7 @@ def trade_off(findings: Findings, cost: str, title: str, is_log: bool) -> go.Fig
     return _figure(
         420,
         *traces,
-        xaxis={"title": {"text": title}, "type": "log" if is_log else "linear"},
+        xaxis={"title": {"text": title}, "type": "log"},
         yaxis={"title": {"text": "test accuracy, %"}},
     )
 

@@ -140,22 +140,22 @@ def _charts(findings: Findings) -> dict[str, Chart]:
         ("depths", "Depths, paired", findings.depths),
     ):
         if any(comparison.difference for comparison in comparisons):
-            charts.append(Chart(id, title, "", figures.differences(comparisons)))
+            charts.append(Chart(id, title, figures.differences(comparisons)))
     if findings.trained:
-        for id, cost, title, is_log in (
-            ("by-parameters", "num_parameters", "parameters", True),
-            ("by-time", "train_seconds", "training time, s", True),
+        for id, cost, title in (
+            ("by-parameters", "num_parameters", "parameters"),
+            ("by-time", "train_seconds", "training time, s"),
         ):
-            figure = figures.trade_off(findings, cost, title, is_log)
-            charts.append(Chart(id, f"Accuracy against {title.partition(',')[0]}", "", figure))
-        charts.append(Chart("gap", "Generalisation gap", "", figures.gap(findings)))
-        charts.append(Chart("calibration", "Calibration", "", figures.calibration(findings)))
+            figure = figures.trade_off(findings, cost, title)
+            charts.append(Chart(id, f"Accuracy against {title.partition(',')[0]}", figure))
+        charts.append(Chart("gap", "Generalisation gap", figures.gap(findings)))
+        charts.append(Chart("calibration", "Calibration", figures.calibration(findings)))
     if findings.published:
-        charts.append(Chart("published", "Published and measured", "", figures.published(findings.published)))
+        charts.append(Chart("published", "Published and measured", figures.published(findings.published)))
     for study in findings.studies:
         if any(level.accuracy for series in study.series for level in series.levels):
             id = "study-" + study.factor.replace(" ", "-").replace(".", "-")
-            charts.append(Chart(id, study.factor, "", figures.study(study)))
+            charts.append(Chart(id, study.factor, figures.study(study)))
     return {chart.id: chart for chart in charts}
 
 
