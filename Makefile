@@ -31,6 +31,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 demo: install  ## Run the whole pipeline on handwritten digits: minutes on a laptop
 	cd examples/digits && dvc repro && resgrid sync && resgrid compare
 	@echo
+	@echo "The report:  examples/digits/reports/index.html"
 	@echo "Browse and compare the runs in MLflow:  make ui PIPELINE=examples/digits"
 
 up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them

@@ -158,7 +158,7 @@ def test_the_comparison_has_a_row_for_each_cell(project):
         assert frame.loc[cell, "test_accuracy"] == metrics["test_accuracy"]
         history = pd.read_csv(project.root / "runs" / cell / "history.csv")
         assert history["train_loss"].is_monotonic_decreasing  # it has learned something
-    table = (project.root / "reports/leaderboard.md").read_text()
+    table = (project.root / "reports/report.md").read_text()
     assert " ± " in table
 
 
@@ -262,6 +262,20 @@ def test_a_restored_cell_has_its_run_in_mlflow_again_after_sync(project):
         old: "current",
         changed["weights_sha256"]: "superseded",
     }
+
+
+def test_the_links_that_sync_writes_beside_the_report_make_nothing_stale(project):
+    assert project.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
+    assert project.run("resgrid", "sync").returncode == 0
+    assert project.stale() - ALWAYS == set()
+    page = (project.root / "reports/index.html").read_text()
+    links = (project.root / "reports/runs.html").read_text()
+    runs = project.runs()
+    for cell in GRID:
+        [run_id] = runs.loc[(runs["tags.cell"] == cell) & (runs["tags.grid"] == "current"), "run_id"]
+        assert f'href="runs.html#{cell}"' in page
+        assert f'<a id="{cell}" href="http://127.0.0.1:5000/#/experiments/1/runs/{run_id}?' in links
+    assert "no-weights" in links  # its last attempt, which failed
 
 
 def test_a_second_repro_finds_nothing_to_do(project):

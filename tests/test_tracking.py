@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import Barrier
@@ -621,7 +622,7 @@ def test_a_server_that_hangs_does_not_keep_a_stopped_training_from_ending(
 def _cut_off(meta: Meta, epochs: list[Epoch], **training: Any) -> None:
     params = make_params()
     with (
-        pytest.raises(KeyboardInterrupt),
+        suppress(KeyboardInterrupt),
         tracking.live_run(params.name, only_cell(params), meta, **training) as run,
     ):
         for epoch in epochs:
@@ -772,6 +773,20 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
         f"sqlite:///{pipeline.parents[1]}/mlflow.db (as before)\n"
         "  without a result yet: resnet20-sgd-1"
     )
+
+
+def test_sync_writes_the_way_from_the_report_to_each_run_and_a_second_time_leaves_it(
+    pipeline: Path, trained: Trained
+) -> None:
+    put(trained, pipeline)
+    tracking.sync(make_params(), pipeline)
+    links = pipeline / "reports" / "runs.html"
+    run = the_run().info
+    address = f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    assert f'<a id="resnet20-sgd-0" href="{address}?workflowType=machine_learning">' in links.read_text()
+    before = links.stat()
+    tracking.sync(make_params(), pipeline)
+    assert (links.stat().st_mtime_ns, links.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
 def test_sync_leaves_a_run_alone_that_training_completed(

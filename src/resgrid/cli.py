@@ -249,6 +249,7 @@ def _train(options: argparse.Namespace) -> None:
     from resgrid import leftovers, tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
+    from resgrid.runs import noted_failure
     from resgrid.training.allocator import keep_freed_memory
     from resgrid.training.checkpoint import Checkpoints
     from resgrid.training.device import choose_device, choose_execution, device_name
@@ -270,6 +271,7 @@ def _train(options: argparse.Namespace) -> None:
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     execution = choose_execution(cell, meta.num_images["train"], device)
     with (
+        noted_failure(RUNS / cell.id),
         tracking.live_run(
             params.name, cell, meta, training=checkpoints.digest, resumed_epochs=finished
         ) as run,
@@ -303,22 +305,26 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     params = load_params()
 
-    from resgrid.data.dataset import load_meta
+    from resgrid.data.dataset import load_meta, load_split
     from resgrid.evaluation import evaluate_all
     from resgrid.progress import Progress
-    from resgrid.report.leaderboard import leaderboard, write_report
-    from resgrid.training.device import choose_device
+    from resgrid.report.files import write_report
+    from resgrid.report.findings import find
+    from resgrid.training.device import choose_device, device_name
 
     meta = load_meta(PROCESSED)
+    test = load_split(PROCESSED, "test")
     cells = expand(params)
+    device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
         results = []
-        for result in evaluate_all(cells, RUNS, PROCESSED, choose_device(options.device)):
+        for result in evaluate_all(cells, RUNS, test, device):
             results.append(result)
             progress.update(len(results))
-    frame = leaderboard(results, meta.source)
-    write_report(frame, meta, params.name, REPORTS)
-    _show(frame)
+    findings = find(results, test, meta, params.name, device_name(device))
+    write_report(findings, REPORTS)
+    _show(findings.frame)
+    print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -333,15 +339,14 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _show(frame: pd.DataFrame) -> None:
     """The comparison on the terminal, and what is missing from it."""
-    from resgrid.report.leaderboard import by_optimizer, readable, text_table
+    from resgrid.report.leaderboard import by_optimizer, missing, readable, text_table
 
     print("\nTest accuracy in %, with the weights of the last epoch:\n")
     print(text_table(by_optimizer(frame).reset_index()))
     print()
     print(text_table(readable(frame)))
-    missing = frame.loc[frame["status"] == "missing", "cell"].tolist()
-    if missing:
-        print(f"\nMissing: {len(missing)} of {len(frame)} cells have no result yet: {', '.join(missing)}")
+    if lines := missing(frame):
+        print("\n" + "\n  ".join(lines))
 
 
 def _cost(options: argparse.Namespace) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resgrid.errors import ResgridError
 
+if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wait for
+    import pandas as pd
+
 WEIGHTS = "weights.safetensors"
 FILES = ("summary.txt", "history.csv", "metrics.json", "timing.json", WEIGHTS)
+FAILURE = "failure.txt"  # why there are none of these: the message that the training ended with
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,6 +27,30 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
     assert isinstance(content, dict)
     return content
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """The epochs in a run's history.csv; raises ResgridError if it cannot be read."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
+
+
+@contextmanager
+def noted_failure(run_folder: Path) -> Iterator[None]:
+    """Leave the message of an error in `run_folder`: by it a failed cell is told from one not yet trained."""
+    (run_folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        message = str(error) if isinstance(error, ResgridError) else f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # the disk may be full, which is then what the error says
+            run_folder.mkdir(parents=True, exist_ok=True)
+            (run_folder / FAILURE).write_text(message + "\n", encoding="utf-8")
+        raise
 
 
 def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> None:

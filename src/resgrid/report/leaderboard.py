@@ -1,4 +1,4 @@
-"""The comparison: a row a cell as CSV, and a table to read.
+"""The comparison: a row a cell, and the tables that a person reads of it.
 
 All accuracies are in 0-1, measured on the test split with the weights of the last epoch. The best epoch
 stands beside it, marked as what it is: an epoch that was chosen by looking at the test split.
@@ -6,7 +6,6 @@ stands beside it, marked as what it is: an epoch that was chosen by looking at t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,10 +13,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from resgrid.config import FAMILIES, OptimizerName
-from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
 from resgrid.evaluation import Result
 from resgrid.report.published import published_accuracy
+from resgrid.report.statistics import calibration_error
 
 
 def leaderboard(results: list[Result], source: str) -> pd.DataFrame:
@@ -34,7 +33,7 @@ def leaderboard(results: list[Result], source: str) -> pd.DataFrame:
 def _row(result: Result, source: str) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
     published = None if cell.study else published_accuracy(source, cell.architecture, cell.optimizer.name)
-    scores = result.scores
+    scores, said = result.scores, result.predictions
     return {
         "cell": cell.id,
         "architecture": cell.architecture,
@@ -59,13 +58,15 @@ def _row(result: Result, source: str) -> dict[str, Any]:
         "initial_weights": metrics.get("initial_weights"),
         "learning_rate": cell.optimizer.lr,
         "batch_size": cell.recipe.batch_size,
-        "cause": metrics.get("cause"),
+        "cause": result.cause,
         "train_seconds": timing.get("train_seconds"),
         "images_per_second": timing.get("images_per_second"),
         "device": timing.get("device_name"),
         "precision": timing.get("precision"),
         "threads": timing.get("threads"),
         "weights_sha256": metrics.get("weights_sha256"),
+        "failed": result.failed,
+        "calibration_error": said and calibration_error(said.confidence, said.correct),
     }
 
 
@@ -86,37 +87,27 @@ def spread(cells: pd.DataFrame) -> str:
     text = f"{completed.mean():.2f}" if len(completed) else ""
     if len(completed) > 1:
         text += f" ± {completed.std():.2f}"  # over seeds, with n - 1
-    for status in ("diverged", "missing"):
-        count = int((cells["status"] == status).sum())
+    for status in ("diverged", "failed", "missing"):
+        count = int((states(cells) == status).sum())
         if count:
             text += f" ({count} {status})" if len(cells) > 1 else status
     return text.strip()
 
 
-def markdown(frame: pd.DataFrame, meta: Meta, name: str) -> str:
-    """The whole comparison as Markdown."""
-    seeds = frame.loc[frame["study"].isna(), "seed"].nunique()
-    parts = [
-        f"# {name}: the comparison",
-        f"{meta.num_images['train']:,} training and {meta.num_images['test']:,} test images of "
-        f"{len(meta.class_names)} classes from `{meta.source}` ({meta.digest[:19]}…). "
-        "Test accuracy in % with the weights of the last epoch, scored in fp32"
-        + (f"; mean ± standard deviation over {seeds} seeds." if seeds > 1 else "; one seed."),
-        text_table(by_optimizer(frame).reset_index(), "pipe"),
-        "## Every cell",
-        text_table(readable(frame), "pipe"),
-    ]
-    missing = frame.loc[frame["status"] == "missing", "cell"].tolist()
-    if missing:
-        parts.append(
-            f"**Missing: {len(missing)}** of {len(frame)} cells have no result: {', '.join(missing)}."
-        )
-    parts.append(
-        "*Best* is the highest test accuracy of any epoch: it was chosen by looking at test images, so it "
-        "flatters, and nothing is ranked by it. Training figures are running means over the last epoch, with "
-        "augmentation and dropout on."
-    )
-    return "\n\n".join(parts) + "\n"
+def missing(frame: pd.DataFrame) -> list[str]:
+    """A line for each cell without a result, and why, as far as it is known."""
+    rows = frame[frame["status"] == "missing"]
+    if rows.empty:
+        return []
+    lines = [f"Missing: {len(rows)} of {len(frame)} cells have no result yet: {', '.join(rows['cell'])}"]
+    for cell, failed, cause in rows[["cell", "failed", "cause"]].dropna().itertuples(index=False):
+        lines.append(f"{cell}{' failed' if failed else ''}: {cause}")
+    return lines
+
+
+def states(frame: pd.DataFrame) -> pd.Series[str]:
+    """The status of each row, but `failed` where its training ended with an error."""
+    return frame["status"].mask(frame["failed"].astype(bool), "failed")
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +123,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "cell": frame["cell"],
-            "test %": percent("test_accuracy").where(frame["status"] == "completed", frame["status"]),
+            "test %": percent("test_accuracy").where(frame["status"] == "completed", states(frame)),
             "test loss": number("test_loss", ".4f"),
             "train %": percent("train_accuracy"),
             "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
@@ -173,16 +164,13 @@ def headline(frame: pd.DataFrame) -> dict[str, Any]:
     return head
 
 
-def write_report(frame: pd.DataFrame, meta: Meta, name: str, out: Path) -> None:
-    """`leaderboard.csv`, `leaderboard.md` and `metrics.json` in the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "leaderboard.csv", index=False, lineterminator="\n")
-    (out / "leaderboard.md").write_text(markdown(frame, meta, name), encoding="utf-8")
-    (out / "metrics.json").write_text(json.dumps(headline(frame), indent=2) + "\n", encoding="utf-8")
+def as_csv(frame: pd.DataFrame) -> str:
+    """The content of `leaderboard.csv`: floats with all their digits."""
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def read_leaderboard(reports: Path) -> pd.DataFrame:
-    """What `write_report` wrote; raises ResgridError if there is none."""
+    """The `leaderboard.csv` that `evaluate` wrote; raises ResgridError if there is none."""
     path = reports / "leaderboard.csv"
     if not path.is_file():
         raise ResgridError(f"{path}: there is no comparison yet. `dvc repro` makes it.")

@@ -11,7 +11,6 @@ import getpass
 import json
 import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from resgrid import __version__, watch
+from resgrid.commit import git_commit
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.runs import FILES, WEIGHTS, read_json, verify_weights
@@ -83,7 +83,7 @@ def create(
     """
     from mlflow.entities import Param
 
-    commit, dirty = _git()
+    commit, dirty = git_commit()
     tags = {
         "cell": cell.id,
         "dvc_stage": cell.stage,
@@ -118,22 +118,6 @@ def create(
 def this_process() -> str:
     """The tag by which others know whether the process that logs a run still lives."""
     return f"{platform.node()} {watch.describe(os.getpid())}"
-
-
-def _git() -> tuple[str, str]:
-    """The commit, and whether tracked files differ from it. dvc.lock may: DVC rewrites it at each stage."""
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-        return result.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        all_but_lock = (":(top)", ":(top,exclude,glob)**/dvc.lock")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_lock)
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit yet
-        return "unknown", "unknown"
-    return commit, "true" if changed else "false"
 
 
 def _user() -> str:

@@ -19,6 +19,7 @@ from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
 from resgrid.runs import FILES, read_json
 from resgrid.tracking import contents
+from resgrid.tracking.links import write_links
 from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 from resgrid.tracking.summary import summarize
@@ -76,8 +77,8 @@ def sync(
 
     A run is found by its cell and the digest of its weights, completed if it is partial, and made from the
     files if there is none. Other runs of the cell, and those of cells that are no more, become superseded;
-    one whose process was killed ends as KILLED. Then the registry gets its champions, and the reports their
-    run. A second time there is nothing to do.
+    one whose process was killed ends as KILLED. Then the registry gets its champions, the reports their run,
+    and `reports/runs.html` the links from the report to the runs. A second time there is nothing to do.
     `on_cell` is told how many cells are done, and of how many.
     Raises ResgridError if the store cannot be used; what is wrong with single cells stands in the report.
     """
@@ -94,12 +95,17 @@ def sync(
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
             cells = expand(params)
+            links: dict[str, str] = {}
             for done, cell in enumerate(cells, start=1):
-                _sync_cell(store, cell, runs.pop(cell.id, []), pipeline_folder, report)
+                run_id = _sync_cell(store, cell, runs.pop(cell.id, []), pipeline_folder, report)
+                if run_id:
+                    links[cell.id] = run_id
                 if on_cell is not None:
                     on_cell(done, len(cells))
             for of_former_cell in runs.values():
                 report.superseded += retire(store, of_former_cell)
+            if links:
+                write_links(store, links, pipeline_folder / "reports")
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
             report.champions = crown(store, current, _data_digest(pipeline_folder, current))
             report.summary = summarize(store, pipeline_folder / "reports")
@@ -108,37 +114,42 @@ def sync(
     return report
 
 
-def _sync_cell(store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path, report: SyncReport) -> None:
+def _sync_cell(
+    store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path, report: SyncReport
+) -> str | None:
+    """The id of the cell's run: without a result that of its last attempt, if there is one."""
+    last = max(runs, key=lambda run: run.info.start_time, default=None)
     folder = pipeline_folder / "runs" / cell.id
     if not all((folder / name).is_file() for name in FILES):
         report.missing.append(cell.id)
         for each in runs:
             if not is_live(each):
                 _end_killed(store, each)
-        return
+        return str(last.info.run_id) if last else None
     try:
         metrics = read_json(folder / "metrics.json")
         started = contents.started_at(read_json(folder / "timing.json"))
         run = _find(runs, cell, metrics, started)
         if run and is_live(run, started):
             report.training.append(cell.id)
-            return
+            return str(run.info.run_id)
         if run and run.data.tags.get("synced") == f"{metrics['weights_sha256']}:{contents.FORMAT}":
             run_id, done = run.info.run_id, report.unchanged
             if run.data.tags.get("grid") != "current":
                 store.client.set_tag(run_id, "grid", "current")
         elif not run and (why := _contradiction(cell, metrics)):
             report.stale[cell.id] = why
-            return
+            return None
         else:
             known = run.info.run_id if run else None
             run_id = contents.complete(store, known, cell, folder, _meta(pipeline_folder))
             done = report.completed if run else report.created
     except ResgridError as error:
         report.failed[cell.id] = str(error)
-        return
+        return None
     done.append(cell.id)
     report.superseded += retire(store, runs, run_id, started)
+    return str(run_id)
 
 
 def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:

@@ -92,7 +92,9 @@ def _headline(frame: pd.DataFrame) -> str:
     """How much there is, and the first five of it."""
     counts = frame["status"].value_counts()
     known = [
-        f"{counts[status]} {status}" for status in ("completed", "diverged", "missing") if status in counts
+        f"{counts[status]} {status}"
+        for status in ("completed", "diverged", "failed", "missing")
+        if status in counts
     ]
     lines = [f"**{len(frame)} cells**: {', '.join(known)}. The whole table is `{TABLE}` under Artifacts.", ""]
     best = frame[frame["status"] == "completed"].head(5)

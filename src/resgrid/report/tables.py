@@ -1,0 +1,97 @@
+"""The report's tables, as texts: the page and the Markdown show the same ones."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from resgrid.report.findings import Comparison, Findings, points
+from resgrid.report.statistics import Interval
+
+
+def comparisons(rows: list[Comparison]) -> pd.DataFrame:
+    """A row a comparison, in percentage points."""
+    return pd.DataFrame(
+        {
+            "compared": f"{row.first} − {row.second}",
+            "difference (95 % interval), points": points(row.difference) if row.difference else "",
+            "over": ", ".join(row.over),
+            "seeds": str(row.num_seeds or ""),
+            "verdict": row.verdict,
+        }
+        for row in rows
+    )
+
+
+def costs(findings: Findings) -> pd.DataFrame:
+    """A row an architecture with an optimizer: what it reaches, at what cost, and if nothing beats it."""
+    fronts = {
+        "parameters": {group.name for group in findings.front("num_parameters")},
+        "time": {group.name for group in findings.front("train_seconds")},
+    }
+    groups = sorted(findings.trained, key=lambda group: -group.mean("test_accuracy"))
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": group.name,
+            "test % (95 % interval)": accuracy(group.accuracy),
+            "parameters": f"{group.mean('num_parameters'):,.0f}",
+            "training, s": f"{group.mean('train_seconds'):,.1f}",
+            "on the front by": ", ".join(cost for cost, names in fronts.items() if group.name in names),
+        }
+        for group in groups
+    )
+
+
+def trust(findings: Findings) -> pd.DataFrame:
+    """A row a completed cell: how much better it is on its training images, and how far to believe it."""
+    frame = findings.frame[findings.frame["status"] == "completed"]
+    between = frame["train_accuracy"] - frame["test_accuracy"]
+    return pd.DataFrame(
+        {
+            "cell": frame["cell"],
+            "train %": (100 * frame["train_accuracy"]).map("{:.2f}".format),
+            "test %": (100 * frame["test_accuracy"]).map("{:.2f}".format),
+            "gap, points": (100 * between).map("{:+.2f}".format),
+            "calibration error, points": (100 * frame["calibration_error"]).map("{:.2f}".format),
+        }
+    )
+
+
+def published(findings: Findings) -> pd.DataFrame:
+    """A row a published figure, beside the measured one."""
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": row.group.name,
+            "published %": f"{100 * row.accuracy:.2f}",
+            "measured % (95 % interval)": accuracy(row.measured),
+            "seeds": str(len(row.group.completed)),
+            "difference, points": f"{100 * row.difference:+.2f}",
+            "within the uncertainty": "yes" if row.within else "no",
+        }
+        for row in findings.published
+    )
+
+
+def studies(findings: Findings) -> pd.DataFrame:
+    """A row a level of a study, the grid's own among them."""
+    return pd.DataFrame(
+        {
+            "varies": study.factor,
+            "in": series.name,
+            "level": level.text,
+            "cell": level.result.cell.id,
+            "test % (95 % interval)": accuracy(level.accuracy)
+            or ("failed" if level.result.failed else level.result.status),
+            "differs also in": "; ".join(level.also),
+        }
+        for study in findings.studies
+        for series in study.series
+        for level in series.levels
+    )
+
+
+def accuracy(interval: Interval | None) -> str:
+    """`97.77 (96.10 to 99.16)`, in %."""
+    if interval is None:
+        return ""
+    estimate, low, high = (f"{100 * value:.2f}" for value in interval)
+    return f"{estimate} ({low} to {high})"
