@@ -39,6 +39,7 @@ from resgrid.leftovers import (
 )
 from resgrid.training import checkpoint
 from resgrid.training.checkpoint import Checkpoints
+from resgrid.training.device import Execution
 from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
 
@@ -64,8 +65,11 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     return smaller(folder, tmp_path_factory.mktemp("few") / "processed", train=32, test=16, validation=16)
 
 
+PLAIN = Execution(torch.float32)
+
+
 def start(trained: Cell, data: Path, kept: Path) -> Checkpoints:
-    return Checkpoints(kept, trained, load_meta(data).digest, CPU)
+    return Checkpoints(kept, trained, load_meta(data).digest, CPU, PLAIN)
 
 
 def go_on(trained: Cell, data: Path, kept: Path, out: Path, stop_after: int = 1000) -> list[Epoch]:
@@ -215,13 +219,13 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(data: Path, tmp
     assert len(go_on(trained, data, kept, tmp_path / "run")) == 3  # from the start
 
 
-def test_only_the_same_cell_data_and_precision_go_on(data: Path, tmp_path: Path) -> None:
+def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path) -> None:
     trained = cell(epochs=3, **LIVELY)
     go_on(trained, data, tmp_path, tmp_path / "run", stop_after=1)
     digest = load_meta(data).digest
 
     def found(other: Cell, digest: str = digest) -> int:
-        return Checkpoints(tmp_path, other, digest, CPU).num_epochs
+        return Checkpoints(tmp_path, other, digest, CPU, PLAIN).num_epochs
 
     assert found(trained) == 1
     assert found(cell(epochs=4, **LIVELY)) == 0
@@ -229,11 +233,13 @@ def test_only_the_same_cell_data_and_precision_go_on(data: Path, tmp_path: Path)
     assert found(trained.model_copy(update={"seed": 1})) == 0
     assert found(cell(epochs=3, **LIVELY | {"time_decay": 0.1})) == 0
     assert found(trained, "sha256:" + 64 * "0") == 0
+    compiled = Execution(torch.float32, compiled=True)
+    assert Checkpoints(tmp_path, trained, digest, CPU, compiled).num_epochs == 0
     # Also under the name of a file that is ours: the owner stands inside.
-    other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU)
+    other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU, PLAIN)
     [mine] = tmp_path.glob("*.1")
     shutil.copy(mine, other._slots[1])
-    left = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU)
+    left = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU, PLAIN)
     assert (left.num_epochs, left.refused) == (0, [f"{other._slots[1]}: it belongs to another training."])
 
 
@@ -330,7 +336,7 @@ class Project:
         params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
         params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
         params["studies"] = {}
-        params["engine"] = {"precision": "fp32"}
+        params["engine"] = {"precision": "fp32", "compile": "never"}
         params["recipes"]["resnet20"] |= {"epochs": 60, "batch_size": 16}
         with (root / "params.yaml").open("w") as file:
             YAML(typ="safe").dump(params, file)

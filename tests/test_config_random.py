@@ -129,7 +129,10 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
             "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": draw(positive)},
         },
         "studies": studies,
-        "engine": {"precision": draw(st.sampled_from(["auto", "fp32", "bf16"]))},
+        "engine": {
+            "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
+            "compile": draw(st.sampled_from(["auto", "always", "never"])),
+        },
     }
 
 

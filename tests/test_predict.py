@@ -66,7 +66,7 @@ PARAMS = {
         "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
     },
     "studies": {},
-    "engine": {"precision": "fp32"},
+    "engine": {"precision": "fp32", "compile": "never"},
 }
 
 

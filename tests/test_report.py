@@ -432,7 +432,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "too-fast": study | {"lr": 1e30},
             "no-weights": study | {"lr": 0.05, "initial_weights": absent},
         },
-        "engine": {"precision": "fp32"},
+        "engine": {"precision": "fp32", "compile": "never"},
     }
     (root / "params.yaml").write_text(json.dumps(params))  # which is YAML as well
     data = Digits(source="digits", test_fraction=0.2, split_seed=0)

@@ -266,10 +266,10 @@ def _train(options: argparse.Namespace) -> None:
     leftovers.forget_recorded(kept, LOCK)
     if options.afresh:
         leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
-    checkpoints = Checkpoints(kept, cell, meta.digest, device)
+    execution = choose_execution(cell, meta.num_images["train"], device)
+    checkpoints = Checkpoints(kept, cell, meta.digest, device, execution)
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
-    execution = choose_execution(cell, meta.num_images["train"], device)
     with (
         noted_failure(RUNS / cell.id),
         tracking.live_run(

@@ -265,6 +265,7 @@ studies: {{}} # cells of their own, each with a whole recipe in which one thing 
 
 engine:
   precision: auto # bf16 autocast where the device is good at it: auto | fp32 | bf16
+  compile: auto # the steps by torch.compile, where that pays: auto | always | never
 """
     return re.sub(r"\n\n(?=  )", "\n", text)
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn, optim
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.leftovers import code_digest
-from resgrid.training.device import choose_precision
+from resgrid.training.device import Execution
 
 MAGIC = "resgrid checkpoint 1"
 
@@ -54,13 +54,15 @@ class Checkpoints:
     that were damaged.
     """
 
-    def __init__(self, folder: Path, cell: Cell, data_digest: str, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, cell: Cell, data_digest: str, device: torch.device, execution: Execution
+    ) -> None:
         self.owner = {
             "cell": cell.digest,
             "data": data_digest,
             "code": code_digest(),
             "device": device.type,
-            "precision": str(choose_precision(cell.engine, device)),
+            "execution": str(execution),
         }
         self.digest = f"sha256:{hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()}"
         stem = f"{cell.id}.{self.digest.removeprefix('sha256:')[:16]}"
