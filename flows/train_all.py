@@ -24,8 +24,7 @@ def train_all(
     with grid_run(pipeline, cells, slots, force) as grid:
         grid.prepare()
         grid.train()
-        grid.begin_sync()
         grid.evaluate()
-        grid.end_sync()
+        grid.sync()
         grid.publish()
         return grid.verdict()

@@ -21,6 +21,5 @@ def train_cell(cell: str, pipeline: str = ".", force: bool = False) -> State:
     with grid_run(pipeline, [cell], slots=1, force=force) as grid:
         grid.prepare()
         grid.train()
-        grid.begin_sync()
-        grid.end_sync()
+        grid.sync()
         return grid.verdict()

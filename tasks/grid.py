@@ -108,7 +108,6 @@ class Grid:
         self.plan: Plan
         self.chosen: list[Step] = []
         self.running: dict[str, float] = {}  # since when, by cell
-        self.syncing: PrefectFuture[State] | None = None
         self.progress = Progress(asked, watch.describe(os.getpid()), 0, self.env.get("RESGRID_FLOW_RUN_URL"))
 
     # --- the steps of the run -----------------------------------------------------------------------
@@ -159,17 +158,13 @@ class Grid:
         if not set(self.failures) & set(DATA):
             self._alone(EVALUATE, any(outcome.did != "nothing" for outcome in self.outcomes.values()))
 
-    def begin_sync(self) -> None:
-        """Give every current cell its complete run in MLflow, also those that DVC restored; see `end_sync`.
+    def sync(self) -> None:
+        """Give every current cell its complete run in MLflow, also those that DVC restored.
 
-        It goes on beside what follows: 3 s for the import of MLflow alone.
+        After `evaluate`, and not beside it, for the comparison goes there as well.
         """
         if not set(self.failures) & set(DATA):
-            self.syncing = self._submit("sync", "", self._sync)
-
-    def end_sync(self) -> None:
-        if self.syncing:
-            self.syncing.wait()
+            self._submit("sync", "", self._sync).wait()
 
     def publish(self) -> None:
         """The leaderboard, and each cell with the way to its run in MLflow, on Prefect's page."""
