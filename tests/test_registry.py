@@ -246,6 +246,17 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     assert [each.info.run_name for each in shown] == ["resnet20-sgd-1"]
 
 
+def test_a_leaderboard_that_is_none_is_named_after_all_else_was_done(trained: Path, pipeline: Path) -> None:
+    put(trained, pipeline, 1)
+    (pipeline / "reports").mkdir()
+    (pipeline / "reports" / "leaderboard.csv").write_text("")
+    with pytest.raises(
+        ResgridError, match=r"leaderboard\.csv: cannot be read as a comparison .* `dvc repro -f"
+    ):
+        tracking.sync(make_params(1), pipeline)
+    assert champion().tags["cell"] == "resnet20-sgd-1"
+
+
 def test_mlflows_own_server_answers_for_the_champion(trained: Path, pipeline: Path) -> None:
     put(trained, pipeline, 1)
     tracking.sync(make_params(1), pipeline)

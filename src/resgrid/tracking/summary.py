@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resgrid.errors import ResgridError
 from resgrid.tracking.registry import CHAMPION
-from resgrid.tracking.store import Store
+from resgrid.tracking.store import Store, reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ def summarize(store: Store, reports: Path) -> str | None:
     """A run of the files in `reports`, and the description of the experiment.
 
     Returns the run's id, or None where there is no comparison or it has its run already. Runs of earlier
-    comparisons become superseded.
+    comparisons become superseded. Raises ResgridError for a leaderboard that cannot be read.
     """
     if not (reports / "leaderboard.csv").is_file():
         return None
@@ -45,7 +46,14 @@ def summarize(store: Store, reports: Path) -> str | None:
     earlier = client.search_runs([store.experiment_id], "tags.summary = 'current'")
     if any(run.data.tags.get("reports_sha256") == digest for run in earlier):
         return None
-    frame = pd.read_csv(reports / "leaderboard.csv")
+    try:
+        frame = pd.read_csv(reports / "leaderboard.csv")
+        note = _headline(frame)
+    except (ValueError, KeyError) as error:  # pandas' own are of these
+        raise ResgridError(
+            f"{reports / 'leaderboard.csv'}: cannot be read as a comparison ({reason(error)}). "
+            "`dvc repro -f --single-item evaluate` makes it anew."
+        ) from None
     now = round(1000 * time.time())
     run_id: str = client.create_run(
         store.experiment_id,
@@ -55,7 +63,7 @@ def summarize(store: Store, reports: Path) -> str | None:
             "reports_sha256": digest,
             "mlflow.source.name": "resgrid sync",
             "mlflow.source.type": "LOCAL",
-            NOTE: _headline(frame),
+            NOTE: note,
         },
         run_name="comparison",
     ).info.run_id
@@ -98,7 +106,7 @@ def _headline(frame: pd.DataFrame) -> str:
     ]
     lines = [f"**{len(frame)} cells**: {', '.join(known)}. The whole table is `{TABLE}` under Artifacts.", ""]
     best = frame[frame["status"] == "completed"].head(5)
-    if len(best):
+    if len(best) and {"test_accuracy", "train_seconds"} <= set(frame):
         lines += ["| cell | test accuracy | training |", "|:--|--:|--:|"]
         lines += [
             f"| {row['cell']} | {row['test_accuracy']:.2%} | {row['train_seconds']:,.0f} s |"
