@@ -333,6 +333,10 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     assert server.run(plain).state == "Completed"
     plain.behave("resnet20-sgd-0", "touch begun; sleep 3")
     before = len(plain.trained())
+    kept = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
+    kept.mkdir(parents=True)
+    for cell in ("resnet20-sgd-0", "resnet10-adam-0"):
+        (kept / f"{cell}.0123456789abcdef.0").write_text("half a training")
     first = server.begin(plain, cells=["resnet20-*"], force=True, slots=1)
     wait_until((plain.root / "begun").exists)
     second = server.begin(plain, cells=["*-sgd-*"], force=True, slots=1)
@@ -342,6 +346,7 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     assert "another train-all is at work in this pipeline: waiting for it" in second.output
     cells = [stage for stage in plain.trained()[before:] if stage in GRID]
     assert sorted(cells) == ["resnet10-sgd-0", "resnet20-adam-0", "resnet20-sgd-0"]
+    assert [path.name for path in kept.iterdir()] == ["resnet10-adam-0.0123456789abcdef.0"]  # not forced
 
 
 # --- every way to end -------------------------------------------------------------------------------
