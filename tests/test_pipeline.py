@@ -220,7 +220,7 @@ ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be 
         ("params.yaml", "lr: 1.0e+9", "lr: 2.0e+9", {"train-study@too-fast", "evaluate"}),
         ("params.yaml", "name: small", "name: small # a comment", set()),
         ("params.yaml", "epochs: 2", "epochs: 3", TRAIN | {"evaluate"}),
-        ("src/resgrid/report/leaderboard.py", "import json", "import json  # edited", {"evaluate"}),
+        ("src/resgrid/report/leaderboard.py", '"""', '"""Edited. ', {"evaluate"}),
         ("src/resgrid/tracking/store.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/cli.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/config.py", '"""', '"""Edited. ', set()),
