@@ -103,6 +103,7 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("grid/architectures", ["resnet21"], "grid.architectures.0: must be 'resnet20'"),
         ("grid/optimizers", [], "grid.optimizers: Tuple should have at least 1 item"),
         ("grid/seeds", [0, 0], "grid: seeds holds a value twice"),
+        ("recipes/resnet10/normalization/mean", [[]], "recipes.resnet10.normalization.mean.0: must be a valid"),
         ("data", {"source": "cifar100"}, "data.source: must be one of 'cifar10'"),
         ("data", {"source": "archive", "location": "x", "checksum": "md5:12"}, "data.checksum: String should match"),
         ("data", {"source": "archive", "location": "x"}, "data.checksum: this key is missing"),

@@ -132,5 +132,5 @@ def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
     mlflow = project.services["mlflow"]
     found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=pages"))
     runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
-    text = read(f"{mlflow}/{runs}", tmp_path, *CELLS)
-    assert "2 matching runs" in re.sub(r"\s+", " ", text)
+    text = read(f"{mlflow}/{runs}", tmp_path, *CELLS, "comparison")
+    assert "3 matching runs" in re.sub(r"\s+", " ", text)

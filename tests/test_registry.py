@@ -224,7 +224,7 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     files = {
         item.path for folder in ("", "figures") for item in store.client.list_artifacts(first.summary, folder)
     }
-    assert files == {"leaderboard.csv", "leaderboard.json", "figures", "figures/one.svg"}
+    assert files == {"leaderboard.csv", "leaderboard.json", "figures", "figures/one.svg", "runs.html"}
     table = json.loads(Path(store.client.download_artifacts(first.summary, "leaderboard.json")).read_text())
     assert table["columns"] == [
         "cell", "status", "test accuracy (%)", "best test accuracy (%)", "training (s)", "images/s", "cause",

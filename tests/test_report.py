@@ -153,7 +153,7 @@ def make_split(classes: int = len(NAMES)) -> Split:
 def make_meta(source: str = "cifar10", names: tuple[str, ...] = NAMES) -> Meta:
     digests = {"train": "sha256:a", "test": "sha256:b"}
     return Meta(
-        source=source, class_names=names, num_images={"train": 200, "test": NUM_TEST},
+        source=source, resize="stretch", class_names=names, num_images={"train": 200, "test": NUM_TEST},
         scalar_mean=0.5, scalar_std=0.2, channel_mean=(0.5,) * 3, channel_std=(0.2,) * 3,
         split_digests=digests, digest=content_digest(names, digests),
     )  # fmt: skip

@@ -331,7 +331,7 @@ def test_when_the_data_fail_nothing_is_trained(server, plain):
 
 def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(server, plain):
     assert server.run(plain).state == "Completed"
-    plain.behave("resnet20-sgd-0", "touch begun; sleep 3")
+    plain.behave("resnet20-sgd-0", "touch begun; sleep 6")
     before = len(plain.trained())
     kept = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
     kept.mkdir(parents=True)

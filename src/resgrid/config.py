@@ -414,7 +414,8 @@ def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
     node: Any = raw
     for depth, part in enumerate(problem["loc"]):
         missing = problem["type"] == "missing" and depth == len(problem["loc"]) - 1
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+        in_list = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if in_list or (isinstance(node, dict) and part in node):
             node = node[part]
         elif not missing:
             continue  # a tag such as `drop` in schedule.drop.factor, or the name of a type
