@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
@@ -677,7 +678,11 @@ def _log_while_the_server_goes(
         run.log_epoch(trained.epochs[0])
         gone.wait()
         run.log_epoch(trained.epochs[1])
-        run.complete(put(trained, pipeline))
+        folder = put(trained, pipeline)
+        timing = json.loads((folder / "timing.json").read_text())
+        timing["started"] = datetime.now(UTC).isoformat(timespec="seconds")  # and not before the run
+        (folder / "timing.json").write_text(json.dumps(timing))
+        run.complete(folder)
 
 
 def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_back(
@@ -713,7 +718,8 @@ def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_bac
     assert trainer.exitcode == 0
 
     server = begin()
-    assert tracking.sync(params, pipeline).completed == ["resnet20-sgd-0"]
+    report = tracking.sync(params, pipeline)
+    assert report.completed == ["resnet20-sgd-0"], report
     assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
     history = tracking.open_store(params.name).client.get_metric_history(the_run().info.run_id, "train_loss")
     assert [(point.step, point.value) for point in history] == [
