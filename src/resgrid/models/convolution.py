@@ -2,7 +2,7 @@
 
 oneDNN's bf16 kernel for that gradient is slow at few pixels: 512 channels at 2x2, batch 128, take it 14 ms on
 two cores with AVX512-BF16, and the product of the unfolded input and the gradient 6 ms; on cores with AMX
-the same is true at 4x4.
+the same was reported of 4x4.
 """
 
 from __future__ import annotations

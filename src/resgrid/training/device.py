@@ -16,8 +16,9 @@ from resgrid.config import Engine
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 
-# Compiling takes about a minute of a cold start. Where it makes a step of a thin network a fifth faster, that
-# is paid back after some 300,000 images: six epochs of CIFAR-10. Wide networks gain nothing.
+# Compiling takes about a minute of a cold start. Where it makes a step of a thin network a fifth faster, as
+# reported of CPUs with AMX, that is paid back after some 300,000 images: six epochs of CIFAR-10. Wide
+# networks gain nothing.
 COMPILE_FROM_IMAGES = 300_000
 
 
