@@ -108,6 +108,7 @@ class Grid:
         self.plan: Plan
         self.chosen: list[Step] = []
         self.running: dict[str, float] = {}  # since when, by cell
+        self.seconds: dict[str, float] = {}  # expected, by stage
         self.progress = Progress(asked, watch.describe(os.getpid()), 0, self.env.get("RESGRID_FLOW_RUN_URL"))
 
     # --- the steps of the run -----------------------------------------------------------------------
@@ -268,7 +269,9 @@ class Grid:
 
     def _show(self, waiting: list[Step], slots: list[Slot]) -> None:
         steps = [self.plan.by_title[title] for title in self.running] + waiting
-        seconds = expect(self.pipeline, self.plan.params, steps, slots[0])
+        # A stage that runs has lost the record of its earlier time: what was known once stays.
+        self.seconds |= expect(self.pipeline, self.plan.params, steps, slots[0])
+        seconds = self.seconds
         if all(step.stage in seconds for step in steps):
             now = time.time()
             left = [
