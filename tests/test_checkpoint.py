@@ -336,7 +336,7 @@ class Project:
         params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
         params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
         params["studies"] = {}
-        params["engine"] = {"precision": "fp32", "compile": "never"}
+        params["engine"] = {"precision": "fp32", "compile": "never", "scored_epochs": "all"}
         params["recipes"]["resnet20"] |= {"epochs": 60, "batch_size": 16}
         with (root / "params.yaml").open("w") as file:
             YAML(typ="safe").dump(params, file)

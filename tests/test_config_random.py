@@ -113,7 +113,8 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
         "preprocess": {
             "resize": draw(st.sampled_from(["stretch", "crop", "pad"])),
             "validation_fraction": draw(fractions()),
-            "validation_seed": draw(seed),
+            "training_fraction": 1 - draw(fractions()),
+            "seed": draw(seed),
         },
         "grid": {
             "architectures": architectures,
@@ -132,6 +133,7 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
         "engine": {
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "compile": draw(st.sampled_from(["auto", "always", "never"])),
+            "scored_epochs": draw(st.sampled_from(["all", "last"])),
         },
     }
 

@@ -39,7 +39,10 @@ from resgrid.training.optimizers import build_optimizer
 
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
-BF16 = devices.choose_precision(Engine(precision="auto", compile="never"), CPU) is torch.bfloat16
+BF16 = (
+    devices.choose_precision(Engine(precision="auto", compile="never", scored_epochs="all"), CPU)
+    is torch.bfloat16
+)
 PLAIN = {
     "epochs": 1,
     "batch_size": 16,
@@ -78,12 +81,13 @@ def cell(
     precision: str = "fp32",
     lr: float | None = None,
     compile: str = "never",
+    scored_epochs: str = "all",
     **recipe: Any,
 ) -> Cell:
     found = find_cell(PARAMS, cell_id)
     changed = Recipe.model_validate(found.recipe.model_dump() | PLAIN | recipe)
     optimizer = found.optimizer.model_copy(update={"lr": lr or found.optimizer.lr})
-    engine = Engine(precision=precision, compile=compile)
+    engine = Engine(precision=precision, compile=compile, scored_epochs=scored_epochs)
     return found.model_copy(update={"recipe": changed, "optimizer": optimizer, "engine": engine})
 
 
@@ -321,6 +325,21 @@ def test_the_last_epoch_alone_is_scored_in_fp32():
     assert epochs[-1].test_loss == outcome.test.loss == score(model, given.test, MEAN, STD, CPU).loss
 
 
+def test_scoring_the_last_epoch_alone_gives_the_same_weights_and_the_same_outcome():
+    every, last = cell(epochs=3), cell(epochs=3, scored_epochs="last")
+    models = [new_model(every), new_model(last)]
+    given = data(num_validation=50)
+    (often, expected), (once, outcome) = (
+        run(fit(trained, model, given, CPU)) for trained, model in zip((every, last), models, strict=True)
+    )
+    assert not differing(models[0].state_dict(), models[1].state_dict())
+    assert [epoch.train_loss for epoch in once] == [epoch.train_loss for epoch in often]
+    assert [epoch.test_loss is None for epoch in once] == [True, True, False]
+    assert [epoch.validation_accuracy is None for epoch in once] == [True, True, False]
+    assert once[-1] == often[-1]
+    assert (outcome.test, outcome.validation) == (expected.test, expected.validation)
+
+
 def test_divergence_at_once_brings_the_initial_weights_back():
     trained = cell(lr=1e30, epochs=3)
     model = new_model(trained)
@@ -512,14 +531,20 @@ def test_without_a_compiler_steps_are_eager_and_one_line_says_so(monkeypatch, ca
 
 
 def test_precision_is_as_asked_and_auto_goes_by_the_cpus_instructions():
-    assert devices.choose_precision(Engine(precision="fp32", compile="never"), CPU) is torch.float32
+    assert (
+        devices.choose_precision(Engine(precision="fp32", compile="never", scored_epochs="all"), CPU)
+        is torch.float32
+    )
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("the instructions are read from /proc/cpuinfo here")
     native = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpuinfo.read_text().split()))
     assert native == BF16
     if native:
-        assert devices.choose_precision(Engine(precision="bf16", compile="never"), CPU) is torch.bfloat16
+        assert (
+            devices.choose_precision(Engine(precision="bf16", compile="never", scored_epochs="all"), CPU)
+            is torch.bfloat16
+        )
     else:
         with pytest.raises(ResgridError, match=r"^engine\.precision: bf16, but .* has no bf16 arithmetic"):
-            devices.choose_precision(Engine(precision="bf16", compile="never"), CPU)
+            devices.choose_precision(Engine(precision="bf16", compile="never", scored_epochs="all"), CPU)

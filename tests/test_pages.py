@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 PARAMS = """
 name: pages
 data: {source: digits, test_fraction: 0.9, split_seed: 0}
-preprocess: {resize: stretch, validation_fraction: 0.0, validation_seed: 0}
+preprocess: {resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0}
 grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
 recipes:
   resnet20:
@@ -48,7 +48,7 @@ optimizers:
   rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
   adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
 studies: {}
-engine: {precision: fp32, compile: never}
+engine: {precision: fp32, compile: never, scored_epochs: all}
 """
 CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
 

@@ -18,12 +18,15 @@ from PIL import Image
 from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 
+from resgrid.config import load_params
+from resgrid.grid import expand
+
 ROOT = Path(__file__).parents[1]
 
 SMALL = """
 name: small
 data: {source: image-folder, location: images, checksum: null}
-preprocess: {resize: stretch, validation_fraction: 0.1, validation_seed: 0}
+preprocess: {resize: stretch, validation_fraction: 0.1, training_fraction: 1.0, seed: 0}
 grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0, 1]}
 recipes:
   resnet20: &recipe
@@ -55,7 +58,7 @@ studies:
     seed: 0
     lr: 0.05
     initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}
-engine: {precision: fp32, compile: never}
+engine: {precision: fp32, compile: never, scored_epochs: all}
 """
 GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
 
@@ -298,7 +301,8 @@ def test_a_weights_file_that_was_changed_is_named_and_never_scored(project):
         weights.write_bytes(good)
 
 
-def test_the_example_declares_the_stages_of_the_root():
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_every_example_declares_the_stages_of_the_root(example):
     yaml = YAML(typ="safe")
     root = yaml.load((ROOT / "dvc.yaml").read_text())
 
@@ -309,4 +313,5 @@ def test_the_example_declares_the_stages_of_the_root():
             return [up(value) for value in node]
         return "../../" + node if isinstance(node, str) and node.startswith("src/") else node
 
-    assert yaml.load((ROOT / "examples/digits/dvc.yaml").read_text()) == up(root)
+    assert yaml.load((example / "dvc.yaml").read_text()) == up(root)
+    assert expand(load_params(example / "params.yaml"))

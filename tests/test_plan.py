@@ -106,15 +106,15 @@ def test_a_missing_output_is_named(repository):
 
 
 def test_what_comes_after_a_stale_stage_is_looked_at_again(repository):
-    repository.edit("params.yaml", "validation_seed: 0", "validation_seed: 1")
+    repository.edit("params.yaml", "seed: 0", "seed: 1")
     try:
         plan = plan_of(repository)
-        assert plan.by_title["preprocess"].why == ("preprocess.validation_seed: 0 → 1",)
+        assert plan.by_title["preprocess"].why == ("preprocess.seed: 0 → 1",)
         cell = plan.by_title["resnet20-sgd-0"]
         assert (cell.state, cell.why) == ("after", ("preprocess would run before it",))
         assert plan.by_title["download"].state == "up to date"
     finally:
-        repository.edit("params.yaml", "validation_seed: 1", "validation_seed: 0")
+        repository.edit("params.yaml", "seed: 1", "seed: 0")
 
 
 def test_a_running_stage_is_shown_as_such_and_the_others_are_still_known(repository):

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 PARAMS = {
     "name": "digits",
     "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-    "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "validation_seed": 0},
+    "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "training_fraction": 1.0, "seed": 0},
     "grid": {"architectures": ["resnet20"], "optimizers": ["adam"], "seeds": [0]},
     "recipes": {
         "resnet20": {
@@ -66,7 +66,7 @@ PARAMS = {
         "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
     },
     "studies": {},
-    "engine": {"precision": "fp32", "compile": "never"},
+    "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
 }
 
 
@@ -87,7 +87,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("pipeline")
     data = Digits(source="digits", test_fraction=0.2, split_seed=0)
     download(data, folder / "data" / "raw")
-    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
     preprocess(data, settings, folder / "data" / "raw", folder / "data" / "processed")
     (folder / "params.yaml").write_text(json.dumps(PARAMS))  # JSON is YAML
     [cell] = expand(parse_params(PARAMS))

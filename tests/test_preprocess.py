@@ -30,12 +30,12 @@ from resgrid.data.preprocess import histograms, moments, preprocess
 from resgrid.data.sources import Digits, draw, open_source, to_square
 from resgrid.errors import ResgridError
 
-PLAIN = config.Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+PLAIN = config.Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
 DIGITS = config.Digits(source="digits", test_fraction=0.2, split_seed=0)
 
 
 def with_validation(fraction: float, seed: int = 0) -> config.Preprocess:
-    return PLAIN.model_copy(update={"validation_fraction": fraction, "validation_seed": seed})
+    return PLAIN.model_copy(update={"validation_fraction": fraction, "seed": seed})
 
 
 def sha256(path: Path) -> str:
@@ -469,6 +469,28 @@ def test_the_validation_split_is_taken_from_training_alone_and_the_order_stays(t
     values = train.images.numpy().astype(np.float64) / 255
     assert meta.scalar_mean == pytest.approx(values.mean(), rel=1e-12)
     assert meta.scalar_std == pytest.approx(values.std(), rel=1e-12)
+
+
+def test_a_part_of_the_training_images_is_drawn_within_each_class_from_what_validation_leaves(tmp_path):
+    whole = process(DIGITS, tmp_path / "whole", with_validation(0.1))
+    part = process(
+        DIGITS, tmp_path / "part", with_validation(0.1).model_copy(update={"training_fraction": 0.25})
+    )
+    assert part.split_digests["validation"] == whole.split_digests["validation"]
+    assert part.split_digests["test"] == whole.split_digests["test"]
+    assert part.digest != whole.digest
+    left, kept = (load_split(tmp_path / name / "processed", "train") for name in ("whole", "part"))
+    expected = [round(0.25 * count) for count in torch.bincount(left.labels).tolist()]
+    assert torch.bincount(kept.labels).tolist() == expected
+    assert part.num_images["train"] == sum(expected) < whole.num_images["train"]
+    # every kept image is one of those that were left, and they stay in order
+    places = [int((left.images == image).all(dim=(1, 2, 3)).nonzero()[0, 0]) for image in kept.images]
+    assert places == sorted(set(places))
+    assert torch.equal(left.labels[places], kept.labels)
+    again = process(
+        DIGITS, tmp_path / "again", with_validation(0.1).model_copy(update={"training_fraction": 0.25})
+    )
+    assert again.digest == part.digest
 
 
 def test_without_a_validation_split_its_absence_names_the_param(tmp_path):

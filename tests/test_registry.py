@@ -46,7 +46,12 @@ def make_params(*seeds: int) -> Params:
         {
             "name": "small digits",
             "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-            "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "validation_seed": 0},
+            "preprocess": {
+                "resize": "stretch",
+                "validation_fraction": 0.0,
+                "training_fraction": 1.0,
+                "seed": 0,
+            },
             "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
             "recipes": {"resnet20": RECIPE | {"epochs": 1}},
             "learning_rates": {"resnet20": {"sgd": 0.01, "adam": 0.01, "rmsprop": 0.01, "adagrad": 0.01}},
@@ -57,7 +62,7 @@ def make_params(*seeds: int) -> Params:
                 "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
             },
             "studies": {},
-            "engine": {"precision": "fp32", "compile": "never"},
+            "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
         }
     )
 
@@ -68,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     data = Digits(source="digits", test_fraction=0.2, split_seed=0)
     download(data, folder / "raw")
-    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
     meta = preprocess(data, settings, folder / "raw", folder / "all")
     splits = {}
     for name, number in (("train", 64), ("test", 32)):

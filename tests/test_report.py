@@ -432,12 +432,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "too-fast": study | {"lr": 1e30},
             "no-weights": study | {"lr": 0.05, "initial_weights": absent},
         },
-        "engine": {"precision": "fp32", "compile": "never"},
+        "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
     }
     (root / "params.yaml").write_text(json.dumps(params))  # which is YAML as well
     data = Digits(source="digits", test_fraction=0.2, split_seed=0)
     download(data, root / "raw")
-    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
     meta = preprocess(data, settings, root / "raw", root / "all")
     splits = {}
     for name, count in (("train", 96), ("test", 48)):

@@ -44,7 +44,7 @@ def cell(cell_id: str = "resnet20-sgd-0", lr: float | None = None, **recipe: Any
         update={
             "recipe": changed,
             "optimizer": optimizer,
-            "engine": Engine(precision="fp32", compile="never"),
+            "engine": Engine(precision="fp32", compile="never", scored_epochs="all"),
         }
     )
 
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     download(source, root / "raw")
     preprocess(
         source,
-        Preprocess(resize="stretch", validation_fraction=0.1, validation_seed=0),
+        Preprocess(resize="stretch", validation_fraction=0.1, training_fraction=1.0, seed=0),
         root / "raw",
         root / "all",
     )

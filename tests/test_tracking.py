@@ -69,7 +69,12 @@ def make_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) 
         {
             "name": "small digits",
             "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-            "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "validation_seed": 0},
+            "preprocess": {
+                "resize": "stretch",
+                "validation_fraction": 0.0,
+                "training_fraction": 1.0,
+                "seed": 0,
+            },
             "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
             "recipes": {"resnet20": RECIPE | recipe},
             "learning_rates": {"resnet20": {"sgd": lr, "adam": 0.01, "rmsprop": 0.01, "adagrad": 0.01}},
@@ -80,7 +85,7 @@ def make_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) 
                 "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
             },
             "studies": {},
-            "engine": {"precision": "fp32", "compile": "never"},
+            "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
         }
     )
 
@@ -102,7 +107,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     data = Digits(source="digits", test_fraction=0.2, split_seed=0)
     download(data, folder / "raw")
-    settings = Preprocess(resize="stretch", validation_fraction=0.0, validation_seed=0)
+    settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
     meta = preprocess(data, settings, folder / "raw", folder / "all")
     splits = {}
     for name, num_images in (("train", 96), ("test", 32)):
@@ -334,6 +339,7 @@ def test_a_trained_cell_is_one_complete_run(
         "initial_weights": "random",
         "precision": "fp32",
         "compile": "never",
+        "scored_epochs": "all",
         "num_parameters": "271098",
         "num_trainable": "269722",
         "num_non_trainable": "1376",

@@ -318,11 +318,11 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_t
 
 
 def test_when_the_data_fail_nothing_is_trained(server, plain):
-    plain.edit("params.yaml", "validation_seed: 0", "validation_seed: 7")
+    plain.edit("params.yaml", "seed: 0", "seed: 7")
     plain.behave("preprocess", "echo 'resgrid: data/raw/x.png: is no image'; exit 1")
     before = len(plain.trained())
     flow = server.run(plain)
-    plain.edit("params.yaml", "validation_seed: 7", "validation_seed: 0")
+    plain.edit("params.yaml", "seed: 7", "seed: 0")
     assert flow.state == "Failed"
     assert flow.message.startswith(
         "preprocess failed (nothing was trained).\npreprocess: data/raw/x.png: is no image\n"
@@ -463,7 +463,7 @@ def test_64_cells_on_16_slots_lose_no_result(server, tmp_path):
 REAL = """
 name: small
 data: {source: digits, test_fraction: 0.2, split_seed: 0}
-preprocess: {resize: stretch, validation_fraction: 0.0, validation_seed: 0}
+preprocess: {resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0}
 grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
 recipes:
   resnet20:
@@ -487,7 +487,7 @@ optimizers:
   rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
   adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
 studies: {}
-engine: {precision: fp32, compile: never}
+engine: {precision: fp32, compile: never, scored_epochs: all}
 """
 
 

@@ -290,10 +290,11 @@ def _train(options: argparse.Namespace) -> None:
         for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
             run.log_epoch(epoch)
-            progress.note = f"epoch {epoch.epoch}/{epochs}, test {100 * epoch.test_accuracy:.2f} %"
+            test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
+            progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
             progress.say(
                 f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
-                f"train {100 * epoch.train_accuracy:6.2f} %  test {100 * epoch.test_accuracy:6.2f} %  "
+                f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
                 f"{epoch.images_per_second:,.0f} images/s  {progress.remaining() or '0:00'} left"
             )
         run.complete(RUNS / cell.id)

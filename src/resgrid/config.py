@@ -92,7 +92,8 @@ class Preprocess(Strict):
 
     resize: Resize  # how another shape becomes a square
     validation_fraction: Fraction  # of the training images, drawn within each class; 0: no split
-    validation_seed: Seed
+    training_fraction: Annotated[float, Field(gt=0, le=1)]  # of the others, drawn likewise; 1: all of them
+    seed: Seed  # of both draws
 
 
 # --- optimizers: the keywords of torch.optim, without the learning rate ----------------------------
@@ -297,10 +298,11 @@ class Grid(Strict):
 
 
 class Engine(Strict):
-    """What the arithmetic is done in, and by which kernels; `auto` goes by the device and the cell's work."""
+    """How a cell is computed, apart from its recipe; `auto` goes by the device and the cell's work."""
 
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 autocast where the device is good at it
     compile: Literal["auto", "always", "never"]  # steps by torch.compile; auto: where that pays
+    scored_epochs: Literal["all", "last"]  # after which of them the test and validation splits are scored
 
 
 class Params(Strict):

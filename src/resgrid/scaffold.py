@@ -225,7 +225,8 @@ data:
 preprocess:
   resize: {_resize(found)} # every image becomes 32x32: stretch | crop | pad
   validation_fraction: {validation} # of the training images; the best cell is chosen by it
-  validation_seed: 0
+  training_fraction: 1.0 # of the others: less for a first try
+  seed: 0
 
 grid:
   architectures: [{", ".join(scale.architectures)}]
@@ -266,6 +267,7 @@ studies: {{}} # cells of their own, each with a whole recipe in which one thing 
 engine:
   precision: auto # bf16 autocast where the device is good at it: auto | fp32 | bf16
   compile: auto # the steps by torch.compile, where that pays: auto | always | never
+  scored_epochs: all # after which the test and validation images are scored: all | last
 """
     return re.sub(r"\n\n(?=  )", "\n", text)
 

@@ -25,16 +25,15 @@ def preprocess(
     Raises ResgridError for raw data that is missing, damaged or not what `data` says.
     """
     source = _open(data, settings, raw)
-    splits = {split: source.load(split, on_image) for split in ("train", "test")}
+    train, test = (source.load(split, on_image) for split in ("train", "test"))
+    held_out: dict[str, Split] = {}
     if settings.validation_fraction > 0:
-        train = splits["train"]
-        labels, fraction, seed = train.labels.numpy(), settings.validation_fraction, settings.validation_seed
-        held_out = torch.from_numpy(draw(labels, source.class_names, fraction, seed))
-        splits = {
-            "train": Split(images=train.images[~held_out], labels=train.labels[~held_out]),
-            "validation": Split(images=train.images[held_out], labels=train.labels[held_out]),
-            "test": splits["test"],
-        }
+        drawn = draw(train.labels.numpy(), source.class_names, settings.validation_fraction, settings.seed)
+        held_out, train = {"validation": _part(train, drawn)}, _part(train, ~drawn)
+    if settings.training_fraction < 1:
+        drawn = draw(train.labels.numpy(), source.class_names, settings.training_fraction, settings.seed)
+        train = _part(train, drawn)
+    splits = {"train": train, **held_out, "test": test}
     counts = histograms(splits["train"].images.numpy())
     scalar_mean, scalar_std = moments(counts.sum(axis=0))
     red, green, blue = (moments(channel) for channel in counts)
@@ -56,6 +55,11 @@ def preprocess(
     require_disk(out.parent, num_bytes, f"{out.name} of {sum(meta.num_images.values()):,} images")
     save(out, meta, splits)
     return meta
+
+
+def _part(split: Split, chosen: NDArray[np.bool_]) -> Split:
+    mask = torch.from_numpy(chosen)
+    return Split(images=split.images[mask], labels=split.labels[mask])
 
 
 def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:

@@ -334,7 +334,7 @@ def draw(
         if len(members) < 2:
             raise ResgridError(
                 f"class {class_names[label]!r} has a single image, which cannot be on both sides of a split. "
-                "Give it another, or set preprocess.validation_fraction: 0.0."
+                "Give it another, or set preprocess.validation_fraction: 0.0 and training_fraction: 1.0."
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         order = np.argsort(bits.random_raw(len(members)), kind="stable")

@@ -250,12 +250,13 @@ def _percent(group: Group) -> float:
 def curves(result: Result) -> go.Figure:
     """Test (solid) and training (dashed) accuracy by epoch; the page gives each chosen cell its colour."""
     assert result.history is not None
-    ticks = {"dtick": 1} if len(result.history) <= 10 else {}
+    few = len(result.history) <= 10
+    ticks = {"dtick": 1} if few else {}
     traces = [
         go.Scatter(
             x=result.history["epoch"].tolist(),
             y=(100 * result.history[f"{split}_accuracy"]).round(3).tolist(),
-            mode="lines",
+            mode="lines+markers" if few else "lines",  # only the last epoch may have been scored
             line={"dash": dash, "width": 2},
             name=result.cell.id,
             legendgroup=result.cell.id,

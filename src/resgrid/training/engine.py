@@ -70,8 +70,8 @@ class Epoch:
     learning_rate: float  # of the epoch's last step
     train_loss: float  # mean over the epoch's batches, each before its step
     train_accuracy: float
-    test_loss: float
-    test_accuracy: float
+    test_loss: float | None  # None: not scored after this epoch
+    test_accuracy: float | None
     validation_loss: float | None
     validation_accuracy: float | None
     seconds: float = field(compare=False)  # of the training part alone, without the scoring
@@ -108,8 +108,9 @@ def fit(
 ) -> Generator[Epoch, None, Outcome]:
     """Train `model` in place as `cell` says: yields an `Epoch` after each, and returns the `Outcome`.
 
-    After every epoch the model is scored on the test split, and on the validation split if there is one, in
-    the precision of training; after the last one in fp32, so that its figures are the outcome's. Where a loss
+    After every epoch, or the last alone (`engine.scored_epochs`), the model is scored on the test split, and
+    on the validation split if there is one, in the precision of training; after the last one in fp32, so that
+    its figures are the outcome's. Where a loss
     or a weight is not finite at the end of an epoch, training has diverged: that epoch is not yielded, the
     model gets back the weights it had before it, and these are scored in fp32.
 
@@ -169,12 +170,14 @@ def fit(
             train_loss, train_accuracy = totals.read(len(batches), num_images)  # waits for the device
             seconds = time.perf_counter() - started
 
-            scoring = torch.float32 if number == recipe.epochs else execution.precision
-            test_scores = scores(test, scoring)
-            validation_scores = None if validation is None else scores(validation, scoring)
-            losses = {"training": train_loss, "test": test_scores.loss}
-            if validation_scores is not None:
-                losses["validation"] = validation_scores.loss
+            test_scores = validation_scores = None
+            if number == recipe.epochs or cell.engine.scored_epochs == "all":
+                scoring = torch.float32 if number == recipe.epochs else execution.precision
+                test_scores = scores(test, scoring)
+                validation_scores = None if validation is None else scores(validation, scoring)
+            losses = {"training": train_loss}
+            losses |= {"test": test_scores.loss} if test_scores else {}
+            losses |= {"validation": validation_scores.loss} if validation_scores else {}
             broken = [f"the {name} loss" for name, loss in losses.items() if not math.isfinite(loss)]
             if broken or not _all_finite(model):
                 model.load_state_dict(kept)
@@ -196,10 +199,10 @@ def fit(
                     learning_rate=lr,
                     train_loss=train_loss,
                     train_accuracy=train_accuracy,
-                    test_loss=test_scores.loss,
-                    test_accuracy=test_scores.accuracy,
-                    validation_loss=None if validation_scores is None else validation_scores.loss,
-                    validation_accuracy=None if validation_scores is None else validation_scores.accuracy,
+                    test_loss=test_scores.loss if test_scores else None,
+                    test_accuracy=test_scores.accuracy if test_scores else None,
+                    validation_loss=validation_scores.loss if validation_scores else None,
+                    validation_accuracy=validation_scores.accuracy if validation_scores else None,
                     seconds=seconds,
                     images_per_second=num_images / seconds,
                 )
@@ -208,7 +211,8 @@ def fit(
                 checkpoints.save([asdict(epoch) for epoch in epochs], model, optimizer, draws)
             yield epochs[-1]
 
-    last = epochs[-1]  # the figures of the final scoring
+    last = epochs[-1]  # it was scored, with the weights as they are now
+    assert last.test_loss is not None and last.test_accuracy is not None  # noqa: PT018
     test_scores = Scores(loss=last.test_loss, accuracy=last.test_accuracy, num_images=len(data.test.labels))
     validation_scores = None
     if data.validation is not None:

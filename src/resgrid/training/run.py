@@ -160,7 +160,8 @@ def _metrics(
     cell: Cell, model: Classifier, meta: Meta, outcome: Outcome, weights_sha256: str
 ) -> dict[str, Any]:
     last = outcome.epochs[-1] if outcome.epochs else None
-    best = max(outcome.epochs, key=lambda epoch: epoch.test_accuracy, default=None)  # the first of equals
+    scored = [epoch for epoch in outcome.epochs if epoch.test_accuracy is not None]
+    best = max(scored, key=lambda epoch: epoch.test_accuracy or 0.0, default=None)  # the first of equals
     validation = outcome.validation
     total, trainable, non_trainable = count_parameters(model)
     return {
