@@ -221,6 +221,7 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     (pipeline / "reports" / "figures").mkdir(parents=True)
     (pipeline / "reports" / "leaderboard.csv").write_text(CSV)
     (pipeline / "reports" / "figures" / "one.svg").write_text("<svg/>")
+    (pipeline / "reports" / "index.html").write_text('<a href="runs.html#resnet20-sgd-1">85.00</a>')
     (pipeline / "reports" / ".gitignore").write_text("/leaderboard.csv")
     first = tracking.sync(make_params(1), pipeline)
     store = tracking.open_store("small digits")
@@ -229,7 +230,12 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     files = {
         item.path for folder in ("", "figures") for item in store.client.list_artifacts(first.summary, folder)
     }
-    assert files == {"leaderboard.csv", "leaderboard.json", "figures", "figures/one.svg", "runs.html"}
+    assert files == {"leaderboard.csv", "leaderboard.json", "figures", "figures/one.svg", "index.html"}
+    runs = store.client.search_runs([store.experiment_id], "tags.grid = 'current'")
+    page = f"#/experiments/{store.experiment_id}/runs/{runs[0].info.run_id}?workflowType=machine_learning"
+    copy = Path(store.client.download_artifacts(first.summary, "index.html")).read_text()
+    assert copy == f'<a href="http://127.0.0.1:5000/{page}" target="_blank" rel="noopener">85.00</a>'
+
     table = json.loads(Path(store.client.download_artifacts(first.summary, "leaderboard.json")).read_text())
     assert table["columns"] == [
         "cell", "status", "test accuracy (%)", "best test accuracy (%)", "training (s)", "images/s", "cause",
@@ -238,7 +244,7 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
         ["resnet20-sgd-1", "completed", 85.0, 90.0, 12.5, 700.0, None],
         ["resnet20-sgd-0", "missing", None, None, None, None, None],
     ]
-    assert "| resnet20-sgd-1 | 85.00% | 12 s |" in run.data.tags["mlflow.note.content"]
+    assert f"| [resnet20-sgd-1]({page}) | 85.00% | 12 s |" in run.data.tags["mlflow.note.content"]
     note = store.client.get_experiment(store.experiment_id).tags["mlflow.note.content"]
     assert f"#/experiments/{store.experiment_id}/runs/{first.summary}" in note
 

@@ -19,7 +19,7 @@ from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
 from resgrid.runs import FILES, read_json
 from resgrid.tracking import contents
-from resgrid.tracking.links import write_links
+from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 from resgrid.tracking.summary import summarize
@@ -104,11 +104,12 @@ def sync(
                     on_cell(done, len(cells))
             for of_former_cell in runs.values():
                 report.superseded += retire(store, of_former_cell)
-            if links:
-                write_links(store, links, pipeline_folder / "reports")
+            pages = pages_of(store, links)
+            if pages:
+                write_links(store, pages, pipeline_folder / "reports")
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
             report.champions = crown(store, current, _data_digest(pipeline_folder, current))
-            report.summary = summarize(store, pipeline_folder / "reports")
+            report.summary = summarize(store, pipeline_folder / "reports", pages)
     except (MlflowException, OSError) as error:
         raise unusable(store.uri, error) from None
     return report

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resgrid.errors import ResgridError
+from resgrid.tracking.links import NAME as LINKS
+from resgrid.tracking.links import linked
 from resgrid.tracking.registry import CHAMPION
 from resgrid.tracking.store import Store, reason
 
@@ -29,8 +31,10 @@ UNITS = {"train_seconds": "training (s)", "images_per_second": "images/s"}
 NOTE = "mlflow.note.content"
 
 
-def summarize(store: Store, reports: Path) -> str | None:
+def summarize(store: Store, reports: Path, pages: Mapping[str, str]) -> str | None:
     """A run of the files in `reports`, and the description of the experiment.
+
+    In its copy of the report each cell leads to the address of its run that `pages` has.
 
     Returns the run's id, or None where there is no comparison or it has its run already. Runs of earlier
     comparisons become superseded. Raises ResgridError for a leaderboard that cannot be read.
@@ -48,7 +52,7 @@ def summarize(store: Store, reports: Path) -> str | None:
         return None
     try:
         frame = pd.read_csv(reports / "leaderboard.csv")
-        note = _headline(frame)
+        note = _headline(frame, pages)
     except (ValueError, KeyError) as error:  # pandas' own are of these
         raise ResgridError(
             f"{reports / 'leaderboard.csv'}: cannot be read as a comparison ({reason(error)}). "
@@ -72,8 +76,13 @@ def summarize(store: Store, reports: Path) -> str | None:
     client.log_dict(run_id, content, TABLE)
     client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": TABLE, "type": "table"}]))
     for file in _files(reports):
-        folder = file.parent.relative_to(reports).as_posix()
-        client.log_artifact(run_id, str(file), None if folder == "." else folder)
+        place = file.relative_to(reports)
+        if place == Path("index.html"):
+            client.log_text(run_id, linked(file.read_text(encoding="utf-8"), pages), place.as_posix())
+        elif place.name != LINKS:
+            client.log_artifact(
+                run_id, str(file), None if place.parent == Path() else place.parent.as_posix()
+            )
     client.set_experiment_tag(store.experiment_id, NOTE, _guide(store, run_id))
     client.set_terminated(run_id, "FINISHED", now)
     for run in earlier:
@@ -96,20 +105,24 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=names)
 
 
-def _headline(frame: pd.DataFrame) -> str:
-    """How much there is, and the first five of it."""
+def _headline(frame: pd.DataFrame, pages: Mapping[str, str]) -> str:
+    """How much there is, and the first five of it, linked to their runs."""
     counts = frame["status"].value_counts()
     known = [
         f"{counts[status]} {status}"
         for status in ("completed", "diverged", "failed", "missing")
         if status in counts
     ]
+
+    def link(cell: str) -> str:
+        return f"[{cell}]({pages[cell][pages[cell].index('#') :]})" if cell in pages else cell
+
     lines = [f"**{len(frame)} cells**: {', '.join(known)}. The whole table is `{TABLE}` under Artifacts.", ""]
     best = frame[frame["status"] == "completed"].head(5)
     if len(best) and {"test_accuracy", "train_seconds"} <= set(frame):
         lines += ["| cell | test accuracy | training |", "|:--|--:|--:|"]
         lines += [
-            f"| {row['cell']} | {row['test_accuracy']:.2%} | {row['train_seconds']:,.0f} s |"
+            f"| {link(row['cell'])} | {row['test_accuracy']:.2%} | {row['train_seconds']:,.0f} s |"
             for row in best.to_dict(orient="records")
         ]
     return "\n".join(lines)
