@@ -1,11 +1,13 @@
-"""What several tests share: where the reference data lies, and small real images."""
+"""What several tests share: where the reference data lies, small real images, and small real disks."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
+import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,43 @@ def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             member.size = len(pickled)
             archive.addfile(member, io.BytesIO(pickled))
     return path
+
+
+class SmallDisks:
+    """Disks of a chosen size, as only root can mount them; the test is skipped for others."""
+
+    def __init__(self) -> None:
+        self.mounted: list[Path] = []
+
+    def mount(self, place: Path, size: str) -> Path:
+        """An empty disk at `place`; `size` as in 3m."""
+        place.mkdir(exist_ok=True)
+        self._mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+        self.mounted.append(place)
+        return place
+
+    def resize(self, place: Path, size: str) -> None:
+        self._mount("-o", f"remount,size={size}", str(place))
+
+    def protect(self, place: Path) -> None:
+        """Let nobody write to what stands at `place`, root neither."""
+        self._mount("--bind", str(place), str(place))
+        self.mounted.append(place)
+        self._mount("-o", "remount,ro,bind", str(place))
+
+    def release(self, place: Path) -> None:
+        self.mounted.remove(place)
+        subprocess.run(["umount", str(place)], check=True)
+
+    def _mount(self, *options: str) -> None:
+        done = subprocess.run(["mount", *options], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disks() -> Iterator[SmallDisks]:
+    made = SmallDisks()
+    yield made
+    for place in reversed(made.mounted):
+        subprocess.run(["umount", str(place)], check=True)

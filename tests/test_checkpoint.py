@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import SmallDisks
 from ruamel.yaml import YAML
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
@@ -273,31 +274,18 @@ def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for 3 MB: for one checkpoint, and not for a second one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
-    data: Path, tmp_path: Path, small_disk: Path
+    data: Path, tmp_path: Path, disks: SmallDisks
 ) -> None:
     trained = cell(epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
-    kept = small_disk / "kept"
+    disk = disks.mount(tmp_path / "disk", "3m")  # room for one checkpoint, and not for a second one
+    kept = disk / "kept"
     with pytest.raises(ResgridError, match=r"the checkpoint after epoch 2 cannot be written: No space left"):
         go_on(trained, data, kept, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert [path.suffix for path in kept.iterdir()] == [".1"]
-    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    disks.resize(disk, "9m")
     assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3, 4]
     assert same_files(tmp_path / "run", tmp_path / "alone")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import json
 import os
 import signal
@@ -32,6 +33,9 @@ REPORTS = Path("reports")
 LOCK = Path("dvc.lock")
 
 
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # a person can put it right
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A person's mistake ends with one message and status 1."""
     options = _parser().parse_args(arguments)
@@ -48,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `resgrid cells | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"resgrid: {place}{error.strerror}. Check the folder and its disk.", file=sys.stderr)
+        return 1
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:

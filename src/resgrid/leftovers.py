@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,19 @@ def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: s
     if not any(isinstance(cell.recipe.initial_weights, MlflowWeights) for cell in cells):
         for path in (root / ".resgrid" / "weights").glob("*"):
             reasons[path] = "no cell starts from it"
+    for path in _damaged(root / ".dvc" / "cache" / "files" / "md5"):
+        reasons[path] = "it is damaged: its content is not that of its name"
     return [Leftover(path, size(path), why) for path, why in sorted(reasons.items())]
+
+
+def _damaged(cache: Path) -> Iterator[Path]:
+    """Files in DVC's cache whose MD5 is not their name. DVC itself never looks: it would hand them out."""
+    for path in sorted(cache.glob("??/*")):
+        with suppress(OSError), path.open("rb") as file:  # gone meanwhile
+            if hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.name.removesuffix(
+                ".dir"
+            ):
+                yield path
 
 
 def usage(root: Path, pipeline: Path) -> dict[str, int]:

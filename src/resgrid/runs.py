@@ -65,5 +65,6 @@ def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> Non
     if found != metrics["weights_sha256"]:
         raise ResgridError(
             f"{path}: the file has changed since it was trained. "
-            f"`dvc checkout --force` restores it, `dvc repro -f {stage}` trains it again."
+            "`dvc checkout --force` restores it. If it stays so, DVC's copy is damaged as well: `resgrid gc` "
+            f"deletes that, and `dvc repro {stage}` trains it again."
         )

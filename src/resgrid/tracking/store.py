@@ -45,6 +45,15 @@ BEST_FIRST = (  # what MLflow's page of runs reads from its address
 )
 
 
+ADDRESSES = (  # table and column, in MLflow's database
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
 @dataclass(frozen=True)
 class Store:
     """An experiment in a tracking store, ready to take runs."""
@@ -206,7 +215,28 @@ def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
     with lock:  # several that make the tables at once break the migration
         with closing(sqlite3.connect(database, timeout=20)) as connection:  # fails at once on a damaged file
             connection.execute("PRAGMA journal_mode=WAL")  # reads beside a write; the file remembers it
+            _readdress(connection, _artifact_root(uri))
         return MlflowClient(uri), lock
+
+
+def _readdress(connection: sqlite3.Connection, artifacts: Path) -> None:
+    """Where the folder was moved or copied, let the store's absolute addresses be those of its files here."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+        return
+    here = artifacts.as_uri()
+    for name, address in connection.execute("SELECT name, artifact_location FROM experiments").fetchall():
+        own = (artifacts / name).as_uri().removeprefix(here)
+        former = str(address).removesuffix(own)
+        is_ours = str(address).endswith(f"/{artifacts.name}{own}") and (artifacts / name).is_dir()
+        if not is_ours or former == here:
+            continue
+        with connection:  # all of them or none
+            for table, column in ADDRESSES:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ?1 || substr({column}, ?2) "
+                    f"WHERE substr({column}, 1, ?2) = ?3 || '/'",
+                    (here, len(former) + 1, former),
+                )
 
 
 def _database(uri: str) -> Path | None:
