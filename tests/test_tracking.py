@@ -447,6 +447,8 @@ def test_a_training_that_is_cut_off_ends_its_run(
     with pytest.raises(type(error)):
         train()
     assert the_run().info.status == status
+    said = the_run().data.tags.get("mlflow.note.content")
+    assert said == (f"**Failed**: {type(error).__name__}: {error}" if status == "FAILED" else None)
     assert the_run().data.metrics["test_accuracy"] == trained.epochs[0].test_accuracy
     assert "grid" not in the_run().data.tags
 

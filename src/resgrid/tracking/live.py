@@ -15,7 +15,7 @@ from resgrid.grid import Cell
 from resgrid.runs import read_json
 from resgrid.tracking import contents
 from resgrid.tracking.from_files import is_live, retire, runs_of
-from resgrid.tracking.store import Store, open_store, reason
+from resgrid.tracking.store import Store, open_store, reason, shown
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -42,7 +42,7 @@ def live_run(
 
     `with live_run(…) as run:`, then `run.log_epoch(epoch)` after each, and `run.complete(run_folder)` when
     the files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
-    line turns SIGTERM), or as FAILED by another exception.
+    line turns SIGTERM), or as FAILED by another exception, which its description then tells.
 
     Nothing here raises, and only `complete` and the end wait for MLflow. Where that fails, one line on stderr
     says so, training goes on, and `sync` completes the run another day.
@@ -93,7 +93,8 @@ class LiveRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self._do(self._end, status)
+        why = f"**Failed**: {type(error).__name__}: {shown(str(error))}" if status == "FAILED" else None
+        self._do(self._end, status, why)
         self._waiting.put(None)
         self._thread.join(LAST_WORD_SECONDS if status == "KILLED" else None)
         if self._thread.is_alive():
@@ -182,10 +183,12 @@ class LiveRun:
         started = contents.started_at(read_json(run_folder / "timing.json"))
         retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
 
-    def _end(self, status: str) -> None:
+    def _end(self, status: str, why: str | None) -> None:
         if self._store is None or self._over:
             return
         self._stop_monitor()
+        if why is not None:
+            self._store.client.set_tag(self._run_id, "mlflow.note.content", why)
         self._store.client.set_terminated(self._run_id, status)
 
     def _stop_monitor(self) -> None:
