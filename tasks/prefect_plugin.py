@@ -12,6 +12,7 @@ instead (`-p pipeline=examples/digits`), from the project's folder.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import socket
@@ -46,13 +47,24 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
 
 
 def _complete(arguments: list[str]) -> bool:
-    """Make `train-all` into `train-all/train-all`, in place, if this is `deployment run`; whether it is."""
+    """Make `train-all` into `train-all/train-all`, in place, if this is `deployment run`; whether it is.
+
+    Ends the program for a bare name that is none of ours, which Prefect answers with a traceback.
+    """
     for i in range(1, len(arguments) - 1):
         if arguments[i : i + 2] == ["deployment", "run"]:
             for j in range(i + 2, len(arguments)):
                 option = arguments[j - 1].startswith("-") and arguments[j - 1] != "--watch"
-                if arguments[j] in DEPLOYMENTS and not option:  # else it is the option's value
-                    arguments[j] = f"{arguments[j]}/{arguments[j]}"
+                if option or arguments[j].startswith("-") or "/" in arguments[j]:  # or an option's value
+                    continue
+                if arguments[j] not in DEPLOYMENTS:
+                    near = difflib.get_close_matches(arguments[j], DEPLOYMENTS, n=1)
+                    sys.exit(
+                        f"prefect: there is no deployment {arguments[j]!r}"
+                        + (f"; did you mean {near[0]}?" if near else ".")
+                        + f" This project has {', '.join(DEPLOYMENTS)}."
+                    )
+                arguments[j] = f"{arguments[j]}/{arguments[j]}"
             return not {"--help", "-h"} & set(arguments)
     return False
 

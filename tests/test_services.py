@@ -357,7 +357,7 @@ def test_each_deployment_is_called_like_its_flow():
         ("--profile mine deployment run prepare-data", "--profile mine deployment run prepare-data/prepare-data"),
         ("deployment run train-all/train-all", "deployment run train-all/train-all"),
         ("deployment run --tag train-all train-all", "deployment run --tag train-all train-all/train-all"),
-        ("deployment run other", "deployment run other"),
+        ("deployment run other/other", "deployment run other/other"),
         ("deployment inspect train-all", "deployment inspect train-all"),
     ],
 )  # fmt: skip
@@ -365,3 +365,12 @@ def test_only_the_name_of_a_deployment_to_run_is_completed(typed, meant):
     arguments = ["prefect", *typed.split()]
     assert _complete(arguments) == ("run" in typed)
     assert arguments == ["prefect", *meant.split()]
+
+
+def test_a_mistyped_name_is_told_with_the_nearest_one_and_no_traceback():
+    with pytest.raises(SystemExit) as left:
+        _complete(["prefect", "deployment", "run", "train-al", "--watch"])
+    assert left.value.code == (
+        "prefect: there is no deployment 'train-al'; did you mean train-all? "
+        "This project has train-all, train-cell, prepare-data."
+    )
