@@ -118,7 +118,9 @@ def ours(architecture: str, what: str, batches: int) -> None:
         update={
             "recipe": Recipe.model_validate(recipe),
             "engine": Engine(
-                precision=execution.precision_name, compile="always" if execution.compiled else "never"
+                precision=execution.precision_name,
+                compile="always" if execution.compiled else "never",
+                scored_epochs="all",
             ),
         }
     )

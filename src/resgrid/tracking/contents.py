@@ -53,6 +53,7 @@ def params_of(cell: Cell) -> dict[str, str]:
         **cell.recipe.model_dump(),
         "precision": cell.engine.precision,
         "compile": cell.engine.compile,
+        "scored_epochs": cell.engine.scored_epochs,
     }
     return dict(_flat(values))
 
