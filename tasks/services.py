@@ -234,7 +234,7 @@ class _Services:
     def _start_mlflow(self, port: int, taken: int) -> _Child | None:
         """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server."""
         from resgrid import tracking
-        from resgrid.tracking.store import SETTINGS, shown
+        from resgrid.tracking.store import SETTINGS, server, shown
 
         uri = tracking.store_uri(self.root)
         if "MLFLOW_TRACKING_URI" in self.env:
@@ -246,10 +246,8 @@ class _Services:
         self.mlflow = f"http://{HOST}:{port}"
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
-        arguments = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-        arguments += ["--backend-store-uri", uri, "--default-artifact-root", (self.root / "mlruns").as_uri()]
         self.env = SETTINGS | self.env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return self._spawn("mlflow", arguments)
+        return self._spawn("mlflow", server(uri, port))
 
     def follow(self) -> NoReturn:
         """Until a child ends by itself (ResgridError) or the end is asked for (_Told)."""

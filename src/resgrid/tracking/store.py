@@ -162,6 +162,12 @@ def _source_run(client: MlflowClient, uri: str) -> str:
     return run_id
 
 
+def server(uri: str, port: int) -> list[str]:
+    """The command `mlflow server …` for a local store, on loopback alone."""
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [*command, "--backend-store-uri", uri, "--default-artifact-root", _artifact_root(uri).as_uri()]
+
+
 def serve(port: int, name: str | None = None) -> None:
     """Run MLflow's pages for a local store until interrupted; of a server only say where they are.
 
@@ -181,18 +187,17 @@ def serve(port: int, name: str | None = None) -> None:
             raise ResgridError(f"port {port}: {error.strerror}. Take another one with --port.") from None
     print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
     print(f"http://127.0.0.1:{port}{page}", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", _artifact_root(uri).as_uri()]
-    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning --no-access-log"]
+    command = [sys.executable, "-m", *server(uri, port)]
+    command += ["--uvicorn-opts", "--log-level warning --no-access-log"]
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # the terminal was closed
     # A group of its own: Ctrl-C would make each of its processes print a traceback.
-    server = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
+    process = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
     try:
-        server.wait()
+        process.wait()
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
