@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from small import Project, trained
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,12 @@ def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             member.size = len(pickled)
             archive.addfile(member, io.BytesIO(pickled))
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A small pipeline, trained and compared once: a test that changes anything works on a copy."""
+    return trained(tmp_path_factory.mktemp("small") / "a project")
 
 
 class SmallDisks:

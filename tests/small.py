@@ -1,0 +1,134 @@
+"""A small pipeline that is trained for real: DVC in its own repository, a SQLite MLflow, real images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from mlflow import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = """
+name: small
+data: {source: image-folder, location: images, checksum: null}
+preprocess: {resize: stretch, validation_fraction: 0.1, training_fraction: 1.0, seed: 0}
+grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0, 1]}
+recipes:
+  resnet20: &recipe
+    epochs: 2
+    batch_size: 16
+    schedule: {name: constant}
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 0.0
+    decay_norm_and_bias: false
+    dropout: 0.0
+    augmentation: {flip: false, crop_padding: 1, rotation_degrees: 5.0, shift_fraction: 0.0}
+    normalization: {name: scalar}
+    approach: end_to_end
+    initial_weights: {name: random}
+learning_rates:
+  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
+optimizers:
+  sgd: {momentum: 0.9, nesterov: true}
+  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
+  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
+  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
+studies:
+  too-fast: {<<: *recipe, architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}
+  no-weights:
+    <<: *recipe
+    architecture: resnet20
+    optimizer: sgd
+    seed: 0
+    lr: 0.05
+    initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}
+engine: {precision: fp32, compile: never, scored_epochs: all}
+"""
+GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
+
+ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be done
+
+
+@dataclass
+class Project:
+    """A checkout with a pipeline in it."""
+
+    root: Path
+    trained: subprocess.CompletedProcess[str] | None = None
+    evaluated: subprocess.CompletedProcess[str] | None = None
+
+    def copy(self, root: Path) -> Project:
+        """The same in another folder."""
+        return replace(self, root=shutil.copytree(self.root, root, symlinks=True))
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "2"}
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment | extra,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def stale(self) -> set[str]:
+        """The stages that `dvc status` calls changed, less those whose outputs were never made."""
+        done = self.run("dvc", "status", "--json")
+        assert done.returncode == 0, done.stderr
+        return set(json.loads(done.stdout))
+
+    @property
+    def mlflow(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.root}/mlflow.db")
+
+    def runs(self) -> pd.DataFrame:
+        """A row a run, as `mlflow.search_runs` gives it, but with no tracking URI set for other tests."""
+        experiment = self.mlflow.get_experiment_by_name("small")
+        return pd.DataFrame(
+            {"run_id": run.info.run_id, "status": run.info.status}
+            | {f"params.{key}": value for key, value in run.data.params.items()}
+            | {f"tags.{key}": value for key, value in run.data.tags.items()}
+            for run in self.mlflow.search_runs([experiment.experiment_id])
+        )
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        file = self.root / path
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+
+def trained(root: Path) -> Project:
+    """A pipeline on 240 real digits as PNG files in `root`, of which every cell but one can be trained."""
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "params.yaml").write_text(SMALL)
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images[:240], digits.target[:240], strict=True)):
+        folder = root / "images" / ("test" if i % 4 == 0 else "train") / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9375).astype("uint8")).save(folder / f"{i:04}.png")
+    project = Project(root)
+    for command in (
+        "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",
+        "dvc config core.analytics false", "git add -A", "git commit -qm start",
+    ):  # fmt: skip
+        done = project.run(*command.split())
+        assert done.returncode == 0, done.stderr
+    project.trained = project.run("dvc", "repro", "-k")
+    project.evaluated = project.run("dvc", "repro", "--single-item", "evaluate")
+    return project
