@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from test_services import ROOT, Project, close, free_port
 
+from resgrid.tracking.view import VIEW_QUERY
 from tasks.services import _get, _post
 
 pytestmark = pytest.mark.skipif(
@@ -134,3 +135,13 @@ def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
     runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
     text = read(f"{mlflow}/{runs}", tmp_path, *CELLS, "comparison")
     assert "3 matching runs" in re.sub(r"\s+", " ", text)
+
+
+def test_the_view_of_the_grid_shows_the_current_cells_and_what_tells_them_apart(project, tmp_path):
+    mlflow = project.services["mlflow"]
+    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=pages"))
+    page = f"{mlflow}/#/experiments/{found['experiment']['experiment_id']}/runs?{VIEW_QUERY}"
+    columns = ("test_accuracy", "train_seconds", "learning_rate", "optimizer")
+    text = read(page, tmp_path, *CELLS, *columns)
+    assert "2 matching runs" in re.sub(r"\s+", " ", text)  # without the comparison
+    read(f"{page}&compareRunsMode=CHART", tmp_path, "The grid (5)", "Parallel Coordinates")

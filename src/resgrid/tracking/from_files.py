@@ -23,6 +23,7 @@ from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 from resgrid.tracking.summary import summarize
+from resgrid.tracking.view import arrange
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -109,6 +110,7 @@ def sync(
                 write_links(store, pages, pipeline_folder / "reports")
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
             report.champions = crown(store, current, _data_digest(pipeline_folder, current))
+            arrange(store)
             report.summary = summarize(store, pipeline_folder / "reports", pages)
     except (MlflowException, OSError) as error:
         raise unusable(store.uri, error) from None

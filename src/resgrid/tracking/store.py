@@ -39,12 +39,6 @@ QUIET_SERVER = {
     "PYTHONWARNINGS": "ignore",
 }
 
-BEST_FIRST = (  # what MLflow's page of runs reads from its address
-    "workflowType=machine_learning&searchFilter=tags.grid%20%3D%20%27current%27"
-    "&orderByKey=metrics.%60test_accuracy%60&orderByAsc=false"
-)
-
-
 ADDRESSES = (  # table and column, in MLflow's database
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -174,8 +168,10 @@ def serve(port: int, name: str | None = None) -> None:
     With the `name` of an experiment, that is the table of its current runs, the best on top.
     Raises ResgridError if the port is taken.
     """
+    from resgrid.tracking.view import VIEW_QUERY
+
     uri = store_uri()
-    page = f"/#/experiments/{open_store(name).experiment_id}/runs?{BEST_FIRST}" if name else ""
+    page = f"/#/experiments/{open_store(name).experiment_id}/runs?{VIEW_QUERY}" if name else ""
     if _is_remote(uri):
         print(f"MLflow: {shown(uri)}{page}")
         return

@@ -18,6 +18,7 @@ from resgrid.tracking.links import NAME as LINKS
 from resgrid.tracking.links import linked
 from resgrid.tracking.registry import CHAMPION
 from resgrid.tracking.store import Store, reason
+from resgrid.tracking.view import VIEW_QUERY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,10 +131,12 @@ def _headline(frame: pd.DataFrame, pages: Mapping[str, str]) -> str:
 
 def _guide(store: Store, run_id: str) -> str:
     """What stands at the head of the experiment's page."""
+    grid = f"#/experiments/{store.experiment_id}/runs?{VIEW_QUERY}"
     return (
-        f"Every cell of the pipeline **{store.name}** is one run. The filter `tags.grid = 'current'` shows "
-        "the present grid and leaves out what was trained again since. Group by the params `architecture`, "
-        "`optimizer` or `seed`; select runs and press *Compare* for parallel coordinates; *Chart* overlays "
+        f"Every cell of the pipeline **{store.name}** is one run. [The grid]({grid}) is a view of the "
+        "present ones, with charts; its filter `tags.grid = 'current'` leaves out what was trained again "
+        "since. Group by the params `architecture`, `optimizer` or `seed`; select runs and press *Compare* "
+        "for parallel coordinates; *Chart* overlays "
         "learning curves. Accuracies are in 0–1, with the weights of the last epoch.\n\n"
         f"[The comparison](#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/{TABLE}) is a run "
         "of its own, with the leaderboard as a table. The best cell is "
