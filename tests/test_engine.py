@@ -474,7 +474,7 @@ def test_threads_are_set_and_nonsense_is_refused(monkeypatch):
 
 
 def every_pair():
-    """All 36 architectures and optimizers; in the short form every one of both, and ResNet-20 with each."""
+    """All 36 pairs; in the short form every one of both, and ResNet-20 with each."""
     for place, architecture in enumerate(get_args(Architecture)):
         for number, optimizer in enumerate(get_args(OptimizerName)):
             short = architecture == "resnet20" or number == place % 4
@@ -482,7 +482,7 @@ def every_pair():
 
 
 @pytest.mark.skipif(not BF16, reason="this CPU has no bf16 arithmetic")
-@pytest.mark.parametrize(("architecture", "optimizer"), every_pair())
+@pytest.mark.parametrize(("architecture", "optimizer"), list(every_pair()))
 def test_ten_fast_steps_lose_as_much_as_ten_plain_ones(architecture, optimizer):
     """Fast: as `fit` computes them here. Plain: fp32, NCHW, torch's own modules, weights and dropout masks equal.
 
