@@ -59,7 +59,7 @@ def collect() -> None:
             dropout = (
                 cell.recipe.dropout if isinstance(cell.recipe.dropout, float) else cell.recipe.dropout[0]
             )
-            rows.append(row | {"pipeline": folder.name, "dropout": dropout, "commit": git_commit(ROOT)})
+            rows.append(row | {"pipeline": folder.name, "dropout": dropout, "commit": git_commit()[0]})
     pd.DataFrame(rows)[COLUMNS].to_csv(HERE / "runs.csv", index=False, lineterminator="\n")
     print(f"{len(rows)} runs in {HERE / 'runs.csv'}")
 
