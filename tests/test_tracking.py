@@ -928,7 +928,7 @@ def test_an_altered_weights_file_is_reported_and_the_other_cells_are_done(
     report = tracking.sync(params, pipeline)
     assert report.created == ["resnet20-sgd-1"]
     assert "weights.safetensors: the file has changed since it was trained" in report.failed["resnet20-sgd-0"]
-    assert "`dvc repro -f train@resnet20-sgd-0`" in report.failed["resnet20-sgd-0"]
+    assert "`dvc repro train@resnet20-sgd-0`" in report.failed["resnet20-sgd-0"]
     assert the_run().info.run_name == "resnet20-sgd-1"
 
 
