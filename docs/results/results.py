@@ -33,7 +33,7 @@ COLUMNS = [
     "batch_size",
     "epochs", "steps", "status", "train_loss", "train_accuracy", "validation_accuracy", "test_loss",
     "test_accuracy", "num_parameters", "train_seconds", "images_per_second", "threads", "device_name",
-    "precision", "torch", "python", "commit", "data_digest", "cell_digest", "weights_sha256",
+    "precision", "torch", "python", "collected_at", "data_digest", "cell_digest", "weights_sha256",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def collect() -> None:
             dropout = (
                 cell.recipe.dropout if isinstance(cell.recipe.dropout, float) else cell.recipe.dropout[0]
             )
-            rows.append(row | {"pipeline": folder.name, "dropout": dropout, "commit": git_commit()[0]})
+            rows.append(row | {"pipeline": folder.name, "dropout": dropout, "collected_at": git_commit()[0]})
     pd.DataFrame(rows)[COLUMNS].to_csv(HERE / "runs.csv", index=False, lineterminator="\n")
     print(f"{len(rows)} runs in {HERE / 'runs.csv'}")
 
@@ -181,7 +181,7 @@ def table_cost(runs: pd.DataFrame) -> str:
                 f"{100 * best['test_accuracy']:.2f} ({best['optimizer']})",
             ]
         )
-    names = ["architecture", "parameters", "training, s (median of 4)", "best test accuracy, %"]
+    names = ["architecture", "parameters", "training, s by the clock (median of 4)", "best test accuracy, %"]
     return markdown(pd.DataFrame(rows, columns=names))
 
 
@@ -237,7 +237,9 @@ def figures(runs: pd.DataFrame, folder: Path) -> None:
             str(architecture), (top["train_seconds"], 100 * top["test_accuracy"]), (4, 4),
             textcoords="offset points", fontsize=9,
         )  # fmt: skip
-    ax.set(xscale="log", xlabel="training, seconds on one core", ylabel="test accuracy, %")
+    ax.set(
+        xscale="log", xlabel="training, seconds by the clock (not an idle machine)", ylabel="test accuracy, %"
+    )
     ax.grid(alpha=0.3)
     ax.legend()
     _save(figure, folder / "by-time.svg")
