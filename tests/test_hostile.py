@@ -79,12 +79,11 @@ def _good_jpeg(path: Path) -> None:
 
 
 def _read_image(path: Path) -> None:
-    suffix = "png" if "png" in path.name else "jpg"
     root = path.parent / "folder"
     for split in ("train", "test"):
         for class_name in ("a", "b"):
             (root / split / class_name).mkdir(parents=True, exist_ok=True)
-            (root / split / class_name / f"1.{suffix}").write_bytes(path.read_bytes())
+            (root / split / class_name / "1.png").write_bytes(path.read_bytes())
     images = ImageFolder(root, "stretch").load("train").images
     assert images.shape == (2, 32, 32, 3)
 
