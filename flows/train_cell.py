@@ -7,17 +7,22 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.grid import grid_run
+from tasks.order import Order
+from tasks.worker import train_for
 
 
 @flow(name="train-cell", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)  # type: ignore[arg-type]
-def train_cell(cell: str, pipeline: str = ".", force: bool = False) -> State:
+def train_cell(cell: str, pipeline: str = ".", force: bool = False, order: Order | None = None) -> State:
     """Bring one cell up to date, and the data that it needs; the comparison is left as it is.
 
     Args:
         cell: Its id, such as resnet20-adam-0.
         pipeline: The folder of the pipeline, such as examples/digits.
         force: Train it afresh, also if it is up to date.
+        order: Given by train-all to the workers of a pool, which hand the result to the DVC remote.
     """
+    if order is not None:
+        return train_for(cell, pipeline, order)
     with grid_run(pipeline, [cell], slots=1, force=force) as grid:
         grid.prepare()
         grid.train()

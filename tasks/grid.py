@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from prefect import runtime, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -30,13 +30,28 @@ from resgrid.errors import ResgridError
 from resgrid.grid import suggest
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import duration
+from tasks.order import DATA_STAGES, Order
+from tasks.order import remote as dvc_remote
 from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
-from tasks.publish import CUT, FAILED, GRID, RUNNING, WAITING, Page, Progress, mlflow_runs, save
+from tasks.pool import Ended, Moved, Pool, push_data
+from tasks.publish import (
+    CUT,
+    FAILED,
+    GRID,
+    RUNNING,
+    WAITING,
+    Page,
+    Progress,
+    flow_environment,
+    mlflow_runs,
+    save,
+)
 from tasks.reproduce import Did, Outcome, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
 from tasks.slots import Slot, whole_machine
 
-DATA = ("download", "preprocess")  # before the cells
 EVALUATE = "evaluate"  # after them
+HERE = "here"  # where cells train: on this machine; anything else names a work pool
+POOL_REFRESH_SECONDS = 5.0  # of what a terminal and Prefect's page show of a pool
 TRIES = 3  # of a cell whose fault can pass
 PAUSE_SECONDS = 15.0  # before another try after a lost connection
 REFRESH_SECONDS = 30.0  # of the time that is left, on Prefect's page
@@ -63,7 +78,12 @@ class Try:
 
 @contextmanager
 def grid_run(
-    folder: str, cells: list[str] | None = None, slots: int | None = None, force: bool = False
+    folder: str,
+    cells: list[str] | None = None,
+    slots: int | None = None,
+    force: bool = False,
+    where: str = HERE,
+    device: str | None = None,
 ) -> Iterator[Grid]:
     """A run of the grid in `folder`, which has the pipeline to itself; leaving it ends all that still runs.
 
@@ -76,7 +96,7 @@ def grid_run(
     stop = threading.Event()
     say = get_run_logger().info
     with held(pipeline.lock(GRID), "another train-all is at work in this pipeline", say, stop):
-        grid = Grid(pipeline, cells, slots, force, asked, stop)
+        grid = Grid(pipeline, cells, slots, force, where, device, asked, stop)
         try:
             yield grid
         finally:
@@ -93,16 +113,17 @@ class Grid:
         patterns: list[str] | None,
         slots: int | None,
         force: bool,
+        where: str,
+        device: str | None,
         asked: float,
         stop: threading.Event,
     ) -> None:
         self.pipeline, self.patterns, self.num_slots, self.force = pipeline, patterns, slots, force
+        self.where, self.device = where, device
         self.asked, self.stop = asked, stop
         self.say = get_run_logger().info
         self.page = Page(pipeline, self.say)
-        self.env = {"RESGRID_FLOW_RUN_ID": str(runtime.flow_run.id or "")}
-        if url := runtime.flow_run.ui_url:
-            self.env["RESGRID_FLOW_RUN_URL"] = url
+        self.env = flow_environment()
         self.failures: dict[str, StageFailed] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.plan: Plan
@@ -116,9 +137,11 @@ class Grid:
     def prepare(self) -> None:
         """Plan, choose, and bring the data up to date.
 
-        Raises ResgridError for params that cannot be used, for cells that do not exist, and for a disk that
-        is too small.
+        Raises ResgridError for params that cannot be used, for cells that do not exist, for a disk that is
+        too small, and for what a work pool needs and does not have.
         """
+        if self.where != HERE:
+            self._check_pool()
         self.plan = make_plan(self.pipeline, self.num_slots)
         chosen = choose(self.plan, self.patterns)
         if self.plan.disk_needed > self.plan.disk_free:
@@ -127,7 +150,7 @@ class Grid:
                 f"{self.plan.disk_free / 1e9:.1f} GB are free. Free some, or choose fewer cells."
             )
         changed = False
-        for name in DATA:
+        for name in DATA_STAGES:
             if not self.failures:
                 changed |= self._alone(name, changed)
         if changed and not self.failures:
@@ -143,20 +166,24 @@ class Grid:
         # What somebody else runs already comes last: by then it is likely done.
         elsewhere = [step for step in todo if step.state == "running"]
         queue = longest_first(step for step in todo if step.state != "running") + elsewhere
-        cells = [step.cell for step in queue if step.cell]
-        slots = slots_for(self.pipeline, self.plan.params, cells, self.num_slots)
-        self.progress.slots = len(slots)
         self.progress.cells = {s.title: WAITING if s in todo else "up to date" for s in self.chosen}
-        self.say(f"{len(queue)} of {len(self.chosen)} cells to train, {_said(slots)}")
         shown = [self._submit(step.title, "", lambda: Completed(name="Up to date")) for step in fresh]
-        self._show(queue, slots)
-        self._pack(queue, slots)
+        if self.where == HERE:
+            cells = [step.cell for step in queue if step.cell]
+            slots = slots_for(self.pipeline, self.plan.params, cells, self.num_slots)
+            self.progress.slots = len(slots)
+            self.say(f"{len(queue)} of {len(self.chosen)} cells to train, {_said(slots)}")
+            self._show(queue, slots)
+            self._pack(queue, slots)
+        elif queue:
+            self.say(f"{len(queue)} of {len(self.chosen)} cells to train, in the work pool {self.where}")
+            self._place(queue)
         for future in shown:
             future.wait()
 
     def evaluate(self) -> None:
         """Compare what there is, whether or not cells failed."""
-        if not set(self.failures) & set(DATA):
+        if not set(self.failures) & set(DATA_STAGES):
             self._alone(EVALUATE, any(outcome.did != "nothing" for outcome in self.outcomes.values()))
 
     def sync(self) -> None:
@@ -164,7 +191,7 @@ class Grid:
 
         After `evaluate`, and not beside it, for the comparison goes there as well.
         """
-        if not set(self.failures) & set(DATA):
+        if not set(self.failures) & set(DATA_STAGES):
             self._submit("sync", "", self._sync).wait()
 
     def publish(self) -> None:
@@ -284,6 +311,52 @@ class Grid:
             self.progress.remaining = None
         save(self.pipeline, self.progress)
         self.page.progress(self.progress)
+
+    # --- placing ------------------------------------------------------------------------------------
+
+    def _check_pool(self) -> None:
+        if self.force or self.num_slots:
+            given = "force" if self.force else "slots"
+            raise ResgridError(
+                f"where={self.where}: {given} cannot be given. Results come back through DVC's run cache, "
+                "which hands out the earlier one; and each worker has its own slots."
+            )
+        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
+            raise ResgridError(
+                f"where={self.where}: MLFLOW_TRACKING_URI must name the server that all workers record to."
+            )
+        dvc_remote(self.pipeline)
+
+    def _place(self, queue: list[Step]) -> None:
+        """Let the workers of a pool train these cells; what came of each is here when this returns."""
+        order = Order.of(self.pipeline, self.device)
+        push_data(self.pipeline, self.say, self.stop)
+        pool = Pool(self.where, self.pipeline, order, self.env, self.say, self.stop)
+        waiting = {step.title: step for step in queue}
+        shown = 0.0
+        for event in pool.train(queue):
+            match event:
+                case Moved(step, "running"):
+                    self.running[step.title] = time.time()
+                    self.progress.cells[step.title] = RUNNING
+                    waiting.pop(step.title, None)
+                case Moved(step, "waiting"):
+                    self.running.pop(step.title, None)
+                    self.progress.cells[step.title] = WAITING
+                    waiting[step.title] = step
+                case Ended(step, result):
+                    self.running.pop(step.title, None)
+                    waiting.pop(step.title, None)
+                    if isinstance(result, Outcome):
+                        self.outcomes[step.title] = result
+                        self.progress.cells[step.title] = _DID[result.did]
+                    else:
+                        self.failures[step.title] = result
+                        self.progress.cells[step.title] = FAILED
+            if time.monotonic() - shown > POOL_REFRESH_SECONDS:
+                shown = time.monotonic()
+                self.progress.slots = max(1, len(self.running))
+                self._show(list(waiting.values()), [whole_machine()] * self.progress.slots)
 
     # --- one stage ----------------------------------------------------------------------------------
 

@@ -229,6 +229,16 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def flow_environment() -> dict[str, str]:
+    """By which a trainer's run in MLflow leads back to the flow run that this is called in."""
+    from prefect import runtime
+
+    env = {"RESGRID_FLOW_RUN_ID": str(runtime.flow_run.id or "")}
+    if url := runtime.flow_run.ui_url:
+        env["RESGRID_FLOW_RUN_URL"] = url
+    return env
+
+
 # --- MLflow's pages ---------------------------------------------------------------------------------
 
 

@@ -131,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     sub.add_argument("--workers", type=int, default=1, help="(default: %(default)s)")
 
+    sub = command("worker", _worker, "Train cells of a work pool on this machine; Ctrl-C ends it")
+    sub.add_argument(
+        "--pool",
+        default="pool",
+        help="train-all -p where=POOL places cells there (default: %(default)s)",
+    )
+    sub.add_argument("--slots", type=int, help="cells at once (default: as many as the machine is good for)")
+    sub.add_argument("--name", help="by which Prefect shows it (default: this machine's)")
+
     sub = command("predict", _predict, "Say what pictures show, with the champion or any other weights")
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER")
     _model_option(sub, "--model", default="champion")
@@ -215,7 +224,17 @@ def _cells(options: argparse.Namespace) -> None:
         print("\n".join(cell.id for cell in cells))
 
 
+def _refuse_if_recording() -> None:
+    """Where a result made elsewhere is only to be taken over, nothing is computed because it is not there."""
+    if os.environ.get("RESGRID_RECORD_ONLY"):
+        raise ResgridError(
+            "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
+            "params, data and code."
+        )
+
+
 def _download(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
     from resgrid.config import load_params
     from resgrid.cost import announce
     from resgrid.data.fetch import download, known_num_train
@@ -229,6 +248,7 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _preprocess(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
     from resgrid.config import load_params
     from resgrid.cost import announce
     from resgrid.data.fetch import known_num_train
@@ -250,6 +270,7 @@ def _preprocess(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
     from resgrid.config import load_params
     from resgrid.grid import find_cell
 
@@ -278,6 +299,8 @@ def _train(options: argparse.Namespace) -> None:
         leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
     execution = choose_execution(cell, meta.num_images["train"], device)
     checkpoints = Checkpoints(kept, cell, meta.digest, device, execution)
+    with tracking.shared_checkpoints(params.name, cell, checkpoints.digest, kept) as others:
+        elsewhere = [checkpoints.adopt(path) for path in others]
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     with (
@@ -291,7 +314,8 @@ def _train(options: argparse.Namespace) -> None:
         for damaged in checkpoints.refused:
             progress.say(f"{cell.id}  {damaged} The one before it is used.")
         if finished:
-            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}")
+            origin = ", which another machine has reached" if any(elsewhere) else ""
+            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}{origin}")
             progress.begin(finished * num_images)
 
         def on_step(images: int, images_an_epoch: int) -> None:
@@ -300,6 +324,7 @@ def _train(options: argparse.Namespace) -> None:
         for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
             run.log_epoch(epoch)
+            run.share_checkpoint(checkpoints.latest)
             test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
             progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
             progress.say(
@@ -469,6 +494,12 @@ def _up(options: argparse.Namespace) -> int:
         mlflow_port=options.mlflow_port,
         workers=options.workers,
     )
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from tasks.worker import work
+
+    return work(Path.cwd(), options.pool, options.slots, options.name)
 
 
 # --- a trained model --------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from resgrid.tracking.contents import complete
 from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
 from resgrid.tracking.live import LiveRun, live_run
 from resgrid.tracking.registry import find_weights
-from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, store_uri
+from resgrid.tracking.shared import shared_checkpoints
+from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, shown, store_uri
 
 __all__ = [
     "LiveRun",
@@ -29,6 +30,8 @@ __all__ = [
     "open_store",
     "project_root",
     "serve",
+    "shared_checkpoints",
+    "shown",
     "store_uri",
     "superseded_bytes",
     "sync",

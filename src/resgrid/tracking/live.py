@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from resgrid.grid import Cell
 from resgrid.runs import read_json
-from resgrid.tracking import contents
+from resgrid.tracking import contents, shared
 from resgrid.tracking.from_files import is_live, retire, runs_of
 from resgrid.tracking.store import Store, open_store, reason, shown
 
@@ -73,6 +73,7 @@ class LiveRun:
         self._monitor: Any = None  # MLflow's, which has no types
         self._failed = False  # until the end nothing more is tried: each try may take seconds
         self._over = False
+        self._shared = time.monotonic()  # when the last checkpoint was
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -83,6 +84,13 @@ class LiveRun:
         """The figures of one epoch; returns at once."""
         if not self._failed:
             self._do(self._log_epoch, epoch, _now())
+
+    def share_checkpoint(self, path: Path | None) -> None:
+        """Put the latest checkpoint beside the run, where they are shared, now and then; returns at once."""
+        now = time.monotonic()
+        if path and shared.are_shared() and not self._failed and now - self._shared >= shared.SECONDS:
+            self._shared = now
+            self._do(self._share, path)
 
     def complete(self, run_folder: Path) -> None:
         """All that is left, from the files that training has written: outcome, artifacts, model."""
@@ -158,7 +166,7 @@ class LiveRun:
             run
             for run in runs_of(store, self._cell.id)
             if run.data.tags.get("training") == self._training
-            and not is_live(run)
+            and not is_live(run, _now() if shared.are_shared() else None)  # a pool has one training of a cell
             and (self._resumed_epochs > 0 or "learning_rate" not in run.data.metrics)
         ]
         return max(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
@@ -174,12 +182,18 @@ class LiveRun:
         ]
         self._store.client.log_batch(self._run_id, metrics=metrics)
 
+    def _share(self, path: Path) -> None:
+        if self._store is not None and path.exists():
+            shared.put(self._store, self._run_id, path)
+
     def _finish(self, run_folder: Path, end_time: int) -> None:
         if self._store is None:
             return
         self._over = True  # from here on an error is for `sync`: ending the run would fail as well
         self._stop_monitor()
         contents.complete(self._store, self._run_id, self._cell, run_folder, self._meta, end_time)
+        if shared.are_shared():
+            shared.drop(self._store, self._run_id)
         started = contents.started_at(read_json(run_folder / "timing.json"))
         retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
 

@@ -82,6 +82,22 @@ class Checkpoints:
         self.num_epochs = max(0, *epochs)
         self.started = self._latest.started if self._latest else datetime.now(UTC).isoformat()
 
+    @property
+    def latest(self) -> Path | None:
+        """The file of the last checkpoint that is whole on the disk."""
+        path = self._slots[1 - self._turn]
+        return path if path.exists() else None
+
+    def adopt(self, path: Path) -> bool:
+        """Go on from `path`, of this training on another machine, if it is further than what is here."""
+        found = self._read(path)
+        if found is None or len(found.epochs) <= self.num_epochs:
+            return False
+        _replace(self._slots[self._turn], path.read_bytes())
+        self._turn = 1 - self._turn
+        self._latest, self.num_epochs, self.started = found, len(found.epochs), found.started
+        return True
+
     def restore(
         self, model: nn.Module, optimizer: optim.Optimizer, draws: torch.Generator
     ) -> list[dict[str, Any]]:
@@ -154,7 +170,6 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> None:
         path = self._slots[self._turn]
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             _replace(path, encode(checkpoint))
         except OSError as error:
             before = len(checkpoint.epochs) - 1
@@ -192,6 +207,7 @@ def read(path: Path) -> Checkpoint:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write `path` whole or not at all, also if the power is cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:

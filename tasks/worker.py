@@ -1,0 +1,276 @@
+"""A machine that trains cells for somebody else's grid: `resgrid worker`, and what its flows do.
+
+The worker itself is Prefect's, of the type `process`, started in a clone of the project. Each of its flow
+runs trains one cell: it checks that this clone is what the grid was planned for, takes a slot, brings the
+data from the DVC remote, trains, and pushes what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+from filelock import FileLock, Timeout
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectAlreadyExists, PrefectException
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Failed
+
+from resgrid import tracking, watch
+from resgrid.commit import git_commit
+from resgrid.config import load_params
+from resgrid.errors import ResgridError
+from resgrid.grid import find_cell
+from resgrid.progress import duration
+from tasks import order as orders
+from tasks.order import Order
+from tasks.pool import BEAT_SECONDS, PASSING, RECORD_ONLY, REFUSED, make_pool
+from tasks.publish import flow_environment
+from tasks.reproduce import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
+from tasks.services import running
+from tasks.slots import Slot, cards, share
+
+SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
+REFUSAL = "RESGRID_REFUSAL"  # the file in which a flow tells the worker why it must not train
+ASK_SECONDS = 10.0  # between two looks whether the run is still ours
+WORKER_GRACE_SECONDS = 20.0  # for a flow to end its trainer once its worker is gone
+LEAVE_SECONDS = 15.0  # for the flows to do so when the worker is told to end
+RESTART_SECONDS = 10.0  # before Prefect's worker is started again, if it ended by itself
+POLL_SECONDS = 0.5
+
+
+# --- one cell ---------------------------------------------------------------------------------------
+
+
+def train_for(cell: str, folder: str, order: Order) -> State:
+    """Train `cell` under `order` and push the result; the state that the flow run ends in."""
+    pipeline = Pipeline.find(folder)
+    if refusal := order.refusal(pipeline):
+        why = f"{orders.host()} refuses it: {refusal}"
+        if file := os.environ.get(REFUSAL):
+            Path(file).write_text(refusal, encoding="utf-8")
+        return Failed(name=REFUSED, message=why)
+    if "PREFECT__WORKER_NAME" in os.environ:  # this process outlives its worker, but is not meant to
+        watch.watch(watch.describe(os.getppid()), grace_seconds=WORKER_GRACE_SECONDS)
+    stage = find_cell(load_params(pipeline.folder / "params.yaml"), cell).stage
+    say = get_run_logger().info
+    env = flow_environment() | {"RESGRID_SHARED_CHECKPOINTS": "1"}
+    if order.device:
+        env["RESGRID_DEVICE"] = order.device
+    stop = threading.Event()
+    began = time.monotonic()
+    try:
+        with _while_ours(stop), _slot(pipeline, stop) as slot:
+            bring_data(pipeline, order, stop)
+            reproduce(pipeline, stage, {**env, **slot.env}, say, stop=stop, slot=slot.name)
+            run_logged(pipeline, f"push-{cell}", [*DVC_COMMAND, "push", "--run-cache", stage], {}, say, stop)
+    except StageFailed as failure:
+        return Failed(name=PASSING if failure.fault else "Failed", message=str(failure))
+    except Stopped:
+        return Cancelled(message="This run was ended, or taken for lost: its worker has let the cell go.")
+    finally:
+        stop.set()
+    return Completed(message=f"{orders.host()} {slot.name}: took {duration(time.monotonic() - began)}")
+
+
+def bring_data(pipeline: Pipeline, order: Order, stop: threading.Event) -> None:
+    """The processed data of `order` from the DVC remote, unless they are here.
+
+    Raises StageFailed if the remote does not have them, for they are not made here.
+    """
+    say = get_run_logger().info
+    with held(pipeline.lock("data"), "another run brings the data", say, stop):
+        if orders.recorded_data(pipeline) == order.data and (pipeline.folder / "data/processed").is_dir():
+            return
+        command = [*DVC_COMMAND, "repro", "--pull", "--single-item", *orders.DATA_STAGES]
+        run_logged(pipeline, "bring-data", command, {RECORD_ONLY: "1"}, say, stop)
+        if (found := orders.recorded_data(pipeline)) != order.data:
+            log = pipeline.log("bring-data")
+            raise StageFailed("data", f"the data here are {found}, the grid's {order.data}", [], log, None)
+
+
+@contextmanager
+def _slot(pipeline: Pipeline, stop: threading.Event) -> Iterator[Slot]:
+    """One of this worker's shares of the machine that no other of its flows has."""
+    num = int(os.environ.get(SLOTS, "1"))
+    slots = share(num, slots=num)
+    folder = pipeline.root / ".resgrid/locks/slots"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        for number, slot in enumerate(slots):
+            lock = FileLock(folder / f"{number}.lock")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                try:
+                    yield slot
+                finally:
+                    lock.release()
+                return
+        if stop.wait(POLL_SECONDS):  # the one before it is about to end
+            raise Stopped
+
+
+@contextmanager
+def _while_ours(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` once the server says that this flow run is over: it was taken for lost, or cancelled."""
+    run_id = runtime.flow_run.id
+
+    def ask() -> None:
+        while not stop.wait(ASK_SECONDS):
+            with (
+                suppress(Exception),
+                get_client(sync_client=True) as client,
+            ):  # whatever a server that is away
+                state = client.read_flow_run(run_id).state
+                if state and (state.is_final() or state.is_cancelling()):
+                    stop.set()
+
+    thread = threading.Thread(target=ask, name="ours", daemon=True)
+    thread.start()
+    yield
+
+
+# --- the worker -------------------------------------------------------------------------------------
+
+
+def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
+    """Train cells of the work pool `pool` in the project `root`, until SIGINT or SIGTERM.
+
+    Raises ResgridError if a service is not named or does not answer, and if this clone is not the one that a
+    grid was planned for.
+    """
+    root = root.resolve()
+    pipeline = Pipeline.find(root)
+    environment = _environment(root)
+    remote = orders.remote(pipeline)
+    shares = share(slots or os.cpu_count() or 1, slots=slots)
+    queues = ["default", *devices()]
+    name = name or orders.host()
+    commit, _ = git_commit()
+    prefect = tracking.shown(environment["PREFECT_API_URL"])
+    mlflow = tracking.shown(environment["MLFLOW_TRACKING_URI"])
+    names = ", ".join(slot.name for slot in shares)
+    print(f"Worker      {name}, at commit {commit[:10]}, in {root}")
+    print(f"Slots       {len(shares)}, with {shares[0].threads} threads each: {names}")
+    print(f"Cells from  the work pool {pool} (queues {', '.join(queues)}) at {prefect}")
+    print(f"Results to  MLflow at {mlflow} and the DVC remote {remote}")
+    print("Ctrl-C ends it: the cells that it trains then go to other workers.\n", flush=True)
+    refusal = root / ".resgrid" / f"refusal-{os.getpid()}"
+    environment |= {SLOTS: str(len(shares)), REFUSAL: str(refusal)}
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    command += ["--name", name, "--limit", str(len(shares))]
+    for queue in queues:
+        command += ["--work-queue", queue]
+    _make_queues(pool, queues, environment)
+    told: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: told.append(number))
+    process = None
+    try:
+        while not told:
+            process = subprocess.Popen(command, cwd=root, env=environment, process_group=0)
+            while process.poll() is None and not told and not refusal.exists():
+                time.sleep(POLL_SECONDS)
+            if refusal.exists():
+                why = refusal.read_text(encoding="utf-8")
+                raise ResgridError(f"{root}: a cell came that this clone must not train: {why}.")
+            if not told:
+                print(
+                    f"Prefect's worker ended by itself; the next starts in {RESTART_SECONDS:.0f} s",
+                    flush=True,
+                )
+                deadline = time.monotonic() + RESTART_SECONDS
+                while not told and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)
+    finally:
+        if process is not None:
+            _leave(process)
+        refusal.unlink(missing_ok=True)
+    print("The worker has left.", flush=True)
+    return 0
+
+
+def devices() -> list[str]:
+    """What this machine can train on, as a cell may ask for it."""
+    found = ["cpu"]
+    if cards():
+        found.append("cuda")
+    if sys.platform == "darwin":
+        found.append("mps")
+    return found
+
+
+def _environment(root: Path) -> dict[str, str]:
+    """Of Prefect's worker, and so of its flows and trainers."""
+    environment = dict(os.environ)
+    services = running(root)
+    if services:
+        environment.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
+        environment.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
+    for variable, what, example in (
+        ("PREFECT_API_URL", "Prefect's server", "http://server:4200/api"),
+        ("MLFLOW_TRACKING_URI", "MLflow's server", "http://server:5000"),
+    ):
+        if not environment.get(variable, "").startswith(("http://", "https://")):
+            raise ResgridError(
+                f"{variable} names no server: set it to the address of {what}, such as {example}."
+            )
+    (root / ".resgrid/prefect").mkdir(parents=True, exist_ok=True)
+    return environment | {
+        # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_HOME": str(root / ".resgrid/prefect"),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
+        "PREFECT_WORKER_QUERY_SECONDS": environment.get("PREFECT_WORKER_QUERY_SECONDS", "2"),
+        "PREFECT_WORKER_ENABLE_CANCELLATION": "true",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def _make_queues(pool: str, queues: list[str], environment: Mapping[str, str]) -> None:
+    """The pool and its queues; raises ResgridError if the server does not answer."""
+    url = environment["PREFECT_API_URL"]
+    try:
+        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            make_pool(client, pool)
+            for queue in queues:
+                with suppress(ObjectAlreadyExists):
+                    client.create_work_queue(queue, work_pool_name=pool)
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+        raise ResgridError(
+            f"{url}: Prefect's server cannot be used ({type(error).__name__}: {error})."
+        ) from None
+
+
+def _leave(process: subprocess.Popen[bytes]) -> None:
+    """End Prefect's worker with its flows: these first, so that each ends its trainer and says so.
+
+    The worker's own way to end kills them at once; see `tasks.services`.
+    """
+    with suppress(psutil.NoSuchProcess):
+        flows = psutil.Process(process.pid).children()
+        for flow in flows:
+            with suppress(psutil.NoSuchProcess):
+                flow.terminate()
+        psutil.wait_procs(flows, LEAVE_SECONDS)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(2.0)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

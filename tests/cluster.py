@@ -1,0 +1,187 @@
+"""The services of a small cluster as real processes on loopback: PostgreSQL, an S3 server, Prefect, MLflow."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+BUCKET = "resgrid"
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian has them outside of the PATH
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(holds: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def end_tree(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process and all that it has started."""
+    try:
+        parent = psutil.Process(process.pid)
+        for each in [*parent.children(recursive=True), parent]:
+            each.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+class Postgres:
+    """A PostgreSQL server with a data folder of its own, as an ordinary user: it refuses to run as root."""
+
+    def __init__(self) -> None:
+        program = shutil.which("pg_ctl") or next((str(path / "pg_ctl") for path in BINARIES[-1:]), None)
+        if program is None:
+            pytest.skip("there is no PostgreSQL (Debian's package postgresql)")
+        self.bin = Path(program).resolve().parent
+        self.user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+        self.root = Path(tempfile.mkdtemp(prefix="resgrid-postgres-"))  # whose parents that user may enter
+        if os.geteuid() == 0:
+            shutil.chown(self.root, self.user)
+        self.port = free_port()
+        self._run("initdb", "-D", "data", "-U", "resgrid", "--auth=trust", "--no-sync")
+        self.start()
+        for name in ("prefect", "mlflow"):
+            self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "resgrid", name)
+
+    def url(self, name: str, driver: str = "") -> str:
+        return f"postgresql{driver}://resgrid@127.0.0.1:{self.port}/{name}"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.root}"
+        options += " -c max_connections=200"
+        self._run("pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+
+    def end(self) -> None:
+        self.stop()
+        shutil.rmtree(self.root)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        other = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups"]
+        command = [*(other if os.geteuid() == 0 else []), str(self.bin / program), *arguments]
+        # Into a file: a server that goes on would hold a pipe open.
+        with (self.root / "said").open("wb") as out:
+            done = subprocess.run(command, cwd=self.root, stdout=out, stderr=out, check=False)
+        assert done.returncode == 0, (self.root / "said").read_text()
+
+
+class Cluster:
+    """All services up; `env` leads a process to them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.postgres = Postgres()
+        self.ports = {name: free_port() for name in ("s3", "prefect", "mlflow")}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT", "MLFLOW", "RESGRID", "AWS"))
+        }
+        self.env = kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PREFECT_HOME": str(root / "prefect"),
+            "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.url("s3"),
+            "DVC_NO_ANALYTICS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        try:
+            for name in self.ports:
+                self.start(name, wait=False)
+            for name in self.ports:
+                self.wait(name)
+            self._make_bucket()
+        except BaseException:
+            self.end()
+            raise
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+    def start(self, name: str, wait: bool = True) -> None:
+        port = str(self.ports[name])
+        python = [sys.executable, "-m"]
+        command, extra = {
+            "s3": ([str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", port], {}),
+            "prefect": (
+                [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port", port],
+                {"PREFECT_API_DATABASE_CONNECTION_URL": self.postgres.url("prefect", "+asyncpg")},
+            ),
+            "mlflow": (
+                [*python, "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+                 "--backend-store-uri", self.postgres.url("mlflow"),
+                 "--artifacts-destination", f"s3://{BUCKET}/mlflow"],
+                {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            ),
+        }[name]  # fmt: skip
+        with (self.root / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, cwd=self.root, env=self.env | extra, stdout=log, stderr=log
+            )
+        if wait:
+            self.wait(name)
+
+    def wait(self, name: str) -> None:
+        page = {"s3": "/moto-api/", "prefect": "/api/health", "mlflow": "/health"}[name]
+        process, log = self.processes[name], self.root / f"{name}.log"
+
+        def is_up() -> bool:
+            assert process.poll() is None, log.read_text()[-2000:]
+            return answers(self.url(name) + page)
+
+        wait_until(is_up, 120, f"{name} does not answer: see {log}")
+
+    def kill(self, name: str) -> None:
+        end_tree(self.processes[name])
+        self.processes[name].wait()
+
+    def end(self) -> None:
+        for name in self.processes:
+            self.kill(name)
+        self.postgres.end()
+
+    def _make_bucket(self) -> None:
+        import boto3
+
+        client = boto3.client(
+            "s3", endpoint_url=self.url("s3"), region_name="us-east-1",
+            aws_access_key_id="key", aws_secret_access_key="secret",
+        )  # fmt: skip
+        client.create_bucket(Bucket=BUCKET)
