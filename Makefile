@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up ui test test-long check audit format repro bench bench-gpu lock clean
+.PHONY: help install demo up worker ui test test-long check audit format repro bench bench-gpu lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -36,6 +36,10 @@ demo: install  ## Run the whole pipeline on handwritten digits: minutes on a lap
 
 up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them
 	@resgrid up
+
+POOL ?= pool
+worker: install  ## Train cells of a work pool on this machine (POOL=pool SLOTS=4)
+	@resgrid worker --pool $(POOL) $(if $(SLOTS),--slots $(SLOTS))
 
 PIPELINE ?= .
 ui: install  ## Open MLflow's pages (PIPELINE=examples/digits for the demo's)

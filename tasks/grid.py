@@ -43,6 +43,7 @@ from tasks.publish import (
     Page,
     Progress,
     flow_environment,
+    mlflow_address,
     mlflow_runs,
     save,
 )
@@ -321,9 +322,10 @@ class Grid:
                 f"where={self.where}: {given} cannot be given. Results come back through DVC's run cache, "
                 "which hands out the earlier one; and each worker has its own slots."
             )
-        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
+        if mlflow_address(self.pipeline.root) is None:
             raise ResgridError(
-                f"where={self.where}: MLFLOW_TRACKING_URI must name the server that all workers record to."
+                f"where={self.where}: there is no MLflow server to which all workers could record. Start "
+                "`make up`, or let MLFLOW_TRACKING_URI name one."
             )
         dvc_remote(self.pipeline)
 

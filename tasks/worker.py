@@ -39,7 +39,7 @@ from tasks.order import Order
 from tasks.pool import BEAT_SECONDS, PASSING, RECORD_ONLY, REFUSED, make_pool
 from tasks.publish import flow_environment
 from tasks.reproduce import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
-from tasks.services import running
+from tasks.services import POOL, running
 from tasks.slots import Slot, cards, share
 
 SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
@@ -174,6 +174,10 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     for queue in queues:
         command += ["--work-queue", queue]
     _make_queues(pool, queues, environment)
+    if pool == POOL:  # of train-all itself: this worker is a coordinator
+        deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        if subprocess.run(deploy, cwd=root, env=environment, check=False).returncode:
+            raise ResgridError(f"{root / 'prefect.yaml'}: its deployments cannot be registered; see above.")
     told: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: told.append(number))

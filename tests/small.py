@@ -17,33 +17,37 @@ from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[1]
 
-SMALL = """
-name: small
-data: {source: image-folder, location: images, checksum: null}
-preprocess: {resize: stretch, validation_fraction: 0.1, training_fraction: 1.0, seed: 0}
-grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0, 1]}
-recipes:
-  resnet20: &recipe
-    epochs: 2
-    batch_size: 16
-    schedule: {name: constant}
+RECIPE = """
+    epochs: {epochs}
+    batch_size: {batch_size}
+    schedule: {{name: constant}}
     warmup: null
     time_decay: 0.0
     weight_decay: 0.0
     decay_norm_and_bias: false
     dropout: 0.0
-    augmentation: {flip: false, crop_padding: 1, rotation_degrees: 5.0, shift_fraction: 0.0}
-    normalization: {name: scalar}
+    augmentation: {{flip: false, crop_padding: 1, rotation_degrees: 5.0, shift_fraction: 0.0}}
+    normalization: {{name: scalar}}
     approach: end_to_end
-    initial_weights: {name: random}
+    initial_weights: {{name: random}}"""
+PARAMS = """
+name: small
+data: {data}
+preprocess: {{resize: stretch, validation_fraction: {validation}, training_fraction: 1.0, seed: 0}}
+grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}}}
+recipes:
+  resnet20: &recipe{recipe}
 learning_rates:
-  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
+  resnet20: {{sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}}
 optimizers:
-  sgd: {momentum: 0.9, nesterov: true}
-  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
-  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
-  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
-studies:
+  sgd: {{momentum: 0.9, nesterov: true}}
+  adam: {{betas: [0.9, 0.999], eps: 1.0e-8}}
+  rmsprop: {{alpha: 0.99, momentum: 0.0, eps: 1.0e-8}}
+  adagrad: {{lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}}
+studies: {studies}
+engine: {{precision: fp32, compile: never, scored_epochs: all}}
+"""
+STUDIES = """
   too-fast: {<<: *recipe, architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}
   no-weights:
     <<: *recipe
@@ -51,9 +55,21 @@ studies:
     optimizer: sgd
     seed: 0
     lr: 0.05
-    initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}
-engine: {precision: fp32, compile: never, scored_epochs: all}
-"""
+    initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}"""
+SMALL = PARAMS.format(
+    data="{source: image-folder, location: images, checksum: null}",
+    validation=0.1,
+    seeds="[0, 1]",
+    recipe=RECIPE.format(epochs=2, batch_size=16),
+    studies=STUDIES,
+)
+DIGITS = PARAMS.format(
+    data="{source: digits, test_fraction: 0.8, split_seed: 0}",
+    validation=0.0,
+    seeds="[0]",
+    recipe=RECIPE.format(epochs=1, batch_size=32),
+    studies="{}",
+)
 GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
 
 ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be done
@@ -113,22 +129,34 @@ class Project:
 
 def trained(root: Path) -> Project:
     """A pipeline on 240 real digits as PNG files in `root`, of which every cell but one can be trained."""
-    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
-    (root / "params.yaml").write_text(SMALL)
-    digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images[:240], digits.target[:240], strict=True)):
+    project = _checkout(root, SMALL)
+    found = load_digits()
+    for i, (pixels, label) in enumerate(zip(found.images[:240], found.target[:240], strict=True)):
         folder = root / "images" / ("test" if i % 4 == 0 else "train") / f"digit {label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15.9375).astype("uint8")).save(folder / f"{i:04}.png")
+    for command in ("git add -A", "git commit -qm start"):
+        assert project.run(*command.split()).returncode == 0
+    project.trained = project.run("dvc", "repro", "-k")
+    project.evaluated = project.run("dvc", "repro", "--single-item", "evaluate")
+    return project
+
+
+def digits(root: Path) -> Project:
+    """The project's own stages on scikit-learn's digits, one epoch, two cells; nothing is trained yet."""
+    return _checkout(root, DIGITS)
+
+
+def _checkout(root: Path, params: str) -> Project:
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "params.yaml").write_text(params)
     project = Project(root)
     for command in (
         "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",
-        "dvc config core.analytics false", "git add -A", "git commit -qm start",
+        "dvc config core.analytics false",
     ):  # fmt: skip
         done = project.run(*command.split())
         assert done.returncode == 0, done.stderr
-    project.trained = project.run("dvc", "repro", "-k")
-    project.evaluated = project.run("dvc", "repro", "--single-item", "evaluate")
     return project

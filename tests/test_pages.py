@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import DIGITS
 from test_services import ROOT, Project, close, free_port
 
 from resgrid.tracking.view import VIEW_QUERY
@@ -22,35 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason="chromium is not on the PATH (Debian's packages chromium, chromium-driver)",
 )
 
-PARAMS = """
-name: pages
-data: {source: digits, test_fraction: 0.9, split_seed: 0}
-preprocess: {resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0}
-grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
-recipes:
-  resnet20:
-    epochs: 1
-    batch_size: 32
-    schedule: {name: constant}
-    warmup: null
-    time_decay: 0.0
-    weight_decay: 0.0
-    decay_norm_and_bias: false
-    dropout: 0.0
-    augmentation: {flip: false, crop_padding: 0, rotation_degrees: 0.0, shift_fraction: 0.0}
-    normalization: {name: scalar}
-    approach: end_to_end
-    initial_weights: {name: random}
-learning_rates:
-  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
-optimizers:
-  sgd: {momentum: 0.9, nesterov: true}
-  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
-  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
-  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
-studies: {}
-engine: {precision: fp32, compile: never, scored_epochs: all}
-"""
 CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
 
 
@@ -63,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         shutil.copytree(ROOT / folder, project.root / folder, ignore=ignore, dirs_exist_ok=True)
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, project.root / name)
-    (project.root / "params.yaml").write_text(PARAMS)
+    (project.root / "params.yaml").write_text(DIGITS)
     process = project.up((free_port(), free_port()))
     try:
         project.services = project.wait_up(process)  # type: ignore[attr-defined]
@@ -131,7 +103,7 @@ def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tm
 
 def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
     mlflow = project.services["mlflow"]
-    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=pages"))
+    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=small"))
     runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
     text = read(f"{mlflow}/{runs}", tmp_path, *CELLS, "comparison")
     assert "3 matching runs" in re.sub(r"\s+", " ", text)
@@ -139,7 +111,7 @@ def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
 
 def test_the_view_of_the_grid_shows_the_current_cells_and_what_tells_them_apart(project, tmp_path):
     mlflow = project.services["mlflow"]
-    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=pages"))
+    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=small"))
     page = f"{mlflow}/#/experiments/{found['experiment']['experiment_id']}/runs?{VIEW_QUERY}"
     text = read(page, tmp_path, *CELLS, "test_accuracy", "test_loss")  # columns that fit on the page
     assert "2 matching runs" in re.sub(r"\s+", " ", text)  # without the comparison

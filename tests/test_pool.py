@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from cluster import BUCKET, Cluster, end_tree, wait_until
 from sleeping import ROOT, WORK, Sleeping, sleeping
+from small import digits
 
 RUN = """
 import json, sys
@@ -43,6 +45,10 @@ class Worker:
     @property
     def said(self) -> str:
         return self.root.with_suffix(".log").read_text()
+
+    def has_begun(self) -> bool:
+        """Whether a cell that sleeps has begun here."""
+        return (self.root / "trained").exists()
 
     def signal(self, number: int) -> None:
         """To the worker with its flows and their trainers."""
@@ -110,15 +116,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made.end()
 
 
-def committed(cluster: Cluster, origin: Sleeping) -> Project:
-    """A checkout that others can clone: its flows, and a DVC remote in S3."""
+def commit(project: Project) -> None:
+    """Make it a checkout that others can clone: with the flows, and a DVC remote in S3."""
+    cluster, root = project.cluster, project.root
     ignore = shutil.ignore_patterns("__pycache__")
     for folder in ("flows", "tasks"):
-        shutil.copytree(ROOT / folder, origin.root / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
     for name in ("prefect.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, origin.root / name)
-    project = Project(cluster, origin)
-    remote = f"s3://{BUCKET}/{origin.root.parent.name}"
+        shutil.copy(ROOT / name, root / name)
+    remote = f"s3://{BUCKET}/{root.parent.name}"
     for command in (
         f"dvc remote add --default storage {remote}",
         f"dvc remote modify storage endpointurl {cluster.url('s3')}",
@@ -127,7 +133,6 @@ def committed(cluster: Cluster, origin: Sleeping) -> Project:
         "prefect --no-prompt deploy --all",
     ):  # fmt: skip
         project.run(*command.split())
-    return project
 
 
 @pytest.fixture
@@ -137,7 +142,8 @@ def project(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
     (origin.root / "work.sh").write_text(GUARDED)
     with (origin.root / ".gitignore").open("a") as file:
         file.write("/behave\n/trained\n/ended\n")
-    made = committed(cluster, origin)
+    made = Project(cluster, origin)
+    commit(made)
     yield made
     made.end()
 
@@ -147,12 +153,7 @@ def test_a_killed_and_a_stopped_worker_lose_nothing_and_nothing_is_trained_twice
     naps = {"leaves": "60", "hangs": "60", "stays": "1"}
     first, second, third = (project.work(name, NAP=nap) for name, nap in naps.items())
     grid = project.train_all()
-
-    def cell_of(worker: Worker) -> bool:
-        begun = worker.root / "trained"
-        return begun.exists() and len(begun.read_text().splitlines()) > 0
-
-    wait_until(lambda: cell_of(first) and cell_of(second), 120, "no cell has begun")
+    wait_until(lambda: first.has_begun() and second.has_begun(), 120, "no cell has begun")
     first.signal(signal.SIGKILL)
     second.signal(signal.SIGSTOP)
     said, _ = grid.communicate(timeout=400)
@@ -174,3 +175,125 @@ def test_a_killed_and_a_stopped_worker_lose_nothing_and_nothing_is_trained_twice
     third.process.send_signal(signal.SIGTERM)
     assert third.process.wait(30) == 0
     assert "The worker has left." in third.said
+
+
+@pytest.mark.long
+def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Project) -> None:
+    workers = [project.work(name, NAP="5") for name in ("one", "two")]
+    grid = project.train_all()
+    wait_until(lambda: all(worker.has_begun() for worker in workers), 120, "no cell has begun")
+    services = project.cluster
+    for name in ("prefect", "mlflow"):
+        services.kill(name)
+    services.postgres.stop()
+    time.sleep(8)
+    services.postgres.start()
+    for name in ("mlflow", "prefect"):
+        services.start(name)
+    said, _ = grid.communicate(timeout=500)
+    assert project.run("dvc", "status", "--json").strip() == "{}", said
+    assert (project.root / "dvc.lock").read_text().count("  train@resnet") == 6
+    ended = project.lines("ended")
+    assert {ended[path.name] for path in project.root.glob("runs/*")} == {1}, said
+
+
+@pytest.mark.long
+def test_a_worker_at_another_commit_or_with_changed_files_refuses(project: Project) -> None:
+    elsewhere = project.work("elsewhere")
+    elsewhere.signal(signal.SIGKILL)
+    (elsewhere.root / "code/net.py").write_text("depth = 56\n")
+    changed = project.work("elsewhere", NAP="1")
+    grid = project.train_all()
+    assert changed.process.wait(120) == 1
+    assert "a cell came that this clone must not train: code/net.py differ from the commit" in changed.said
+    project.run("git", "config", "user.name", "t", cwd=changed.root)
+    project.run("git", "config", "user.email", "t@t.invalid", cwd=changed.root)
+    project.run("git", "commit", "-qam", "other", cwd=changed.root)
+    committed = project.work("elsewhere", NAP="1")
+    assert committed.process.wait(120) == 1
+    assert "it stands at commit " in committed.said
+    project.work("sound", NAP="1")
+    said, _ = grid.communicate(timeout=300)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "6 cells: 6 trained"], said
+    assert not (changed.root / "ended").exists()
+
+
+# --- real cells -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
+    """The project itself on the digits, to be committed by the test."""
+    made = Project(cluster, Sleeping(digits(tmp_path / "origin").root))
+    yield made
+    made.end()
+
+
+@pytest.mark.long
+def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project, tmp_path: Path) -> None:
+    real.origin.edit("params.yaml", "optimizers: [sgd, adam]", "optimizers: [sgd, adam, rmsprop, adagrad]")
+    real.origin.edit("params.yaml", "seeds: [0]", "seeds: [0, 1, 2, 3, 4, 5]")
+    commit(real)
+    for name in ("one", "two", "three"):
+        real.work(name, slots=2)  # of one thread each
+    said, _ = real.train_all().communicate(timeout=900)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "24 cells: 24 trained"], said
+    assert real.run("dvc", "status", "--json").strip() == "{}"
+    trained = [len(list((worker.root / "runs").glob("*/metrics.json"))) for worker in real.workers]
+    assert sum(trained) == 24
+    assert min(trained) > 0
+    real.end()
+
+    alone = tmp_path / "alone"
+    real.run("git", "clone", "-q", str(real.root), str(alone))
+    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1")
+    for cell in (real.root / "runs").iterdir():
+        here = json.loads((cell / "metrics.json").read_text())
+        assert here == json.loads((alone / "runs" / cell.name / "metrics.json").read_text())
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(real.cluster.url("mlflow"))
+    experiment = client.get_experiment_by_name("small").experiment_id
+    cells = Counter(run.data.tags.get("cell") for run in client.search_runs([experiment]))
+    assert {cells[path.name] for path in (real.root / "runs").iterdir()} == {1}  # each recorded once
+
+    # A colleague has all of it without training.
+    real.run("dvc", "push")
+    real.run("git", "add", "-f", "dvc.lock")
+    real.run("git", "commit", "-qm", "results")
+    colleague = tmp_path / "colleague"
+    real.run("git", "clone", "-q", str(real.root), str(colleague))
+    real.run("dvc", "pull", cwd=colleague)
+    assert real.run("dvc", "status", "--json", cwd=colleague).strip() == "{}"
+    assert (colleague / "reports/index.html").exists()
+
+
+@pytest.mark.long
+def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Project, tmp_path: Path) -> None:
+    real.origin.edit("params.yaml", "epochs: 1\n", "epochs: 300\n")
+    real.origin.edit("params.yaml", "optimizers: [sgd, adam]", "optimizers: [sgd]")
+    commit(real)
+    first = real.work("first", slots=2)
+    grid = real.train_all()
+    from mlflow import MlflowClient
+
+    def is_shared() -> bool:
+        client = MlflowClient(real.cluster.url("mlflow"))
+        if (experiment := client.get_experiment_by_name("small")) is None:
+            return False
+        runs = client.search_runs([experiment.experiment_id])
+        return any(client.list_artifacts(run.info.run_id, "checkpoint") for run in runs)
+
+    wait_until(is_shared, 240, "no checkpoint was put with the run")
+    first.signal(signal.SIGKILL)
+    second = real.work("second", slots=2)
+    said, _ = grid.communicate(timeout=600)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "1 cells: 1 trained"], said
+    assert "/300, which another machine has reached" in second.said
+    alone = tmp_path / "alone"
+    real.run("git", "clone", "-q", str(real.root), str(alone))
+    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1")
+    metrics = "runs/resnet20-sgd-0/metrics.json"
+    assert (real.root / metrics).read_text() == (alone / metrics).read_text()
+    assert not is_shared()  # it is done

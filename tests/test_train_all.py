@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from sleeping import ROOT, Sleeping, sleeping
+from small import digits
 
 from tasks.publish import status
 from tasks.reproduce import Pipeline
@@ -460,49 +461,11 @@ def test_64_cells_on_16_slots_lose_no_result(server, tmp_path):
 
 # --- real cells -------------------------------------------------------------------------------------
 
-REAL = """
-name: small
-data: {source: digits, test_fraction: 0.2, split_seed: 0}
-preprocess: {resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0}
-grid: {architectures: [resnet20], optimizers: [sgd, adam], seeds: [0]}
-recipes:
-  resnet20:
-    epochs: 1
-    batch_size: 64
-    schedule: {name: constant}
-    warmup: null
-    time_decay: 0.0
-    weight_decay: 0.0
-    decay_norm_and_bias: false
-    dropout: 0.0
-    augmentation: {flip: false, crop_padding: 2, rotation_degrees: 0.0, shift_fraction: 0.0}
-    normalization: {name: scalar}
-    approach: end_to_end
-    initial_weights: {name: random}
-learning_rates:
-  resnet20: {sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}
-optimizers:
-  sgd: {momentum: 0.9, nesterov: true}
-  adam: {betas: [0.9, 0.999], eps: 1.0e-8}
-  rmsprop: {alpha: 0.99, momentum: 0.0, eps: 1.0e-8}
-  adagrad: {lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}
-studies: {}
-engine: {precision: fp32, compile: never, scored_epochs: all}
-"""
-
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
     """A pipeline of the project itself, on the digits."""
-    root = tmp_path_factory.mktemp("real")
-    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
-    (root / "params.yaml").write_text(REAL)
-    pipeline = Sleeping(root)
-    for command in ("git init -q -b main", "dvc init -q", "dvc config core.analytics false"):
-        assert pipeline.run(*command.split()).returncode == 0
-    return pipeline
+    return Sleeping(digits(tmp_path_factory.mktemp("real") / "project").root)
 
 
 def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, real):
