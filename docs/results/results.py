@@ -167,6 +167,16 @@ def table_rates_of_the_originals(runs: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(rows, columns=["optimizer", "learning rate", "test accuracy, %", ""]))
 
 
+def table_dropout(runs: pd.DataFrame) -> str:
+    own = runs[(runs["pipeline"] == "budget") & (runs["architecture"] == "resnet10")]
+    own = own[(own["optimizer"] == "adam") & (own["learning_rate"] == 0.001)].sort_values("dropout")
+    rows = [
+        [f"{rate:g}", percent(test), f"{100 * train:.2f}"]
+        for rate, test, train in zip(own["dropout"], own["test_accuracy"], own["train_accuracy"], strict=True)
+    ]
+    return markdown(pd.DataFrame(rows, columns=["dropout", "test accuracy, %", "training accuracy, %"]))
+
+
 def table_cost(runs: pd.DataFrame) -> str:
     grid = runs[(runs["pipeline"] == "budget") & runs["study"].isna()]
     rows = []
