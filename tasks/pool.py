@@ -56,7 +56,8 @@ RECORD_ONLY = "RESGRID_RECORD_ONLY"  # in the environment of a stage's command: 
 REFUSED = "Refused"  # by a worker whose clone is another
 PASSING = "Passing"  # by a fault that can pass
 
-MAX_PLACED = 200  # flow runs at once, of which the server is asked in one page
+MAX_WAITING = 100  # cells in the pool that no worker has taken yet
+PAGE = 200  # flow runs that the server tells of at once
 POLL_SECONDS = 2.0
 BEAT_SECONDS = 30  # between two signs of life
 SILENCE_SECONDS = 50.0  # without one, a run is lost
@@ -181,7 +182,7 @@ class Pool:
         of_order = FlowRunFilter(tags=FlowRunFilterTags(all_=[self.order.tag]))
         done: dict[str, Place] = {}
         offset = 0
-        while found := client.read_flow_runs(flow_run_filter=of_order, limit=MAX_PLACED, offset=offset):
+        while found := client.read_flow_runs(flow_run_filter=of_order, limit=PAGE, offset=offset):
             offset += len(found)
             for run in found:
                 place = by_cell.get(run.parameters.get("cell", ""))
@@ -200,7 +201,7 @@ class Pool:
         return over
 
     def _place(self, deployment: UUID) -> None:
-        while self.waiting and len(self.placed) < MAX_PLACED:
+        while self.waiting and self._num_untaken() < MAX_WAITING:
             place = self.waiting[0]
             attempt = f"{place.tries}.{place.lost}.{place.refused}"
             run = run_deployment(
@@ -221,14 +222,20 @@ class Pool:
             place.state, place.beat = None, None
             self.placed[run.id] = place
 
+    def _num_untaken(self) -> int:
+        return sum(place.state is not StateType.RUNNING for place in self.placed.values())
+
     def _follow(self, client: SyncPrefectClient, done: list[Place]) -> Iterator[Moved | Ended]:
         """Look at every run once; those that ended well, or went away, are added to `done`."""
         now = time.monotonic()
         if now - self._looked > SILENCE_SECONDS / 4:  # what was said meanwhile may not have been heard
             self._answering = now
         self._looked = now
-        ids = FlowRunFilter(id=FlowRunFilterId(any_=list(self.placed)))
-        runs = client.read_flow_runs(flow_run_filter=ids, limit=MAX_PLACED) if self.placed else []
+        runs: list[FlowRun] = []
+        ids = list(self.placed)
+        for start in range(0, len(ids), PAGE):
+            some = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
+            runs += client.read_flow_runs(flow_run_filter=some, limit=PAGE)
         self._hear(client, [run.id for run in runs if run.state and run.state.is_running()])
         for run in runs:
             place, state = self.placed[run.id], run.state

@@ -1,0 +1,247 @@
+"""What a work pool costs beside the training, measured; and what that comes to with 100 workers, simulated.
+
+Real PostgreSQL, S3 server, Prefect, MLflow and DVC, as `tests/cluster.py` starts them. Stages only sleep.
+
+- at 24, 100 and 240 cells: placing and recording them. Their results lie in the DVC remote already, and a
+  process that only tells Prefect so stands in for the workers, so what is left is the coordinator's work.
+  Beside the clock, the CPU time of the coordinator with its `dvc` commands, of Prefect's server, PostgreSQL
+  and the S3 server.
+- 12 cells of 10 s on three real workers: what a worker adds to each cell.
+- the model: a simulation of coordinator and workers at those costs.
+
+The figures depend on the machine and on what else runs there: run it on an idle one. Ours: docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cluster import Cluster  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
+from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
+from prefect.states import Completed, Pending, Running  # noqa: E402
+from sleeping import Sleeping, sleeping  # noqa: E402
+from test_pool import GUARDED, Project, commit  # noqa: E402
+
+SIX = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10"
+FOUR = "sgd, adam, rmsprop, adagrad"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cells", nargs="*", type=int, default=[24, 100, 240])
+    parser.add_argument("--only", choices=["coordinator", "workers", "model"], help="one part alone")
+    parser.add_argument(
+        "--costs", nargs=3, type=float, metavar=("PLACE", "RECORD", "GROWTH"), help="for the model alone"
+    )
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    costs = Costs(*options.costs) if options.costs else None
+    if options.only != "model":
+        with tempfile.TemporaryDirectory() as folder:
+            cluster = Cluster(Path(folder))
+            try:
+                if options.only != "workers":
+                    costs = coordinator(cluster, Path(folder), options.cells)
+                if options.only != "coordinator":
+                    workers(cluster, Path(folder))
+            finally:
+                cluster.end()
+    if costs and options.only != "workers":
+        model(costs)
+
+
+# --- measured ---------------------------------------------------------------------------------------
+
+
+def coordinator(cluster: Cluster, folder: Path, sizes: list[int]) -> Costs:
+    print("\n| cells | by the clock | a cell | coordinator | Prefect | PostgreSQL | S3 |")
+    print("|---|---|---|---|---|---|---|")
+    fixed = _one(cluster, folder / "0", 4)["clock"]
+    each = []
+    for num in sizes:
+        found = _one(cluster, folder / str(num), num)
+        each.append((found["clock"] - fixed) / (num - 4))
+        shares = " | ".join(f"{found[name] / num:.2f} s" for name in ("grid", "prefect", "postgres", "s3"))
+        print(f"| {num} | {found['clock']:.0f} s | {each[-1]:.2f} s | {shares} |", flush=True)
+    # a cell's cost = constant + growth x cells in the grid
+    growth, constant = np.polyfit(sizes, each, 1) if len(sizes) > 1 else (0.0, each[0])
+    print(f"\na cell costs {constant:.2f} s, and {1000 * growth:.2f} ms more for each cell of the grid")
+    print(f"(the run with 4 cells, most of it fixed: {fixed:.0f} s)")
+    return Costs(constant / 2, constant / 2, growth)
+
+
+def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
+    """Seconds: by the clock of one train-all whose cells' results are in the remote; CPU of each part."""
+    folder.mkdir()
+    seeds = ", ".join(str(seed) for seed in range(-(-num // 24)))
+    origin = sleeping(folder / "origin", SIX, FOUR, seeds)
+    (origin.root / "work.sh").write_text(GUARDED)
+    project = Project(cluster, origin)
+    commit(project)
+    chosen = _cells(origin)[:num]
+    stages = [f"train@{cell}" for cell in chosen]
+    reference = folder / "reference"
+    project.run("git", "clone", "-q", str(origin.root), str(reference))
+    project.run("dvc", "repro", "--single-item", "download", "preprocess", *stages, cwd=reference)
+    project.run("dvc", "push", "--run-cache", cwd=reference)
+    shutil.rmtree(reference)
+
+    parts = {name: psutil.Process(cluster.processes[name].pid) for name in ("prefect", "s3")}
+    parts["postgres"] = _postgres(cluster)
+    before = {name: _cpu(process) for name, process in parts.items()}
+    over = threading.Event()
+    with temporary_settings({PREFECT_API_URL: cluster.env["PREFECT_API_URL"]}):
+        stand_in = threading.Thread(target=_stand_in, args=(over,))
+        stand_in.start()
+        began, grid_before = time.perf_counter(), _children_cpu()
+        said, _ = project.train_all(cells=chosen).communicate()
+        clock, grid = time.perf_counter() - began, _children_cpu() - grid_before
+        over.set()
+        stand_in.join()
+    assert f"{num} cells: {num} trained" in said, said
+    used = {name: _cpu(process) - before[name] for name, process in parts.items()}
+    return used | {"clock": clock, "grid": grid}
+
+
+def _cells(origin: Sleeping) -> list[str]:
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+
+    return [cell.id for cell in expand(load_params(origin.root / "params.yaml"))]
+
+
+def _stand_in(over: threading.Event) -> None:
+    """Whatever is placed in the pool is at once done, as far as Prefect knows."""
+    with get_client(sync_client=True) as client:
+        while not over.wait(0.5):
+            try:
+                found: Any = client.request(
+                    "POST",
+                    "/work_pools/{name}/get_scheduled_flow_runs",
+                    path_params={"name": "pool"},
+                    json={"limit": 200},
+                ).json()
+            except Exception:  # the pool is not made yet
+                continue
+            for each in found:
+                for state in (Pending(), Running(), Completed()):
+                    client.set_flow_run_state(each["flow_run"]["id"], state, force=True)
+
+
+def _postgres(cluster: Cluster) -> psutil.Process:
+    number = (cluster.postgres.root / "data/postmaster.pid").read_text().split()[0]
+    return psutil.Process(int(number))
+
+
+def _cpu(process: psutil.Process) -> float:
+    """Of a process with all it has started and waited for, seconds."""
+    total = 0.0
+    for each in (process, *process.children(recursive=True)):
+        times = each.cpu_times()
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def _children_cpu() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def workers(cluster: Cluster, folder: Path) -> None:
+    """12 cells of 10 s on three workers, each in a clone of its own: ideally 40 s."""
+    origin = sleeping(folder / "w" / "origin", SIX, "sgd, adam")
+    (origin.root / "work.sh").write_text(GUARDED)
+    project = Project(cluster, origin)
+    commit(project)
+    try:
+        for name in ("one", "two", "three"):
+            project.work(name, NAP="10")
+        began = time.perf_counter()
+        said, _ = project.train_all().communicate()
+        clock = time.perf_counter() - began
+    finally:
+        project.end()
+    assert "12 cells: 12 trained" in said, said
+    print(f"\n12 cells of 10 s on three workers: {clock:.0f} s by the clock, 40 s of it asleep", flush=True)
+
+
+# --- simulated --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the coordinator, in seconds, which does one thing at a time."""
+
+    place: float  # a cell
+    record: float  # a cell
+    growth: float  # more of recording, for each cell of the grid
+
+
+def model(costs: Costs, overhead: float = 15.0) -> None:
+    """How long grids of cells of an hour take, with `overhead` seconds that a worker adds to each."""
+    print("\n| cells | slots | cells of | ideal | with the coordinator | lost | it is busy |")
+    print("|---|---|---|---|---|---|---|")
+    for minutes in (60, 5):
+        for cells, slots in ((240, 12), (1000, 100), (3000, 100), (10_000, 100), (10_000, 400)):
+            length = 60.0 * minutes
+            ideal = -(-cells // slots) * length
+            end, busy = simulate(costs, cells, slots, length, overhead)
+            print(
+                f"| {cells:,} | {slots} | {minutes} min | {ideal / 3600:.1f} h | {end / 3600:.1f} h "
+                f"| {100 * (end / ideal - 1):.0f} % | {100 * busy / end:.0f} % |"
+            )
+
+
+def simulate(costs: Costs, cells: int, slots: int, length: float, overhead: float) -> tuple[float, float]:
+    """(when the last cell is recorded, how long the coordinator was at work), in seconds.
+
+    It keeps up to 200 cells placed, and records whatever has ended since it last looked, one after the other;
+    a slot takes the next cell that is placed. Cells differ by ± 20 % in length.
+    """
+    draws = np.random.default_rng(0).uniform(0.8, 1.2, cells) * length
+    clock = busy = 0.0
+    free = [0.0] * slots  # when each slot is
+    ends: list[float] = []  # of what is placed or runs
+    placed = recorded = 0
+    record = costs.record + costs.growth * cells
+    while recorded < cells:
+        worked = 0.0
+        while placed < cells and len(ends) < 200 + slots:
+            worked += costs.place
+            began = max(heapq.heappop(free), clock + worked)
+            end = began + draws[placed] + overhead
+            heapq.heappush(free, end)
+            heapq.heappush(ends, end)
+            placed += 1
+        while ends and ends[0] <= clock:
+            heapq.heappop(ends)
+            worked += record
+            recorded += 1
+        busy += worked
+        clock += max(worked, 2.0)
+        if ends and worked == 0.0:
+            clock = max(clock, ends[0])
+    return clock, busy
+
+
+if __name__ == "__main__":
+    main()
