@@ -48,11 +48,12 @@ ui: install  ## Open MLflow's pages (PIPELINE=examples/digits for the demo's)
 repro: install  ## Run the whole grid on CIFAR-10: a day on a GPU, weeks without one
 	dvc repro
 
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: install  ## Run the tests
-	pytest
+	$(PYTEST)
 
 test-long: install  ## Run the tests in their long forms as well
-	pytest -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 bench: install  ## Measure the speed against the standard loop: a quarter of an hour on an idle machine
 	python benchmarks/speed.py

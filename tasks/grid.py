@@ -141,8 +141,12 @@ class Grid:
         Raises ResgridError for params that cannot be used, for cells that do not exist, for a disk that is
         too small, and for what a work pool needs and does not have.
         """
+        if self.device not in (None, "cpu", "cuda", "mps"):
+            raise ResgridError(f"device={self.device}: must be cpu, cuda or mps, or not given.")
         if self.where != HERE:
             self._check_pool()
+        elif self.device:
+            raise ResgridError("device: is for a work pool; here, RESGRID_DEVICE says what cells train on.")
         self.plan = make_plan(self.pipeline, self.num_slots)
         chosen = choose(self.plan, self.patterns)
         if self.plan.disk_needed > self.plan.disk_free:
@@ -359,6 +363,8 @@ class Grid:
                 shown = time.monotonic()
                 self.progress.slots = max(1, len(self.running))
                 self._show(list(waiting.values()), [whole_machine()] * self.progress.slots)
+        for step in queue:
+            self._note_if_lost(step.title, step.stage)
 
     # --- one stage ----------------------------------------------------------------------------------
 

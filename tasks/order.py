@@ -6,6 +6,7 @@ import hashlib
 import re
 import socket
 import subprocess
+import sys
 from importlib import metadata
 from typing import Self
 
@@ -76,23 +77,33 @@ def recorded_data(pipeline: Pipeline) -> str | None:
 
 
 def installed() -> dict[str, str]:
-    """The versions of this package and of those that it asks for, as far as they are installed."""
-    wanted = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in metadata.requires("resgrid") or ()]
+    """The versions of this package and of those that it needs, as far as they are installed."""
+    asked = [line for line in metadata.requires("resgrid") or () if "extra ==" not in line]
+    wanted = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in asked]
     found = {}
     for name in ("resgrid", *wanted):
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # of an extra, or of another platform
+        except metadata.PackageNotFoundError:  # of another platform
             continue
     return found
 
 
 def remote(pipeline: Pipeline) -> str:
-    """The name of DVC's default remote; raises ResgridError if there is none."""
-    done = subprocess.run(
-        ["dvc", "config", "core.remote"], cwd=pipeline.root, capture_output=True, text=True, check=False
-    )
-    if not (name := done.stdout.strip()):
+    """The name of DVC's default remote; raises ResgridError if there is none that could do."""
+
+    def configured(key: str) -> str:
+        command = [sys.executable, "-m", "dvc", "config", key]
+        done = subprocess.run(command, cwd=pipeline.root, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    name = configured("core.remote")
+    if name and configured(f"remote.{name}.url").startswith("http"):
+        raise ResgridError(
+            f"{pipeline.root}: the DVC remote {name!r} is an HTTP server, which holds no run cache. Take a "
+            "bucket, SSH, or a folder that all machines see."
+        )
+    if not name:
         raise ResgridError(
             f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
             "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."

@@ -16,11 +16,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -39,7 +40,7 @@ from prefect.events.filters import (
     EventResourceFilter,
 )
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.states import Cancelling, Crashed
 
 from resgrid.errors import ResgridError
 from tasks.order import DATA_STAGES, Order
@@ -61,12 +62,12 @@ PAGE = 200  # flow runs that the server tells of at once
 POLL_SECONDS = 2.0
 BEAT_SECONDS = 30  # between two signs of life
 SILENCE_SECONDS = 50.0  # without one, a run is lost
-START_SECONDS = 180.0  # from a worker's taking of a run to its first sign of life
+START_SECONDS = 90.0  # from a worker's taking of a run to its first sign of life
 TRIES = 3  # of a cell that ended by a fault that can pass, or left no result
 MAX_LOST = 10  # times that a cell's worker may go away
 LOOKS = 4  # for a result in the remote, before it counts as missing
-LOOK_SECONDS = 20.0  # between two while the remote is away
-NOBODY_SECONDS = 60.0  # between two reminders that no worker is there
+AWAY_SECONDS = 20.0  # between two looks while the remote is away
+IDLE_SECONDS = 60.0  # without a cell at work, after which a person is told
 
 _AWAY = (httpx.HTTPError, PrefectException, OSError)
 
@@ -95,6 +96,7 @@ class Place:
     tries: int = 0
     lost: int = 0
     refused: int = 0
+    looks: int = 0  # for its result
     state: StateType | None = None
     since: float = 0.0  # when it was first seen in that state, by this process's clock
     beat: tuple[datetime, float] | None = None  # the latest, and when it was first seen
@@ -117,10 +119,14 @@ class Pool:
         self.say, self.stop = say, stop
         self.placed: dict[UUID, Place] = {}
         self.waiting: deque[Place] = deque()
-        self._answering = time.monotonic()  # since when the server has answered all along
-        self._looked = self._answering
+        self.ended: list[Place] = []  # whose result is to be taken from the remote
+        self._key = uuid4()  # of this coordinator's requests
+        self._looked = self._answering = time.monotonic()  # since when the server has answered all along
         self._away = False
-        self._reminded = -NOBODY_SECONDS
+        self._worked = time.monotonic()  # when a cell was last at work
+        self._thread = ThreadPoolExecutor(1, "record")
+        self._recording: Future[Recorded] | None = None
+        self._look_again = 0.0  # not before
 
     def train(self, queue: Sequence[Step]) -> Iterator[Moved | Ended | None]:
         """Place the cells in this order, and tell what happens to each; None from time to time.
@@ -131,25 +137,25 @@ class Pool:
         self.waiting = deque(Place(step) for step in queue)
         with get_client(sync_client=True) as client:
             deployment = self._deployment(client)
-            done = self._take_over(client)
             try:
-                while self.waiting or self.placed or done:
-                    yield from self._record(done)
-                    done = []
+                self._take_over(client)
+                while self.waiting or self.placed or self.ended or self._recording:
                     try:
                         self._place(deployment)
-                        yield from self._follow(client, done)
+                        yield from self._follow(client)
                         self._remind(client)
+                        self._away = False
                     except _AWAY as error:
                         self._note_away(error)
-                    else:
-                        self._away = False
+                    yield from self._record()
                     yield None
-                    if not done and self.stop.wait(POLL_SECONDS):
+                    if self.stop.wait(POLL_SECONDS):
                         raise Stopped
             except BaseException:
                 self._cancel(client)
                 raise
+            finally:
+                self._thread.shutdown(wait=False, cancel_futures=True)
 
     # --- the server ---------------------------------------------------------------------------------
 
@@ -176,29 +182,29 @@ class Pool:
             work_pool_name=self.name,
         )
 
-    def _take_over(self, client: SyncPrefectClient) -> list[Place]:
-        """The runs that an earlier coordinator has placed under this order; those that have ended well."""
+    def _take_over(self, client: SyncPrefectClient) -> None:
+        """Go on with the runs that an earlier coordinator has placed under this order."""
         by_cell = {place.step.title: place for place in self.waiting}
         of_order = FlowRunFilter(tags=FlowRunFilterTags(all_=[self.order.tag]))
-        done: dict[str, Place] = {}
-        offset = 0
-        while found := client.read_flow_runs(flow_run_filter=of_order, limit=PAGE, offset=offset):
-            offset += len(found)
-            for run in found:
-                place = by_cell.get(run.parameters.get("cell", ""))
-                if place is None or run.state is None or run.parameters.get("pipeline") != self.pipeline.name:
-                    continue
-                if run.state.is_completed():
-                    place.state = StateType.COMPLETED
-                    done[place.step.title] = place
-                elif not run.state.is_final() and place not in self.placed.values():
-                    self.placed[run.id] = place
-        over = [place for place in done.values() if place not in self.placed.values()]
-        taken = {*over, *self.placed.values()}
-        self.waiting = deque(place for place in self.waiting if place not in taken)
-        if taken:
-            self.say(f"{len(self.placed)} cells are in the pool already, {len(over)} have ended there")
-        return over
+        runs: list[FlowRun] = []
+        while found := client.read_flow_runs(flow_run_filter=of_order, limit=PAGE, offset=len(runs)):
+            runs += found
+        for run in runs:
+            place = by_cell.get(run.parameters.get("cell", ""))
+            is_ours = place and run.state and run.parameters.get("pipeline") == self.pipeline.name
+            if not is_ours or place in self.placed.values():
+                continue
+            if not run.state.is_final() and not run.state.is_cancelling():
+                self.placed[run.id] = place
+                self.waiting.remove(place)
+        for run in runs:
+            place = by_cell.get(run.parameters.get("cell", ""))
+            if place in self.waiting and run.state and run.state.is_completed():
+                place.state = StateType.COMPLETED
+                self.waiting.remove(place)
+                self.ended.append(place)
+        if self.placed or self.ended:
+            self.say(f"{len(self.placed)} cells are in the pool already, {len(self.ended)} have ended there")
 
     def _place(self, deployment: UUID) -> None:
         while self.waiting and self._num_untaken() < MAX_WAITING:
@@ -213,87 +219,91 @@ class Pool:
                 },
                 flow_run_name=place.step.title,
                 tags=[self.order.tag],
-                # One for each try, also if the answer to the request was lost.
-                idempotency_key=f"{self.env['RESGRID_FLOW_RUN_ID']} {place.step.title} {attempt}",
+                # One run for each try, also if the answer to the request was lost.
+                idempotency_key=f"{self._key} {place.step.title} {attempt}",
                 work_queue_name=self.order.device or "default",
                 timeout=0,
             )
             self.waiting.popleft()
-            place.state, place.beat = None, None
+            place.state, place.beat, place.looks = None, None, 0
             self.placed[run.id] = place
 
     def _num_untaken(self) -> int:
         return sum(place.state is not StateType.RUNNING for place in self.placed.values())
 
-    def _follow(self, client: SyncPrefectClient, done: list[Place]) -> Iterator[Moved | Ended]:
-        """Look at every run once; those that ended well, or went away, are added to `done`."""
+    def _follow(self, client: SyncPrefectClient) -> Iterator[Moved | Ended]:
+        """Look at every run once; what ended well, or went away, is added to `ended`."""
+        runs: dict[UUID, FlowRun] = {}
+        for ids in _pages(list(self.placed), PAGE):
+            some = FlowRunFilter(id=FlowRunFilterId(any_=ids))
+            runs |= {run.id: run for run in client.read_flow_runs(flow_run_filter=some, limit=PAGE)}
+        self._hear(client, [number for number, run in runs.items() if run.state and run.state.is_running()])
         now = time.monotonic()
         if now - self._looked > SILENCE_SECONDS / 4:  # what was said meanwhile may not have been heard
             self._answering = now
         self._looked = now
-        runs: list[FlowRun] = []
-        ids = list(self.placed)
-        for start in range(0, len(ids), PAGE):
-            some = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
-            runs += client.read_flow_runs(flow_run_filter=some, limit=PAGE)
-        self._hear(client, [run.id for run in runs if run.state and run.state.is_running()])
-        for run in runs:
-            place, state = self.placed[run.id], run.state
+        for number, place in list(self.placed.items()):
+            run = runs.get(number)
+            if run is None:  # somebody has deleted it
+                yield from self._lose(number, place)
+                continue
+            state = run.state
             if state is None:
                 continue
             if state.type != place.state:
-                place.state, place.since = state.type, time.monotonic()
+                place.state, place.since = state.type, now
                 if state.is_running():
                     place.began = time.time()
                     yield Moved(place.step, "running")
             if state.is_completed():
-                del self.placed[run.id]
-                done.append(place)
-            elif state.is_crashed() or self._is_lost(place, state):
-                yield from self._lose(client, run, place, done)
+                del self.placed[number]
+                self.ended.append(place)
+            elif state.is_crashed():
+                yield from self._lose(number, place)
+            elif self._is_lost(place, state):
+                why = f"No sign of life for {SILENCE_SECONDS:.0f} s: its worker is gone, or cut off."
+                with suppress(ObjectNotFound):
+                    # by which a worker that comes back late lets the cell go
+                    client.set_flow_run_state(number, Crashed(message=why), force=True)
+                yield from self._lose(number, place)
             elif state.is_final():
-                del self.placed[run.id]
+                del self.placed[number]
                 yield self._failed(place, run, state)
+        if any(place.state is StateType.RUNNING for place in self.placed.values()):
+            self._worked = now
 
     def _hear(self, client: SyncPrefectClient, running: list[UUID]) -> None:
-        """Take in the latest heartbeats of these runs."""
-        if not running:
-            return
+        """Take in the latest heartbeat of each of these runs."""
         day = timedelta(days=1)  # by whatever a worker's clock says
         now = datetime.now(UTC)
-        wanted = EventFilter(
-            occurred=EventOccurredFilter(since=now - day, until=now + day),
-            event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
-            resource=EventResourceFilter(id=[f"prefect.flow-run.{run}" for run in running]),
-        )
-        for event in client.read_events(wanted, limit=50).events:
-            place = self.placed[UUID(event.resource.id.rpartition(".")[2])]
-            if place.beat is None or event.occurred > place.beat[0]:
-                place.beat = (event.occurred, time.monotonic())
+        for ids in _pages(running, 50):  # the events that the server tells of at once
+            latest = EventFilter(
+                occurred=EventOccurredFilter(since=now - day, until=now + day),
+                event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+                resource=EventResourceFilter(id=[f"prefect.flow-run.{run}" for run in ids], distinct=True),
+            )
+            for event in client.read_events(latest, limit=50).events:
+                place = self.placed[UUID(event.resource.id.rpartition(".")[2])]
+                if place.beat is None or event.occurred > place.beat[0]:
+                    place.beat = (event.occurred, time.monotonic())
 
     def _is_lost(self, place: Place, state: State) -> bool:
         """Whether nothing was heard for too long, although the server was there to hear it."""
-        now = time.monotonic()
-        if state.is_pending():
-            return now - place.since > START_SECONDS
         heard = max(place.since, place.beat[1] if place.beat else 0.0, self._answering)
-        return state.is_running() and now - heard > SILENCE_SECONDS
+        limit = START_SECONDS if state.is_pending() else SILENCE_SECONDS
+        is_taken = state.is_pending() or state.is_running() or state.is_cancelling()
+        return is_taken and time.monotonic() - heard > limit
 
-    def _lose(
-        self, client: SyncPrefectClient, run: FlowRun, place: Place, done: list[Place]
-    ) -> Iterator[Moved | Ended]:
-        del self.placed[run.id]
+    def _lose(self, number: UUID, place: Place) -> Iterator[Moved | Ended]:
+        del self.placed[number]
         place.lost += 1
         place.state = StateType.CRASHED
-        if run.state and not run.state.is_final():
-            why = f"No sign of life for {SILENCE_SECONDS:.0f} s: its worker is gone, or cut off."
-            # by which a worker that comes back late lets the cell go
-            client.set_flow_run_state(run.id, Crashed(message=why), force=True)
         self.say(f"{place.step.title}: its worker went away; it is placed again, unless its result is there")
         if place.lost > MAX_LOST:
-            yield Ended(place.step, self._failure(place, run, f"its worker went away {place.lost} times", []))
+            why = f"its worker went away {place.lost} times"
+            yield Ended(place.step, StageFailed(place.step.stage, why, [], f"flow run {number}", None))
         else:
-            done.append(place)
+            self.ended.append(place)
 
     def _failed(self, place: Place, run: FlowRun, state: State) -> Moved | Ended:
         why, *lines = (state.message or f"ended as {state.name}").splitlines()
@@ -313,18 +323,24 @@ class Pool:
         return StageFailed(place.step.stage, why, tail, f"flow run {run.name} ({run.id})", None)
 
     def _remind(self, client: SyncPrefectClient) -> None:
+        """Say so if nobody works although cells wait."""
         now = time.monotonic()
-        idle = not any(place.state is StateType.RUNNING for place in self.placed.values())
-        if self.placed and idle and now - self._reminded > NOBODY_SECONDS:
-            self._reminded = now
-            workers = client.read_workers_for_work_pool(self.name)
-            if not any(worker.status == "ONLINE" for worker in workers):
-                self.say(
-                    f"no worker is in the pool {self.name!r}: `resgrid worker --pool {self.name}` is one"
-                )
+        if not self.placed or now - self._worked < IDLE_SECONDS:
+            return
+        self._worked = now
+        workers = client.read_workers_for_work_pool(self.name)
+        online = [worker.name for worker in workers if worker.status == "ONLINE"]
+        device = f" with the device {self.order.device}" if self.order.device else ""
+        who = f"none of the workers {', '.join(online)} takes a cell" if online else "there is no worker"
+        self.say(
+            f"{who} in the pool {self.name!r}: `resgrid worker --pool {self.name}` starts one, in a clone at "
+            f"commit {self.order.commit[:10]}{device}"
+        )
 
     def _note_away(self, error: Exception) -> None:
-        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+        """Raises `error` again if it is no server that is away."""
+        known = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+        if known or isinstance(error, ObjectNotFound):
             raise error
         self._answering = time.monotonic()
         if not self._away:
@@ -333,51 +349,65 @@ class Pool:
 
     def _cancel(self, client: SyncPrefectClient) -> None:
         for number, place in self.placed.items():
-            started = place.state in (StateType.RUNNING, StateType.PENDING)
-            state = Cancelling() if started else Cancelled()
             try:
-                client.set_flow_run_state(number, state, force=True)
+                client.set_flow_run_state(number, Cancelling())
             except _AWAY as error:
                 self.say(f"{place.step.title} is not cancelled ({type(error).__name__}): its result is kept")
 
     # --- DVC ----------------------------------------------------------------------------------------
 
-    def _record(self, done: list[Place]) -> Iterator[Moved | Ended]:
-        """Take over the results of these cells from the remote; what has none there is placed again.
+    def _record(self) -> Iterator[Moved | Ended]:
+        """Take over from the remote what has ended, beside all else; what has none there is placed again.
 
-        All in one command, for each looks through the whole run cache of the remote.
+        As many cells as there are in one command, for each command looks through the whole run cache.
         """
-        look = 0
-        while done:
-            stages = [place.step.stage for place in done]
-            missing = record(self.pipeline, stages, self.env, self.say, self.stop)
-            for place in done:
-                if missing is not None and place.step.stage not in missing:
-                    seconds = time.time() - place.began
-                    log = self.pipeline.log("record")
-                    yield Ended(place.step, Outcome(place.step.stage, "ran", seconds, log))
-            if missing is not None:
-                done = [place for place in done if place.step.stage in missing]
-                for place in [place for place in done if place.state is not StateType.COMPLETED]:
-                    done.remove(place)
-                    yield self._again(place)
-            look += 1
-            if look == LOOKS:
-                break
-            if done and self.stop.wait(LOOK_SECONDS if missing is None else look):
-                raise Stopped
-        for place in done:
-            place.tries += 1
-            if place.tries == TRIES:
-                why = "a worker has trained it, but the DVC remote does not give its result"
-                log = self.pipeline.log("record")
-                yield Ended(place.step, StageFailed(place.step.stage, why, [], log, None))
-            else:
-                yield self._again(place)
+        if self._recording is not None:
+            if not self._recording.done():
+                return
+            found, self._recording = self._recording.result(), None
+            ended, self.ended = self.ended, []
+            for place in ended:
+                yield from self._settle(place, found)
+        if self.ended and time.monotonic() >= self._look_again:
+            stages = [place.step.stage for place in self.ended]
+            self._recording = self._thread.submit(
+                record, self.pipeline, stages, self.env, self.say, self.stop
+            )
+
+    def _settle(self, place: Place, found: Recorded) -> Iterator[Moved | Ended]:
+        """What is said of one cell that ended, by its looks for a result."""
+        stage, log = place.step.stage, self.pipeline.log("record")
+        if stage in found.here:
+            yield Ended(place.step, Outcome(stage, "ran", time.time() - place.began, log))
+            return
+        if stage not in found.missing:  # it came meanwhile, or the remote is away
+            if stage in found.asked:
+                self._look_again = time.monotonic() + AWAY_SECONDS
+            self.ended.append(place)
+            return
+        place.looks += 1
+        if place.state is StateType.COMPLETED and place.looks < LOOKS:
+            self._look_again = time.monotonic() + place.looks
+            self.ended.append(place)
+        elif place.state is StateType.COMPLETED and place.tries + 1 == TRIES:
+            why = "a worker has trained it, but the DVC remote does not give its result"
+            yield Ended(place.step, StageFailed(stage, why, [], log, None))
+        else:
+            place.tries += place.state is StateType.COMPLETED
+            yield self._again(place)
 
     def _again(self, place: Place) -> Moved:
         self.waiting.append(place)
         return Moved(place.step, "waiting")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What came of taking over the results of stages; of the others that were asked for, nothing is known."""
+
+    asked: frozenset[str]
+    here: frozenset[str]  # in this checkout and its dvc.lock
+    missing: frozenset[str]  # the remote has no result
 
 
 def record(
@@ -386,24 +416,29 @@ def record(
     env: Mapping[str, str],
     say: Callable[[str], None],
     stop: threading.Event,
-) -> set[str] | None:
-    """`dvc repro --pull` of these stages, none of whose commands may run; those whose result is not there.
+) -> Recorded:
+    """`dvc repro --pull` of these stages, none of whose commands may run.
 
-    None if nothing was found out: the remote is away, or a dvc of somebody else is in the way.
+    Raises Stopped after `stop`.
     """
     command = [*DVC_COMMAND, "repro", "--pull", "--keep-going", "--single-item", *stages]
-    heard: list[str] = []
+    asked, heard = frozenset(stages), list[str]()
     try:
         run_logged(pipeline, "record", command, {**env, RECORD_ONLY: "1"}, heard.append, stop)
     except StageFailed as failure:
-        missing = {
-            stage for stage in stages if any(line.startswith(f"Running stage '{stage}'") for line in heard)
-        }
-        if not missing or any("Failed to pull run cache" in line for line in heard):
+        errors = [line for line in heard if line.startswith("ERROR: ")]
+        failed = {stage for stage in asked if any(f"'{stage}'" in line for line in errors)}
+        refused = {line.split("'")[1] for line in heard if line.startswith("Running stage '")}
+        settled = {line.split("'")[1] for line in heard if line.startswith("Stage '")}
+        if failed - refused or not failed or any("Failed to pull run cache" in line for line in heard):
             say(f"the DVC remote does not answer as it should: {failure.why}\n    All of it: {failure.log}")
-            return None
-        return missing
-    return set()
+            return Recorded(asked, frozenset(settled & asked - failed), frozenset())
+        return Recorded(asked, asked - failed, frozenset(failed))
+    return Recorded(asked, asked, frozenset())
+
+
+def _pages(ids: list[UUID], size: int) -> list[list[UUID]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def push_data(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event) -> None:

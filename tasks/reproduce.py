@@ -36,20 +36,9 @@ POLL_SECONDS = 0.1  # how often the log is read and the child looked at
 BUSY_SECONDS = 120.0  # how long to try again while DVC says that another process is at this stage
 TAIL = 8  # lines of the log in a message
 
-# `dvc` as a program for `python -c`. DVC itself looks every 0.5 s whether the repository's lock is free, and
-# among six cells one waited up to 5 s; and it gives up after 3 s where it waits for the lock of its rwlock
-# file. `--pull` copies the whole run cache of the remote each time, unless told to leave what is here.
-# Without garbage collection it starts in 0.46 s rather than 0.50 s.
-DVC = """import functools, gc, sys
-gc.disable()
-import dvc.cli, dvc.lock, dvc.rwlock
-dvc.lock.DEFAULT_TIMEOUT = 0.3  # six times as long as it sleeps between two looks
-dvc.rwlock.make_lock = functools.partial(dvc.lock.make_lock, wait=True)
-if "--pull" in sys.argv:
-    from dvc.stage.cache import StageCache
-    StageCache.transfer = functools.partialmethod(StageCache.transfer, force=False)
-sys.exit(dvc.cli.main())"""
-DVC_COMMAND = (sys.executable, "-c", DVC, "--wait-for-lock")
+DVC = str(Path(__file__).with_name("dvc_command.py"))
+# -P: or Python would look for modules beside that file first
+DVC_COMMAND = (sys.executable, "-P", DVC, "--wait-for-lock")
 
 Did = Literal["ran", "restored", "nothing"]
 

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectAlreadyExists, PrefectException
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
@@ -75,7 +75,9 @@ def train_for(cell: str, folder: str, order: Order) -> State:
         with _while_ours(stop), _slot(pipeline, stop) as slot:
             bring_data(pipeline, order, stop)
             reproduce(pipeline, stage, {**env, **slot.env}, say, stop=stop, slot=slot.name)
-            run_logged(pipeline, f"push-{cell}", [*DVC_COMMAND, "push", "--run-cache", stage], {}, say, stop)
+            push(pipeline, stage, stop)
+    except NotPushed as failure:
+        return Failed(name=PASSING, message=str(failure))
     except StageFailed as failure:
         return Failed(name=PASSING if failure.fault else "Failed", message=str(failure))
     except Stopped:
@@ -83,6 +85,23 @@ def train_for(cell: str, folder: str, order: Order) -> State:
     finally:
         stop.set()
     return Completed(message=f"{orders.host()} {slot.name}: took {duration(time.monotonic() - began)}")
+
+
+class NotPushed(ResgridError):
+    """The DVC remote did not take a result."""
+
+
+def push(pipeline: Pipeline, stage: str, stop: threading.Event) -> None:
+    """The result of `stage` to the DVC remote; raises NotPushed if it does not take it.
+
+    The outputs first: an entry of the run cache whose outputs are not there would be in the way of the next.
+    """
+    say = get_run_logger().info
+    for what in (("push", stage), ("push", "--run-cache", stage)):
+        try:
+            run_logged(pipeline, f"push-{stage}", [*DVC_COMMAND, *what], {}, say, stop)
+        except StageFailed as failure:
+            raise NotPushed(str(failure)) from None
 
 
 def bring_data(pipeline: Pipeline, order: Order, stop: threading.Event) -> None:
@@ -124,20 +143,36 @@ def _slot(pipeline: Pipeline, stop: threading.Event) -> Iterator[Slot]:
 
 @contextmanager
 def _while_ours(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` once the server says that this flow run is over: it was taken for lost, or cancelled."""
+    """Set `stop` once this flow run is over for the server: it was taken for lost, or cancelled, or deleted.
+
+    Since it was last scheduled, that is: a worker that comes back late adds its own states after that one.
+    Raises Stopped if it is over already.
+    """
     run_id = runtime.flow_run.id
 
     def ask() -> None:
-        while not stop.wait(ASK_SECONDS):
-            with (
-                suppress(Exception),
-                get_client(sync_client=True) as client,
-            ):  # whatever a server that is away
-                state = client.read_flow_run(run_id).state
-                if state and (state.is_final() or state.is_cancelling()):
-                    stop.set()
+        with get_client(sync_client=True) as client:
+            try:
+                states = client.read_flow_run_states(run_id)
+            except ObjectNotFound:
+                stop.set()
+                return
+        for state in sorted(states, key=lambda state: state.timestamp, reverse=True):
+            if state.is_final() or state.is_cancelling():
+                stop.set()
+            if state.is_scheduled():
+                break
 
-    thread = threading.Thread(target=ask, name="ours", daemon=True)
+    def keep_asking() -> None:
+        while not stop.wait(ASK_SECONDS):
+            with suppress(Exception):  # whatever a server that is away may raise
+                ask()
+
+    with suppress(Exception):
+        ask()
+    if stop.is_set():
+        raise Stopped
+    thread = threading.Thread(target=keep_asking, name="ours", daemon=True)
     thread.start()
     yield
 
@@ -152,6 +187,8 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     grid was planned for.
     """
     root = root.resolve()
+    if not (root / "prefect.yaml").is_file():
+        raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     pipeline = Pipeline.find(root)
     environment = _environment(root)
     remote = orders.remote(pipeline)
@@ -256,7 +293,7 @@ def _make_queues(pool: str, queues: list[str], environment: Mapping[str, str]) -
                     client.create_work_queue(queue, work_pool_name=pool)
     except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
         raise ResgridError(
-            f"{url}: Prefect's server cannot be used ({type(error).__name__}: {error})."
+            f"{url}: Prefect's server cannot be used ({type(error).__name__}: {tracking.shown(str(error))})."
         ) from None
 
 
@@ -265,12 +302,16 @@ def _leave(process: subprocess.Popen[bytes]) -> None:
 
     The worker's own way to end kills them at once; see `tasks.services`.
     """
+    asked: set[int] = set()
+    deadline = time.monotonic() + LEAVE_SECONDS
     with suppress(psutil.NoSuchProcess):
-        flows = psutil.Process(process.pid).children()
-        for flow in flows:
-            with suppress(psutil.NoSuchProcess):
-                flow.terminate()
-        psutil.wait_procs(flows, LEAVE_SECONDS)
+        # More than once, for while these end it takes new ones.
+        while (flows := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
+            for flow in flows:
+                if flow.pid not in asked:
+                    asked.add(flow.pid)
+                    flow.terminate()
+            time.sleep(0.1)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

@@ -13,9 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from small import Project, trained
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Cores are divided, never shared: two processes with a thread for each core are slower than one.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +71,15 @@ def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A small pipeline, trained and compared once: a test that changes anything works on a copy."""
-    return trained(tmp_path_factory.mktemp("small") / "a project")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers: the first that needs it makes it
+    with FileLock(base / "small.lock"):
+        kept = base / "small.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(trained(base / "small" / "a project")))
+        project: Project = pickle.loads(kept.read_bytes())
+    return project
 
 
 class SmallDisks:

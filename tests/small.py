@@ -89,7 +89,7 @@ class Project:
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "2"}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
         return subprocess.run(
             command,
             cwd=self.root,

@@ -18,7 +18,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
 from resgrid.runs import FILES, read_json
-from resgrid.tracking import contents
+from resgrid.tracking import contents, shared
 from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
@@ -108,7 +108,10 @@ def sync(
             pages = pages_of(store, links)
             if pages:
                 write_links(store, pages, pipeline_folder / "reports")
-            current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
+            settled = [run for run in runs_of(store) if "grid" in run.data.tags]
+            for run in settled:
+                shared.drop(store, run)
+            current = [run for run in settled if run.data.tags["grid"] == "current"]
             report.champions = crown(store, current, _data_digest(pipeline_folder, current))
             arrange(store)
             report.summary = summarize(store, pipeline_folder / "reports", pages)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from types import TracebackType
@@ -88,7 +89,7 @@ class LiveRun:
     def share_checkpoint(self, path: Path | None) -> None:
         """Put the latest checkpoint beside the run, where they are shared, now and then; returns at once."""
         now = time.monotonic()
-        if path and shared.are_shared() and not self._failed and now - self._shared >= shared.SECONDS:
+        if path and shared.are_shared() and now - self._shared >= shared.SECONDS:
             self._shared = now
             self._do(self._share, path)
 
@@ -174,7 +175,7 @@ class LiveRun:
     def _log_epoch(self, epoch: Epoch, timestamp: int) -> None:
         from mlflow.entities import Metric
 
-        if self._store is None or self._failed or epoch.epoch in self._logged:
+        if self._failed or epoch.epoch in self._logged or not self._is_ours() or self._store is None:
             return
         figures = {key: getattr(epoch, key) for key in contents.EACH_EPOCH}
         metrics = [
@@ -183,22 +184,30 @@ class LiveRun:
         self._store.client.log_batch(self._run_id, metrics=metrics)
 
     def _share(self, path: Path) -> None:
-        if self._store is not None and path.exists():
-            shared.put(self._store, self._run_id, path)
+        if self._is_ours() and self._store is not None and path.exists():
+            with suppress(Exception):  # whatever MLflow comes up with: the next one is tried all the same
+                shared.put(self._store, self._run_id, path)
+
+    def _is_ours(self) -> bool:
+        """Whether this process still trains the cell; in a pool another machine may have taken it over."""
+        if self._store is not None and shared.are_shared():
+            by = self._store.client.get_run(self._run_id).data.tags.get("process")
+            if by != contents.this_process():
+                self._store = None
+                self._complain(f"the cell was taken over by the process {by}")
+        return self._store is not None
 
     def _finish(self, run_folder: Path, end_time: int) -> None:
-        if self._store is None:
+        if not self._is_ours() or self._store is None:
             return
         self._over = True  # from here on an error is for `sync`: ending the run would fail as well
         self._stop_monitor()
         contents.complete(self._store, self._run_id, self._cell, run_folder, self._meta, end_time)
-        if shared.are_shared():
-            shared.drop(self._store, self._run_id)
         started = contents.started_at(read_json(run_folder / "timing.json"))
         retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
 
     def _end(self, status: str, why: str | None) -> None:
-        if self._store is None or self._over:
+        if self._over or not self._is_ours() or self._store is None:
             return
         self._stop_monitor()
         if why is not None:
