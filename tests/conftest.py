@@ -21,6 +21,7 @@ from small import Project, trained
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Cores are divided, never shared: two processes with a thread for each core are slower than one.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # where a test asks for more, its threads do not spin
 
 
 @pytest.fixture(scope="session")

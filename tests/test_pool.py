@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ import pytest
 from cluster import BUCKET, Cluster, end_tree, wait_until
 from sleeping import ROOT, WORK, Sleeping, sleeping
 from small import digits
+
+from resgrid.errors import ResgridError
+from tasks.order import Order
+from tasks.pool import record
+from tasks.reproduce import DVC_COMMAND, Pipeline
 
 RUN = """
 import json, sys
@@ -297,3 +303,82 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     metrics = "runs/resnet20-sgd-0/metrics.json"
     assert (real.root / metrics).read_text() == (alone / metrics).read_text()
     assert not is_shared()  # it is done
+
+
+# --- what travels -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clones(tmp_path: Path) -> tuple[Sleeping, Sleeping]:
+    """A coordinator and a worker's clone, and a folder as their DVC remote; the data are everywhere."""
+    origin = sleeping(tmp_path / "origin", "resnet20", "sgd, adam, rmsprop")
+    (origin.root / "work.sh").write_text(GUARDED)
+    for command in (
+        f"dvc remote add --default storage {tmp_path}/storage", "git add -A",
+        "git -c user.name=t -c user.email=t@t.invalid commit -qm start",
+        f"git clone -q {origin.root} {tmp_path}/clone",
+    ):  # fmt: skip
+        assert origin.run(*command.split()).returncode == 0
+    clone = Sleeping(tmp_path / "clone")
+    for each in (origin, clone):
+        assert each.run("dvc", "repro", "--single-item", "download", "preprocess").returncode == 0
+    return origin, clone
+
+
+def taken(origin: Sleeping, *cells: str) -> tuple[set[str], set[str]]:
+    """Of these cells, whose result `record` has brought here, and who has none in the remote."""
+    found = record(
+        Pipeline.find(origin.root), [f"train@{cell}" for cell in cells], {}, print, threading.Event()
+    )
+    return {stage[6:] for stage in found.here}, {stage[6:] for stage in found.missing}
+
+
+def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clones) -> None:
+    origin, clone = clones
+    there, elsewhere, nowhere = "resnet20-sgd-0", "resnet20-adam-0", "resnet20-rmsprop-0"
+    for cell in (there, elsewhere):
+        assert clone.run("dvc", "repro", "--single-item", f"train@{cell}").returncode == 0
+    # A worker that was cut off in the middle of its push: the entry of the run cache without the outputs.
+    assert clone.run("dvc", "push", "--run-cache", f"train@{there}").returncode == 0
+    assert taken(origin, there, elsewhere, nowhere) == ({there}, {elsewhere, nowhere})
+    lock = (origin.root / "dvc.lock").read_text()
+    assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, False, False]
+    assert "resnet20-adam-0" not in (origin.root / "trained").read_text()
+
+    # Another worker's result of the same cell, with other bytes, as its timing has.
+    shutil.rmtree(clone.root / ".dvc/cache")
+    (clone.root / "dvc.lock").unlink()
+    assert clone.run("dvc", "repro", "--single-item", "download", "preprocess").returncode == 0
+    clone.behave(elsewhere, "true")
+    (clone.root / "work.sh").write_text(GUARDED.replace("echo $1 $(cat", "echo again $1 $(cat"))
+    assert clone.run("dvc", "repro", "--single-item", f"train@{elsewhere}").returncode == 0
+    assert clone.run("dvc", "push", f"train@{elsewhere}").returncode == 0
+    assert clone.run(*DVC_COMMAND, "push", "--run-cache", f"train@{elsewhere}").returncode == 0
+    assert taken(origin, elsewhere, nowhere) == ({elsewhere}, {nowhere})
+    assert (origin.root / f"runs/{elsewhere}/weights").read_text().startswith("again ")
+
+
+def test_a_remote_that_is_away_says_nothing_of_any_cell(clones) -> None:
+    origin, _ = clones
+    url = "s3://nobody/there"
+    origin.run("dvc", "remote", "modify", "storage", "url", url)
+    origin.run("dvc", "remote", "modify", "storage", "endpointurl", "http://127.0.0.1:9")
+    assert taken(origin, "resnet20-sgd-0") == (set(), set())
+
+
+def test_another_commit_other_packages_and_changed_files_are_named(clones, tmp_path: Path) -> None:
+    origin, clone = clones
+    order = Order.of(Pipeline.find(origin.root), None)
+    here = Pipeline.find(clone.root)
+    assert order.refusal(here) is None  # though dvc.lock is new there
+    assert set(order.versions) >= {"resgrid", "torch", "numpy", "dvc"}
+    assert "pytest" not in order.versions
+    older = order.model_copy(update={"versions": order.versions | {"torch": "1.0.0"}})
+    assert "torch " in (older.refusal(here) or "")
+    (clone.root / "code/net.py").write_text("depth = 56\n")
+    assert "code/net.py differ" in (order.refusal(here) or "")
+    clone.run("git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qam", "other")
+    assert f"the grid at {order.commit[:10]}" in (order.refusal(here) or "")
+    (origin.root / "params.yaml").write_text((origin.root / "params.yaml").read_text() + "\n")
+    with pytest.raises(ResgridError, match=r"params\.yaml differ from the commit"):
+        Order.of(Pipeline.find(origin.root), None)
