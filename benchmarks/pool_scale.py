@@ -189,21 +189,22 @@ def workers(cluster: Cluster, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the coordinator, in seconds, which does one thing at a time."""
+    """Of the coordinator, in seconds. It places cells and records results beside each other."""
 
     place: float  # a cell
     record: float  # a cell
     growth: float  # more of recording, for each cell of the grid
+    command: float = 3.0  # each `dvc repro --pull`, for however many cells
 
 
 def model(costs: Costs, overhead: float = 15.0) -> None:
-    """How long grids of cells of an hour take, with `overhead` seconds that a worker adds to each."""
-    print("\n| cells | slots | cells of | ideal | with the coordinator | lost | it is busy |")
+    """How long grids take, with `overhead` seconds that a worker adds to each cell."""
+    print("\n| cells | slots | of | ideal | with the pool | lost | recording is busy |")
     print("|---|---|---|---|---|---|---|")
     for minutes in (60, 5):
-        for cells, slots in ((240, 12), (1000, 100), (3000, 100), (10_000, 100), (10_000, 400)):
+        for cells, slots in ((240, 12), (1000, 100), (3000, 100), (10_000, 100), (10_000, 800)):
             length = 60.0 * minutes
-            ideal = -(-cells // slots) * length
+            ideal = cells * length / slots
             end, busy = simulate(costs, cells, slots, length, overhead)
             print(
                 f"| {cells:,} | {slots} | {minutes} min | {ideal / 3600:.1f} h | {end / 3600:.1f} h "
@@ -212,34 +213,26 @@ def model(costs: Costs, overhead: float = 15.0) -> None:
 
 
 def simulate(costs: Costs, cells: int, slots: int, length: float, overhead: float) -> tuple[float, float]:
-    """(when the last cell is recorded, how long the coordinator was at work), in seconds.
+    """(when the last cell is recorded, how long recording was at work), in seconds.
 
-    It keeps up to 200 cells placed, and records whatever has ended since it last looked, one after the other;
-    a slot takes the next cell that is placed. Cells differ by ± 20 % in length.
+    Cells are placed one after the other, and each is taken by the slot that is free first. One command
+    records whatever has ended since the one before it. Cells differ by ± 20 % in length.
     """
     draws = np.random.default_rng(0).uniform(0.8, 1.2, cells) * length
-    clock = busy = 0.0
     free = [0.0] * slots  # when each slot is
-    ends: list[float] = []  # of what is placed or runs
-    placed = recorded = 0
-    record = costs.record + costs.growth * cells
+    ends = []
+    for number, draw in enumerate(draws):
+        began = max(heapq.heappop(free), (number + 1) * costs.place)
+        ends.append(began + draw + overhead)
+        heapq.heappush(free, ends[-1])
+    ends.sort()
+    clock = busy = 0.0
+    recorded = 0
     while recorded < cells:
-        worked = 0.0
-        while placed < cells and len(ends) < 200 + slots:
-            worked += costs.place
-            began = max(heapq.heappop(free), clock + worked)
-            end = began + draws[placed] + overhead
-            heapq.heappush(free, end)
-            heapq.heappush(ends, end)
-            placed += 1
-        while ends and ends[0] <= clock:
-            heapq.heappop(ends)
-            worked += record
-            recorded += 1
-        busy += worked
-        clock += max(worked, 2.0)
-        if ends and worked == 0.0:
-            clock = max(clock, ends[0])
+        clock = max(clock, ends[recorded])
+        batch = int(np.searchsorted(ends, clock, side="right")) - recorded
+        work = costs.command + batch * (costs.record + costs.growth * cells)
+        clock, busy, recorded = clock + work, busy + work, recorded + batch
     return clock, busy
 
 

@@ -162,6 +162,31 @@ def test_on_a_full_disk_for_dvcs_cache_nothing_is_lost_and_nothing_trained_twice
     assert f"train@{CELL}" not in pipeline.stale()
 
 
+def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
+    pipeline: Project, disks: SmallDisks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = disks.mount(tmp_path / "mlflow", "50m")
+    uri = f"sqlite:///{disk}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracking.open_store("small", pipeline.root)  # its tables are made while there is room
+    used = sum(path.stat().st_size for path in disk.rglob("*"))
+    disks.resize(disk, f"{used // 1024 + 300}k")
+    make_stale(pipeline)
+    done = train(pipeline, MLFLOW_TRACKING_URI=uri)
+    assert done.returncode == 0, done.stderr
+    assert f"MLflow does not get all of {CELL}" in done.stderr
+
+    disks.resize(disk, "100m")
+    for said in ("completed", "(as before)"):
+        synced = pipeline.run("resgrid", "sync", MLFLOW_TRACKING_URI=uri)
+        assert said in synced.stdout, synced.stdout + synced.stderr
+    store = tracking.open_store("small", pipeline.root)
+    runs = store.client.search_runs([store.experiment_id], f"tags.cell = '{CELL}' and tags.grid = 'current'")
+    (run,) = runs
+    history = store.client.get_metric_history(run.info.run_id, "train_loss")
+    assert [point.step for point in history] == [1, 2]
+
+
 def test_a_full_folder_of_temporary_files_stops_nothing(
     pipeline: Project, disks: SmallDisks, tmp_path: Path
 ) -> None:

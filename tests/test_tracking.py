@@ -36,6 +36,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models.weights import load_model
 from resgrid.runs import FILES
+from resgrid.tracking.store import _is_within_reach
 from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
 
@@ -734,6 +735,13 @@ def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_bac
         (epoch.epoch, epoch.train_loss) for epoch in trained.epochs
     ]
     end(server)
+
+
+def test_artifacts_go_to_a_server_or_to_a_folder_that_is_here(tmp_path: Path) -> None:
+    for address in ("mlflow-artifacts:/1", "s3://bucket/1", (tmp_path / "1").as_uri(), str(tmp_path / "1")):
+        assert _is_within_reach(address), address
+    for address in ("file:///nobody%20has/this/1", "/nobody/has/this/1"):
+        assert not _is_within_reach(address), address
 
 
 # --- from the files ---------------------------------------------------------------------------------

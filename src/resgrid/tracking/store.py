@@ -15,6 +15,8 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
@@ -78,7 +80,8 @@ def store_uri(folder: Path | None = None) -> str:
 def open_store(name: str, folder: Path | None = None) -> Store:
     """The experiment `name` in the store; both are made if need be, by any number of processes at once.
 
-    Raises ResgridError if the store is damaged or away, or has the experiment among its deleted ones.
+    Raises ResgridError if the store is damaged or away, has the experiment among its deleted ones, or keeps
+    artifacts in a folder of another machine.
     """
     uri = store_uri(folder)
     try:
@@ -96,6 +99,12 @@ def open_store(name: str, folder: Path | None = None) -> Store:
             f"{shown(uri)}: the experiment {name!r} was deleted there. "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back, "
             "`mlflow gc` removes it for good; or give the pipeline another name in params.yaml."
+        )
+    if _is_remote(uri) and not _is_within_reach(experiment.artifact_location):
+        raise ResgridError(
+            f"{shown(uri)}: the experiment {name!r} keeps its artifacts in {experiment.artifact_location}, a "
+            "folder that is not on this machine. Start that server with --artifacts-destination, on a store "
+            "of its own, so that it takes them itself."
         )
     return Store(uri, name, experiment.experiment_id, client)
 
@@ -158,6 +167,7 @@ def _source_run(client: MlflowClient, uri: str) -> str:
 
 def server(uri: str, port: int) -> list[str]:
     """The command `mlflow server …` for a local store, on loopback alone."""
+    _artifact_root(uri).mkdir(parents=True, exist_ok=True)
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     return [*command, "--backend-store-uri", uri, "--default-artifact-root", _artifact_root(uri).as_uri()]
 
@@ -238,6 +248,12 @@ def _readdress(connection: sqlite3.Connection, artifacts: Path) -> None:
                     f"WHERE substr({column}, 1, ?2) = ?3 || '/'",
                     (here, len(former) + 1, former),
                 )
+
+
+def _is_within_reach(artifacts: str) -> bool:
+    """Whether a client has the folder that a server names, into which clients write artifacts themselves."""
+    folder = url2pathname(urlparse(artifacts).path) if artifacts.startswith("file:") else artifacts
+    return not folder.startswith("/") or Path(folder).parent.is_dir()
 
 
 def _database(uri: str) -> Path | None:
