@@ -76,7 +76,7 @@ class Project:
     def run(self, *command: str, cwd: Path | None = None, **more: str) -> str:
         done = subprocess.run(
             command, cwd=cwd or self.root, env=self.cluster.env | more, capture_output=True, text=True,
-            timeout=300, check=False,
+            timeout=1200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
