@@ -1,4 +1,4 @@
-"""What the fast engine computes, beside plain fp32: `python benchmarks/agreement.py`, a quarter of an hour.
+"""What the fast engine computes, beside plain fp32: `python benchmarks/agreement.py`, half an hour.
 
 200 steps of batch 128 from the same weights, with the same images and dropout masks; and a short real
 training to its end with five seeds each way, so that a difference can be seen against the noise of seeds.

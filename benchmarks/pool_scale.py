@@ -109,14 +109,13 @@ def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
     parts["postgres"] = _postgres(cluster)
     before = {name: _cpu(process) for name, process in parts.items()}
     over = threading.Event()
-    with temporary_settings({PREFECT_API_URL: cluster.env["PREFECT_API_URL"]}):
-        stand_in = threading.Thread(target=_stand_in, args=(over,))
-        stand_in.start()
-        began, grid_before = time.perf_counter(), _children_cpu()
-        said, _ = project.train_all(cells=chosen).communicate()
-        clock, grid = time.perf_counter() - began, _children_cpu() - grid_before
-        over.set()
-        stand_in.join()
+    stand_in = threading.Thread(target=_stand_in, args=(cluster.env["PREFECT_API_URL"], over), daemon=True)
+    stand_in.start()
+    began, grid_before = time.perf_counter(), _children_cpu()
+    said, _ = project.train_all(cells=chosen).communicate()
+    clock, grid = time.perf_counter() - began, _children_cpu() - grid_before
+    over.set()
+    stand_in.join()
     assert f"{num} cells: {num} trained" in said, said
     used = {name: _cpu(process) - before[name] for name, process in parts.items()}
     return used | {"clock": clock, "grid": grid}
@@ -129,9 +128,9 @@ def _cells(origin: Sleeping) -> list[str]:
     return [cell.id for cell in expand(load_params(origin.root / "params.yaml"))]
 
 
-def _stand_in(over: threading.Event) -> None:
+def _stand_in(url: str, over: threading.Event) -> None:
     """Whatever is placed in the pool is at once done, as far as Prefect knows."""
-    with get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         while not over.wait(0.5):
             try:
                 found: Any = client.request(
@@ -197,7 +196,7 @@ class Costs:
     command: float = 3.0  # each `dvc repro --pull`, for however many cells
 
 
-def model(costs: Costs, overhead: float = 15.0) -> None:
+def model(costs: Costs, overhead: float = 15.5) -> None:
     """How long grids take, with `overhead` seconds that a worker adds to each cell."""
     print("\n| cells | slots | of | ideal | with the pool | lost | recording is busy |")
     print("|---|---|---|---|---|---|---|")
