@@ -120,4 +120,5 @@ def disks() -> Iterator[SmallDisks]:
     made = SmallDisks()
     yield made
     for place in reversed(made.mounted):
-        subprocess.run(["umount", str(place)], check=True)
+        # Lazy: MLflow keeps the databases open that this process has looked into.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
