@@ -130,13 +130,15 @@ def _slot(pipeline: Pipeline, stop: threading.Event) -> Iterator[Slot]:
     while True:
         for number, slot in enumerate(slots):
             lock = FileLock(folder / f"{number}.lock")
-            with suppress(Timeout):
+            try:
                 lock.acquire(timeout=0)
-                try:
-                    yield slot
-                finally:
-                    lock.release()
-                return
+            except Timeout:
+                continue
+            try:
+                yield slot
+            finally:
+                lock.release()
+            return
         if stop.wait(POLL_SECONDS):  # the one before it is about to end
             raise Stopped
 

@@ -446,10 +446,10 @@ def test_a_lost_connection_is_tried_again_and_at_most_twice(server, plain):
 
 
 @pytest.mark.long
-def test_64_cells_on_16_slots_lose_no_result(server, tmp_path):
+def test_64_cells_on_32_slots_lose_no_result(server, tmp_path):
     grid = "resnet20, resnet32, resnet44, resnet56"
     repository = sleeping(tmp_path / "r", grid, "sgd, adam, rmsprop, adagrad", "0, 1, 2, 3")
-    flow = server.run(repository, slots=16, nap=1)
+    flow = server.run(repository, slots=32, nap=1)
     assert (flow.state, flow.message) == ("Completed", "64 cells: 64 trained"), flow.output
     assert "Unable to acquire lock" not in flow.output
     assert "trying again" not in flow.output
