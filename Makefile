@@ -42,10 +42,10 @@ worker: install  ## Train cells of a work pool on this machine (POOL=pool SLOTS=
 	@resgrid worker --pool $(POOL) $(if $(SLOTS),--slots $(SLOTS))
 
 PIPELINE ?= .
-ui: install  ## Open MLflow's pages (PIPELINE=examples/digits for the demo's)
+ui: install  ## Serve MLflow's pages (PIPELINE=examples/digits for the demo's)
 	cd $(PIPELINE) && resgrid ui
 
-repro: install  ## Run the whole grid on CIFAR-10: a day on a GPU, weeks without one
+repro: install  ## Run the whole grid on CIFAR-10: weeks without a GPU
 	dvc repro
 
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile

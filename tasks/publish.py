@@ -8,12 +8,9 @@ left out.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import time
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
@@ -25,7 +22,9 @@ from threading import Event, Thread
 from typing import Any, cast
 from uuid import UUID
 
-from resgrid import watch
+import httpx
+
+from resgrid import tracking, watch
 from resgrid.progress import duration
 from tasks.reproduce import Pipeline, Record, read_state, write_state
 from tasks.services import running
@@ -258,29 +257,24 @@ def mlflow_runs(root: Path, experiment: str, cells: Iterable[str]) -> dict[str, 
     address = mlflow_address(root)
     if address is None:
         return {}
+    user, page = os.environ.get("MLFLOW_TRACKING_USERNAME"), tracking.shown(address)
+    auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
     links = {}
     try:
-        query = urllib.parse.urlencode({"experiment_name": experiment})
-        found = _ask(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}")
-        number = found["experiment"]["experiment_id"]
-        for cell in cells:
-            wanted = {
-                "experiment_ids": [number],
-                "filter": f"tags.cell = '{cell}'",
-                "order_by": ["attributes.start_time DESC"],
-                "max_results": 1,
-            }
-            for run in _ask(f"{address}/api/2.0/mlflow/runs/search", wanted).get("runs", []):
-                page = f"{address}/#/experiments/{number}/runs/{run['info']['run_id']}"
-                links[cell] = f"{page}?workflowType=machine_learning"  # else MLflow asks which kind of work
-    except (OSError, ValueError, KeyError):
+        with httpx.Client(base_url=f"{address}/api/2.0/mlflow", auth=auth, timeout=5) as server:
+            found = server.get("experiments/get-by-name", params={"experiment_name": experiment})
+            number = found.raise_for_status().json()["experiment"]["experiment_id"]
+            for cell in cells:
+                wanted = {
+                    "experiment_ids": [number],
+                    "filter": f"tags.cell = '{cell}'",
+                    "order_by": ["attributes.start_time DESC"],
+                    "max_results": 1,
+                }
+                found = server.post("runs/search", json=wanted)
+                for run in found.raise_for_status().json().get("runs", []):
+                    place = f"{page}/#/experiments/{number}/runs/{run['info']['run_id']}"
+                    links[cell] = f"{place}?workflowType=machine_learning"  # else MLflow asks
+    except (httpx.HTTPError, ValueError, KeyError):
         pass
     return links
-
-
-def _ask(url: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
-    data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=5) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer

@@ -224,6 +224,26 @@ def test_a_worker_at_another_commit_or_with_changed_files_refuses(project: Proje
     assert not (changed.root / "ended").exists()
 
 
+@pytest.mark.long
+def test_cells_that_need_a_gpu_do_not_go_to_a_worker_without_one(project: Project) -> None:
+    plain = project.work("plain", NAP="1", RESGRID_DEVICE="cpu")
+    grid = project.train_all(device="cuda")
+    assert grid.stdout is not None
+    for line in grid.stdout:
+        if "none of the workers plain takes a cell" in line:
+            assert "with the device cuda" in line
+            break
+    else:
+        pytest.fail("the coordinator does not say that nobody takes the cells")
+    grid.terminate()
+    grid.communicate(timeout=60)
+    assert not plain.has_begun()
+
+    said, _ = project.train_all(device="cpu").communicate(timeout=300)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "6 cells: 6 trained"], said
+    assert {project.lines("ended")[path.name] for path in project.root.glob("runs/*")} == {1}
+
+
 # --- real cells -------------------------------------------------------------------------------------
 
 
@@ -252,7 +272,7 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
 
     alone = tmp_path / "alone"
     real.run("git", "clone", "-q", str(real.root), str(alone))
-    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1")
+    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1", MLFLOW_TRACKING_URI="")
     for cell in (real.root / "runs").iterdir():
         here = json.loads((cell / "metrics.json").read_text())
         assert here == json.loads((alone / "runs" / cell.name / "metrics.json").read_text())
@@ -299,7 +319,7 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     assert "/60, which another machine has reached" in second.said
     alone = tmp_path / "alone"
     real.run("git", "clone", "-q", str(real.root), str(alone))
-    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1")
+    real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1", MLFLOW_TRACKING_URI="")
     metrics = "runs/resnet20-sgd-0/metrics.json"
     assert (real.root / metrics).read_text() == (alone / metrics).read_text()
     assert not is_shared()  # it is done

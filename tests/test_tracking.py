@@ -33,9 +33,10 @@ from resgrid.data.dataset import Meta, Split, content_digest, load_meta, load_sp
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
-from resgrid.grid import Cell, expand
+from resgrid.grid import Cell, expand, find_cell
 from resgrid.models.weights import load_model
 from resgrid.runs import FILES
+from resgrid.tracking import shared
 from resgrid.tracking.store import _is_within_reach
 from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
@@ -251,13 +252,23 @@ def test_store_and_artifacts_lie_in_the_root_the_latter_at_an_absolute_place(pip
     assert not (pipeline / "mlruns").exists()
 
 
-def test_a_deleted_experiment_is_named_with_the_way_back(pipeline: Path) -> None:
+def test_a_deleted_experiment_is_named_with_the_way_back(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     store = tracking.open_store("small digits")
     store.client.delete_experiment(store.experiment_id)
     with pytest.raises(
         ResgridError, match=f"'small digits' was deleted.*--experiment-id {store.experiment_id}`"
     ):
         tracking.open_store("small digits")
+
+    # A cell that would take others' checkpoints goes on without, and does not wait for what cannot pass.
+    monkeypatch.setenv("RESGRID_SHARED_CHECKPOINTS", "1")
+    monkeypatch.setattr(shared.time, "sleep", lambda seconds: pytest.fail("waits"))
+    cell = find_cell(make_params(), "resnet20-sgd-0")
+    with tracking.shared_checkpoints("small digits", cell, "digest", pipeline / "kept") as others:
+        assert others == []
+    assert "without the checkpoints of others" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.tracking.store import Store, open_store, reason
+from resgrid.tracking.store import Store, StoreAway, open_store, reason
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -63,7 +64,8 @@ def _fetch(name: str, cell: Cell, training: str, folder: Path) -> list[Path]:
                         found.append(Path(path))
             return found
         except Exception as error:  # whatever MLflow or the network comes up with
-            if time.monotonic() > deadline:
+            is_for_good = isinstance(error, ResgridError) and not isinstance(error, StoreAway)
+            if is_for_good or time.monotonic() > deadline:
                 print(f"resgrid: without the checkpoints of others: {reason(error)}", file=sys.stderr)
                 return found
             time.sleep(5.0)

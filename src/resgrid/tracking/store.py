@@ -50,6 +50,10 @@ ADDRESSES = (  # table and column, in MLflow's database
 )
 
 
+class StoreAway(ResgridError):
+    """The store does not answer, or not as it should: asked again, it may."""
+
+
 @dataclass(frozen=True)
 class Store:
     """An experiment in a tracking store, ready to take runs."""
@@ -80,8 +84,8 @@ def store_uri(folder: Path | None = None) -> str:
 def open_store(name: str, folder: Path | None = None) -> Store:
     """The experiment `name` in the store; both are made if need be, by any number of processes at once.
 
-    Raises ResgridError if the store is damaged or away, has the experiment among its deleted ones, or keeps
-    artifacts in a folder of another machine.
+    Raises StoreAway if the store is damaged or away, and ResgridError if it has the experiment among its
+    deleted ones, or keeps artifacts in a folder of another machine.
     """
     uri = store_uri(folder)
     try:
@@ -269,8 +273,8 @@ def _artifact_root(uri: str) -> Path:
     return (database.parent if database else project_root()) / "mlruns"
 
 
-def unusable(uri: str, error: Exception) -> ResgridError:
-    return ResgridError(
+def unusable(uri: str, error: Exception) -> StoreAway:
+    return StoreAway(
         f"{shown(uri)}: MLflow's store cannot be used ({reason(error)}). Check that it is there and whole; "
         "MLFLOW_TRACKING_URI names another one."
     )
