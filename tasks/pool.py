@@ -189,17 +189,17 @@ class Pool:
         runs: list[FlowRun] = []
         while found := client.read_flow_runs(flow_run_filter=of_order, limit=PAGE, offset=len(runs)):
             runs += found
+        ours: list[tuple[FlowRun, State, Place]] = []
         for run in runs:
             place = by_cell.get(run.parameters.get("cell", ""))
-            is_ours = place and run.state and run.parameters.get("pipeline") == self.pipeline.name
-            if not is_ours or place in self.placed.values():
-                continue
-            if not run.state.is_final() and not run.state.is_cancelling():
+            if place and run.state and run.parameters.get("pipeline") == self.pipeline.name:
+                ours.append((run, run.state, place))
+        for run, state, place in ours:
+            if place in self.waiting and not state.is_final() and not state.is_cancelling():
                 self.placed[run.id] = place
                 self.waiting.remove(place)
-        for run in runs:
-            place = by_cell.get(run.parameters.get("cell", ""))
-            if place in self.waiting and run.state and run.state.is_completed():
+        for _, state, place in ours:
+            if place in self.waiting and state.is_completed():
                 place.state = StateType.COMPLETED
                 self.waiting.remove(place)
                 self.ended.append(place)
@@ -210,7 +210,7 @@ class Pool:
         while self.waiting and self._num_untaken() < MAX_WAITING:
             place = self.waiting[0]
             attempt = f"{place.tries}.{place.lost}.{place.refused}"
-            run = run_deployment(
+            run = run_deployment(  # in a thread without an event loop it answers at once
                 deployment,
                 parameters={
                     "cell": place.step.title,
@@ -224,6 +224,7 @@ class Pool:
                 work_queue_name=self.order.device or "default",
                 timeout=0,
             )
+            assert isinstance(run, FlowRun)
             self.waiting.popleft()
             place.state, place.beat, place.looks = None, None, 0
             self.placed[run.id] = place

@@ -34,6 +34,7 @@ GRACE_SECONDS = 8.0  # from SIGTERM to SIGKILL; all is to be over within 10 s
 PATIENCE_SECONDS = 5.0  # with a dvc that has no command running: it loads, or records a result
 POLL_SECONDS = 0.1  # how often the log is read and the child looked at
 BUSY_SECONDS = 120.0  # how long to try again while DVC says that another process is at this stage
+LOG_BYTES = 2**23  # above which a log that is added to begins anew
 TAIL = 8  # lines of the log in a message
 
 DVC = str(Path(__file__).with_name("dvc_command.py"))
@@ -267,6 +268,8 @@ def run_logged(
     """
     log = pipeline.log(name)
     log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.unlink()
     said: list[str] = []
     tail: deque[str] = deque(maxlen=60)
 

@@ -9,6 +9,7 @@ the card idle, so several cells share it, as many as its free memory holds.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,8 +64,9 @@ class Slot:
         if self.card is not None:
             env |= {
                 "CUDA_VISIBLE_DEVICES": self.card,
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            }  # the driver's order
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's order
+                "RESGRID_DEVICE": "cuda",  # of which the process sees this one; cuda:1 would be a second
+            }
         return env
 
 
@@ -125,7 +127,7 @@ def cards() -> list[Card]:
     Asked of the driver and not of torch, whose import takes 2 s and whose context takes memory of each card.
     """
     device = os.environ.get("RESGRID_DEVICE") or "auto"
-    if device != "auto" and not device.startswith("cuda"):
+    if not re.fullmatch(r"auto|cuda(:\d+)?", device):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     import pynvml

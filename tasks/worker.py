@@ -67,8 +67,8 @@ def train_for(cell: str, folder: str, order: Order) -> State:
     stage = find_cell(load_params(pipeline.folder / "params.yaml"), cell).stage
     say = get_run_logger().info
     env = flow_environment() | {"RESGRID_SHARED_CHECKPOINTS": "1"}
-    if order.device:
-        env["RESGRID_DEVICE"] = order.device
+    if order.device and not os.environ.get("RESGRID_DEVICE", "").startswith(order.device):
+        os.environ["RESGRID_DEVICE"] = order.device  # of this process: by it the slots are cut as well
     stop = threading.Event()
     began = time.monotonic()
     try:

@@ -274,6 +274,16 @@ def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == 1
 
 
+def test_no_more_threads_are_taken_over_than_there_are_cores(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = cell(epochs=2, **LIVELY)
+    torch.set_num_threads(64)
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
+    assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == len(os.sched_getaffinity(0))
+
+
 def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
     data: Path, tmp_path: Path, disks: SmallDisks
 ) -> None:
@@ -464,6 +474,10 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_p
     (pipeline / "data/.partial/rest.part").write_bytes(b"12345")
     (pipeline / "data/raw").mkdir()
     (kept / "resnet20-sgd-0.0.part").write_bytes(b"half")  # may be being written
+    (tmp_path / ".resgrid/weights").mkdir()
+    (tmp_path / ".resgrid/weights/fetched.safetensors").write_bytes(b"weights")  # may be being used
+    (tmp_path / ".dvc/cache/files/md5/ab").mkdir(parents=True)
+    (tmp_path / ".dvc/cache/files/md5/ab/.Xk3.tmp").write_bytes(b"half")  # DVC is about to rename it
 
     def found(data_digest: str = digest) -> dict[str, str]:
         leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest)

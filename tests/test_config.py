@@ -111,6 +111,7 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("optimizers/sgd/momentum", 0.0, "optimizers.sgd: nesterov needs a momentum above 0"),
         ("name", "a/b", "name: String should match pattern"),
         ("studies/lr-0p5/lr", 0, "studies.lr-0p5.lr: must be greater than 0 (it is 0)"),
+        ("recipes/vgg16/initial_weights", {"name": "mlflow", "uri": "models:/vgg@best"}, "uri: an alias moves"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused_with_its_key_and_its_value(raw, path, value, said):
@@ -119,6 +120,12 @@ def test_a_mistake_is_refused_with_its_key_and_its_value(raw, path, value, said)
         parse_params(raw)
     assert said in str(refusal.value)
     assert str(refusal.value).startswith("params.yaml: ")
+
+
+def test_a_study_cannot_be_called_as_a_cell_of_any_grid_is(raw):
+    raw["studies"]["resnet20-sgd-7"] = raw["studies"]["lr-0p5"]
+    with pytest.raises(ResgridError, match=r"studies\.resnet20-sgd-7: that is the name of a cell"):
+        parse_params(raw)
 
 
 def test_a_mistake_in_a_shared_recipe_is_said_once(raw):

@@ -21,6 +21,17 @@ def test_elements_are_dropped_at_the_rate_and_the_others_scaled(rate, dtype):
                                                         and dtype == torch.float32 else 4e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_is_scaled_by_one_over_its_share(rate, dtype):
+    """On the mean; what is left in bf16 is the rounding of the 128 numbers that there are in 1 … 2."""
+    torch.manual_seed(0)
+    x = torch.rand(1_000_000).add(1).to(dtype)
+    y = Dropout(rate)(x)
+    scale = y.double().sum() / x[y != 0].double().sum()
+    assert scale == pytest.approx(1 / (1 - rate), rel=5e-4)
+
+
 def test_the_gradient_passes_where_the_element_did():
     torch.manual_seed(0)
     x = torch.rand(64, 8, 4, 4).add(1).to(memory_format=torch.channels_last).requires_grad_()

@@ -116,7 +116,9 @@ def _read_weights(path: Path) -> None:
 def _good_checkpoint(path: Path) -> None:
     tensors = {"model.weight": torch.arange(300.0), "generator.batches": torch.get_rng_state()}
     epochs = [{"epoch": 1, "step": 3, "train_loss": 2.25}]
-    path.write_bytes(checkpoint.encode(Checkpoint({"cell": "sha256:0"}, "2026-01-01", 2, epochs, tensors)))
+    path.write_bytes(
+        b"".join(checkpoint.encode(Checkpoint({"cell": "sha256:0"}, "2026-01-01", 2, epochs, tensors)))
+    )
 
 
 def _read_checkpoint(path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: P
 
 
 def test_the_images_that_it_names_are_those_that_the_pipeline_reads(image_folder: Path) -> None:
-    source = open_source(image_folder)
+    source = open_source(image_folder, "stretch")
     assert isinstance(source, ImageFolder)
     seen = look_at(image_folder)
     assert (seen.num_train, seen.num_test, seen.class_names) == (12, 6, source.class_names)

@@ -237,6 +237,7 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
     ]  # fmt: skip
     assert spread[1].env == {
         "RESGRID_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "RESGRID_DEVICE": "cuda",  # whatever was asked for: the trainer sees no second card
     }  # fmt: skip
     told = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
     assert [slot.card for slot in told] == ["0", "1", "0"]
@@ -245,6 +246,12 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
         len(slots._on_cards(cards, 100 * gib, num_cells=36, cores=16, slots=None)) == 2
     )  # one each at least
     assert len(slots._on_cards([Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
+
+
+def test_a_device_that_there_is_not_leaves_no_cards(monkeypatch):
+    for name in ("cpu", "cuda:x", "gpu"):
+        monkeypatch.setenv("RESGRID_DEVICE", name)
+        assert slots.cards() == []
 
 
 @pytest.mark.long

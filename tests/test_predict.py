@@ -23,12 +23,14 @@ from resgrid.cli import main
 from resgrid.config import Digits, Preprocess, parse_params
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
-from resgrid.data.sources import draw
+from resgrid.data.sources import draw, open_source
+from resgrid.evaluation import score_file
 from resgrid.grid import expand
 from resgrid.models import build_model
 from resgrid.models.weights import WeightsInfo, load_weights, save_weights
 from resgrid.predict import BATCH, find_pictures, predict
 from resgrid.runs import read_json
+from resgrid.training.engine import score
 from resgrid.training.run import train_cell
 
 CPU = torch.device("cpu")
@@ -279,3 +281,25 @@ def test_weights_that_changed_since_training_are_refused(
     monkeypatch.chdir(tmp_path)
     assert main(["predict", str(inside.pictures), "--model", "resnet20-adam-0"]) == 1
     assert "the file has changed since it was trained" in capsys.readouterr().err
+
+
+def test_score_prepares_images_as_those_that_the_weights_were_trained_on(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / f"images/{split}/{name}").mkdir(parents=True)
+            for i in range(4):
+                wide = numbers.integers(0, 256, (40, 90, 3), dtype=np.uint8)
+                Image.fromarray(wide).save(tmp_path / f"images/{split}/{name}/{i}.png")
+    torch.manual_seed(0)
+    model = build_model("resnet20", 2, 0.0)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    losses = {}
+    for resize in ("stretch", "pad"):
+        info = WeightsInfo(architecture="resnet20", class_names=("a", "b"), mean=mean, std=std, resize=resize)
+        save_weights(tmp_path / f"{resize}.safetensors", model, info)
+        found = score_file(tmp_path / f"{resize}.safetensors", tmp_path / "images", "test", CPU)
+        images = open_source(tmp_path / "images", resize).load("test")
+        assert found == score(model, images, mean, std, CPU)
+        losses[resize] = found.loss
+    assert losses["stretch"] != losses["pad"]

@@ -629,7 +629,7 @@ def test_a_source_is_known_by_its_content_whatever_form_it_has(cifar_archive, im
         tmp_path / "raw",
         tmp_path / "processed",
     ):
-        source = open_source(path)
+        source = open_source(path, "stretch")
         assert source.class_names == meta.class_names
         loaded = source.load("test")
         assert torch.equal(loaded.images, expected.images)
@@ -639,15 +639,17 @@ def test_a_source_is_known_by_its_content_whatever_form_it_has(cifar_archive, im
         tar.extractall(tmp_path, filter="data")
     folders = (tmp_path / "cifar-10-batches-py", cifar_archive.parent)  # one with the archive alone in it
     for path in (cifar_archive, *folders):
-        source = open_source(path)
+        source = open_source(path, "stretch")
         assert source.class_names == ("ant", "bee", "cow", "dog")
         assert source.load("test").labels.tolist() == [i % 4 for i in range(20)]
-        assert torch.equal(source.load("test").images, open_source(cifar_archive).load("test").images)
+        assert torch.equal(
+            source.load("test").images, open_source(cifar_archive, "stretch").load("test").images
+        )
 
 
 def test_an_image_folder_to_score_on_needs_no_training_images(image_folder):
     shutil.rmtree(image_folder / "train")
-    source = open_source(image_folder)
+    source = open_source(image_folder, "stretch")
     assert source.load("test").images.shape == (6, 32, 32, 3)
     with pytest.raises(ResgridError, match="there is no split 'train', only test"):
         source.load("train")
@@ -655,12 +657,12 @@ def test_an_image_folder_to_score_on_needs_no_training_images(image_folder):
 
 def test_what_is_no_source_is_refused(tmp_path, cifar_archive):
     with pytest.raises(ResgridError, match="absent: no such file or folder"):
-        open_source(tmp_path / "absent")
+        open_source(tmp_path / "absent", "stretch")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ResgridError, match="empty: there are no images: an image folder holds"):
-        open_source(tmp_path / "empty")
+        open_source(tmp_path / "empty", "stretch")
     with pytest.raises(ResgridError, match="there is no split 'validation', only train and test"):
-        open_source(cifar_archive).load("validation")
+        open_source(cifar_archive, "stretch").load("validation")
 
 
 @pytest.mark.long

@@ -544,6 +544,8 @@ def test_the_markdown_has_the_same_figures_as_the_page(here, capsys):
 
 
 def test_a_cell_whose_training_failed_is_shown_as_failed_and_why(here, capsys):
+    assert main(["train", "no-weights", "--device", "cuda:99"]) == 1  # before there is anything to log
+    assert "cuda:99: this machine has no such device" in (here / "runs/no-weights/failure.txt").read_text()
     assert main(["train", "no-weights", "--device", "cpu"]) == 1
     capsys.readouterr()
     assert "absent.safetensors" in (here / "runs/no-weights/failure.txt").read_text()

@@ -1123,3 +1123,5 @@ def test_a_taken_port_is_named(pipeline: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ResgridError, match=f"port {port}: .*--port"):
             tracking.serve(port)
+    with pytest.raises(ResgridError, match=r"port 70000: .*0-65535.*--port"):
+        tracking.serve(70_000)

@@ -22,7 +22,8 @@ from resgrid.errors import ResgridError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resgrid.config import Architecture
+    from resgrid.config import Architecture, Params
+    from resgrid.grid import Cell
     from resgrid.predict import Prediction
 
 # The folders of a pipeline, beside its params.yaml.
@@ -277,10 +278,16 @@ def _train(options: argparse.Namespace) -> None:
     params = load_params()
     cell = find_cell(params, options.cell)
 
+    from resgrid.runs import noted_failure
+
+    with noted_failure(RUNS / cell.id):
+        _train_cell(options, params, cell)
+
+
+def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None:
     from resgrid import leftovers, tracking, watch
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
-    from resgrid.runs import noted_failure
     from resgrid.training.allocator import keep_freed_memory
     from resgrid.training.checkpoint import Checkpoints
     from resgrid.training.device import choose_device, choose_execution, device_name
@@ -304,13 +311,14 @@ def _train(options: argparse.Namespace) -> None:
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     with (
-        noted_failure(RUNS / cell.id),
         tracking.live_run(
             params.name, cell, meta, training=checkpoints.digest, resumed_epochs=finished
         ) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
         progress.say(f"{cell.id}  {execution} on {device_name(device)}")
+        if cell.engine.compile == "always" and not execution.compiled:
+            progress.say(f"{cell.id}  is not compiled: there is no C++ compiler with Python's headers here")
         for damaged in checkpoints.refused:
             progress.say(f"{cell.id}  {damaged} The one before it is used.")
         if finished:
@@ -391,6 +399,8 @@ def _cost(options: argparse.Namespace) -> None:
     from resgrid.data.dataset import load_meta
     from resgrid.training.device import choose_device
 
+    if options.images is not None and options.images < 1:
+        raise ResgridError(f"--images {options.images}: there must be at least one.")
     params = load_params()
     num_train = options.images or load_meta(PROCESSED).num_images["train"]
     device = choose_device(options.device)

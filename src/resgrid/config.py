@@ -6,8 +6,9 @@ No field that changes a result has a default: its value stands in `params.yaml`,
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -249,6 +250,12 @@ class MlflowWeights(Strict):
     name: Literal["mlflow"]
     uri: Annotated[str, Field(pattern=r"^(models|runs):/.+")]
 
+    @model_validator(mode="after")
+    def _stays_the_same(self) -> Self:
+        if "@" in self.uri:
+            raise ValueError("uri: an alias moves, unseen by DVC; name the version, as in models:/NAME/3")
+        return self
+
 
 InitialWeights = Annotated[
     RandomWeights | ImageNetWeights | WeightsFile | MlflowWeights, Field(discriminator="name")
@@ -328,6 +335,8 @@ class Params(Strict):
             _check_recipe(f"recipes.{name}", name, recipe)
         for study_name, study in self.studies.items():
             _check_recipe(f"studies.{study_name}", study.architecture, study)
+            if re.fullmatch(rf"({'|'.join(FAMILIES)})-({'|'.join(get_args(OptimizerName))})-\d+", study_name):
+                raise ValueError(f"studies.{study_name}: that is the name of a cell; take another one")
         return self
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
 import torch
 
 from resgrid.config import Params
+from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models import build_model
 from resgrid.progress import duration
@@ -52,7 +54,9 @@ def seconds_per_image(cell: Cell, device: torch.device) -> float:
 def announce(params: Params, num_train: int) -> None:
     """Say on a machine without a GPU, before anything costly runs, what the grid would take."""
     device = choose_device()
-    if device.type == "cpu":
+    with suppress(ResgridError):  # a precision that this CPU has not: the cells are for another machine
+        if device.type != "cpu":
+            return
         print(sentence(estimate(params, num_train, device), device), file=sys.stderr, flush=True)
 
 

@@ -122,7 +122,7 @@ def score_file(weights: Path, data: Path, split: str, device: torch.device) -> S
     The labels are matched to the model's outputs by class name; raises ResgridError if they differ.
     """
     model, info = load_model(weights)
-    source = open_source(data)
+    source = open_source(data, info.resize)
     if set(source.class_names) != set(info.class_names):
         raise ResgridError(
             f"{data}: its classes are {', '.join(source.class_names[:12])}; {weights} knows "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -100,7 +101,8 @@ def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: s
             reasons[pipeline / "data" / aside] = f"data/{whole} is complete"
     if not any(isinstance(cell.recipe.initial_weights, MlflowWeights) for cell in cells):
         for path in (root / ".resgrid" / "weights").glob("*"):
-            reasons[path] = "no cell starts from it"
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:  # or it has just been fetched
+                reasons[path] = "no cell starts from it"
     for path in _damaged(root / ".dvc" / "cache" / "files" / "md5"):
         reasons[path] = "it is damaged: its content is not that of its name"
     return [Leftover(path, size(path), why) for path, why in sorted(reasons.items())]
@@ -109,6 +111,8 @@ def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: s
 def _damaged(cache: Path) -> Iterator[Path]:
     """Files in DVC's cache whose MD5 is not their name. DVC itself never looks: it would hand them out."""
     for path in sorted(cache.glob("??/*")):
+        if not re.fullmatch(r"[0-9a-f]{30}(\.dir)?", path.name):
+            continue  # what DVC is about to rename
         with suppress(OSError), path.open("rb") as file:  # gone meanwhile
             if hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.name.removesuffix(
                 ".dir"

@@ -100,7 +100,7 @@ def init(folder: Path, data: Path) -> str:
 def look_at(data: Path) -> Found:
     """Raises ResgridError for what is neither an image folder nor CIFAR's layout, or has a broken image."""
     try:
-        source = open_source(data)
+        source = open_source(data, "stretch")
         if isinstance(source, ImageFolder):
             source = ImageFolder(data, "stretch")  # both splits must be there
     except ResgridError as error:

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resgrid.config import Augmentation, Triple
-from resgrid.data.dataset import SIDE, Split
+from resgrid.config import (
+    Augmentation,
+    ChannelStatistics,
+    FixedStatistics,
+    Normalization,
+    ScalarStatistics,
+    Triple,
+)
+from resgrid.data.dataset import SIDE, Meta, Split
+from resgrid.errors import ResgridError
 
 
 class Draws(NamedTuple):
@@ -144,3 +152,25 @@ def augment(padded: Tensor, index: Tensor, draws: Draws, augmentation: Augmentat
 def _per_channel(values: Triple, device: torch.device) -> Tensor:
     """(1, 3, 1, 1), on the 0–255 scale."""
     return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def statistics(meta: Meta, normalization: Normalization) -> tuple[Triple, Triple]:
+    """Mean and standard deviation a channel, on the 0–1 scale.
+
+    Raises ResgridError if the images do not vary, so that nothing can be divided by their deviation.
+    """
+    mean: Triple
+    std: Triple
+    match normalization:
+        case ScalarStatistics():
+            mean, std = (meta.scalar_mean,) * 3, (meta.scalar_std,) * 3
+        case ChannelStatistics():
+            mean, std = meta.channel_mean, meta.channel_std
+        case FixedStatistics():
+            mean, std = normalization.mean, normalization.std
+    if min(std) == 0:
+        raise ResgridError(
+            f"normalization {normalization.name}: the training images have the same value everywhere in a "
+            "channel, and a deviation of 0 cannot be divided by. Take scalar or fixed figures."
+        )
+    return mean, std

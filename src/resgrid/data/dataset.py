@@ -20,11 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from resgrid.config import (
-    ChannelStatistics,
-    FixedStatistics,
-    Normalization,
     Resize,
-    ScalarStatistics,
     Strict,
     Triple,
 )
@@ -119,25 +115,3 @@ def load_split(folder: Path, split: str) -> Split:
     assert loaded.labels.shape == (num_images,), loaded.labels.shape
     assert (loaded.images.dtype, loaded.labels.dtype) == (torch.uint8, torch.int64)
     return loaded
-
-
-def statistics(meta: Meta, normalization: Normalization) -> tuple[Triple, Triple]:
-    """Mean and standard deviation a channel, on the 0–1 scale.
-
-    Raises ResgridError if the images do not vary, so that nothing can be divided by their deviation.
-    """
-    mean: Triple
-    std: Triple
-    match normalization:
-        case ScalarStatistics():
-            mean, std = (meta.scalar_mean,) * 3, (meta.scalar_std,) * 3
-        case ChannelStatistics():
-            mean, std = meta.channel_mean, meta.channel_std
-        case FixedStatistics():
-            mean, std = normalization.mean, normalization.std
-    if min(std) == 0:
-        raise ResgridError(
-            f"normalization {normalization.name}: the training images have the same value everywhere in a "
-            "channel, and a deviation of 0 cannot be divided by. Take scalar or fixed figures."
-        )
-    return mean, std

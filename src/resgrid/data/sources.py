@@ -45,7 +45,7 @@ class Source(Protocol):
         """The images of one split; raises ResgridError if it has none or one is broken."""
 
 
-def open_source(path: Path, resize: Resize = "stretch") -> Source:
+def open_source(path: Path, resize: Resize) -> Source:
     """What stands at `path`, by its content: CIFAR batches or an image folder, in a folder or an archive, the
     folder that `download` made of one, or the processed form.
 

@@ -177,8 +177,9 @@ def complete(
 
     params = params_of(cell) | {key: str(metrics[key]) for key in COUNTS}
     new_params = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-    known = {point.step for point in client.get_metric_history(run_id, "learning_rate")}
-    new_epochs = [row for row in epochs if row["epoch"] not in known]
+    known = {point.step: point.value for point in client.get_metric_history(run_id, "train_loss")}
+    # On a GPU an epoch that was trained again after a kill has other figures than those logged before it.
+    new_epochs = [row for row in epochs if known.get(int(row["epoch"])) != row["train_loss"]]
     points = [
         Metric(key, row[key], int(row["time"]), int(row["epoch"]))
         for row in new_epochs
@@ -251,12 +252,13 @@ def _description(metrics: dict[str, Any], timing: dict[str, Any]) -> str:
         f"batch {metrics['batch_size']}, seed {metrics['seed']}, {metrics['approach'].replace('_', ' ')}"
     )
     diverged = f"**Diverged**: {metrics['cause']}\n\n" if metrics["status"] == "diverged" else ""
+    loss = "not finite" if metrics["test_loss"] is None else f"{metrics['test_loss']:.4f}"
     best = ""
     if metrics["best_test_accuracy"] is not None:
         best = f" (best {metrics['best_test_accuracy']:.2%} after epoch {metrics['best_epoch']})"
     return (
         f"{recipe}\n\n{diverged}Test accuracy **{metrics['test_accuracy']:.2%}** after epoch "
-        f"{metrics['epochs']}{best}, test loss {metrics['test_loss']:.4f}; {metrics['num_parameters']:,} "
+        f"{metrics['epochs']}{best}, test loss {loss}; {metrics['num_parameters']:,} "
         f"parameters; trained in {timing['train_seconds']:,.0f} s on {timing['device_name']} "
         f"({timing['precision']})."
     )

@@ -193,8 +193,9 @@ def serve(port: int, name: str | None = None) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ResgridError(f"port {port}: {error.strerror}. Take another one with --port.") from None
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ResgridError(f"port {port}: {why} Take another one with --port.") from None
     print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
     print(f"http://127.0.0.1:{port}{page}", flush=True)
     command = [sys.executable, "-m", *server(uri, port)]

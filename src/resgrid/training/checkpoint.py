@@ -63,6 +63,7 @@ class Checkpoints:
             "code": code_digest(),
             "device": device.type,
             "execution": str(execution),
+            "torch": torch.__version__,
         }
         self.digest = f"sha256:{hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()}"
         stem = f"{cell.id}.{self.digest.removeprefix('sha256:')[:16]}"
@@ -103,12 +104,14 @@ class Checkpoints:
     ) -> list[dict[str, Any]]:
         """Put all of them into the state after the last epoch, if there is one; the epochs so far.
 
-        The number of threads is the earlier start's too: with another, the same sums round differently.
+        On the CPU the number of threads is the earlier start's too, as far as there are cores: with another,
+        the same sums round differently.
         """
         checkpoint, self._latest = self._latest, None
         if checkpoint is None:
             return []
-        torch.set_num_threads(checkpoint.threads)
+        if self._device.type == "cpu":
+            torch.set_num_threads(min(checkpoint.threads, _num_cores()))
         state = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         _restore_optimizer(optimizer, checkpoint.tensors)
@@ -170,7 +173,7 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> None:
         path = self._slots[self._turn]
         try:
-            _replace(path, encode(checkpoint))
+            _replace(path, *encode(checkpoint))
         except OSError as error:
             before = len(checkpoint.epochs) - 1
             raise ResgridError(
@@ -180,8 +183,8 @@ class Checkpoints:
         self._turn = 1 - self._turn
 
 
-def encode(checkpoint: Checkpoint) -> bytes:
-    """The bytes of its file."""
+def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
+    """The parts of its file, one after the other; not joined, for that would be another copy of them."""
     head = {
         "owner": checkpoint.owner,
         "started": checkpoint.started,
@@ -189,8 +192,10 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "epochs": checkpoint.epochs,
     }
     tensors = save_tensors({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
-    content = json.dumps(head, allow_nan=False).encode() + b"\n" + tensors
-    return f"{MAGIC} {hashlib.sha256(content).hexdigest()}\n".encode() + content
+    told = json.dumps(head, allow_nan=False).encode() + b"\n"
+    sha256 = hashlib.sha256(told)
+    sha256.update(tensors)
+    return f"{MAGIC} {sha256.hexdigest()}\n".encode(), told, tensors
 
 
 def read(path: Path) -> Checkpoint:
@@ -205,13 +210,13 @@ def read(path: Path) -> Checkpoint:
         raise ResgridError(f"{path}: it is no checkpoint of this version ({error}).") from None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, *content: bytes) -> None:
     """Write `path` whole or not at all, also if the power is cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -244,6 +249,11 @@ def _restore_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]
                 values[key] = torch.empty_like(parameters[number], requires_grad=False).copy_(value)
     if not present:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _global_generator(device: torch.device) -> torch.Generator:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def choose_device(name: str | None = None) -> torch.device:
     present = ["cpu"]
     if torch.backends.mps.is_available():
         present.insert(0, "mps")
-    present[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():  # a driver that is too old for this torch shows cards, and says so here
+        present[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name == "auto":
         return torch.device(present[0])
     wanted = "cuda:0" if name == "cuda" else name
@@ -89,7 +90,7 @@ def choose_execution(cell: Cell, num_train: int, device: torch.device) -> Execut
     """As the cell's `engine` says; what it leaves to us goes by the whole work of the cell and the machine.
 
     Never by what is cached or left to do, so that a cell gives the same weights whenever it is started.
-    Without a C++ compiler nothing is compiled; where that was asked for, one line on stderr says so.
+    Without a C++ compiler nothing is compiled, also where that was asked for.
     Raises ResgridError as `choose_precision` does.
     """
     precision = choose_precision(cell.engine, device)
@@ -100,20 +101,14 @@ def choose_execution(cell: Cell, num_train: int, device: torch.device) -> Execut
             and cell.family == "cifar_resnet"
             and cell.recipe.epochs * num_train >= COMPILE_FROM_IMAGES
         )
-        return Execution(precision, pays and _has_compiler())
-    if cell.engine.compile == "always" and not _has_compiler():
-        print(
-            "resgrid: engine.compile: always, but this machine has no C++ compiler (g++, clang++, or $CXX), "
-            "so that steps are computed without.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return Execution(precision)
-    return Execution(precision, cell.engine.compile == "always")
+        return Execution(precision, pays and _can_compile())
+    return Execution(precision, cell.engine.compile == "always" and _can_compile())
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+def _can_compile() -> bool:
+    """Whether there is a C++ compiler, and Python's headers, which what torch generates includes."""
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    return has_compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def _has_amx() -> bool:

@@ -36,6 +36,7 @@ from resgrid.training.device import Execution, choose_execution
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 from resgrid.training.schedules import lr_factor
 
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory|STATUS_ALLOC_FAILED"  # torch's, cuDNN's
 SCORING_BATCH = 500  # images; the figures' last digits depend on it
 
 OnStep = Callable[[int, int], None]  # images done in this epoch, images in an epoch
@@ -334,7 +335,7 @@ def _explained_memory_error(cell: Cell, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and not used on the CPU
-        told = re.search(r"[^.\n]*(out of memory|can't allocate memory|not enough memory)[^\n]*", str(error))
+        told = re.search(rf"[^.\n]*({NO_MEMORY})[^\n]*", str(error))
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not told:
             raise
         raise ResgridError(

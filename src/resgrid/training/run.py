@@ -23,7 +23,8 @@ import torch
 
 from resgrid import __version__
 from resgrid.config import ImageNetWeights, MlflowWeights, RandomWeights, WeightsFile
-from resgrid.data.dataset import Meta, Split, load_meta, load_split, statistics
+from resgrid.data.batches import statistics
+from resgrid.data.dataset import Meta, Split, load_meta, load_split
 from resgrid.data.fetch import verify
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
@@ -75,6 +76,7 @@ def train_cell(
     model = build_model(cell.architecture, len(meta.class_names), cell.recipe.dropout)
     load_initial_weights(cell, model, len(meta.class_names), initial_weights_file)
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # without it the next line fails where nothing was on the card yet
         torch.cuda.reset_peak_memory_stats(device)
 
     try:
@@ -235,7 +237,7 @@ def _timing(
 def _peak_memory(device: torch.device) -> int:
     """Bytes: what torch took of a GPU's memory, or else what the process took of the machine's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
