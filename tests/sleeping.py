@@ -119,9 +119,9 @@ class Sleeping:
         assert old in text
         (self.root / path).write_text(text.replace(old, new))
 
-    def change_code(self) -> None:
-        """Make every cell stale in a way that no run cache knows."""
-        (self.root / "code/net.py").write_text(f"depth = {time.time_ns()}\n")
+    def change_code(self, to: str | None = None) -> None:
+        """Make every cell stale; unless told what the code is to be, in a way that no run cache knows."""
+        (self.root / "code/net.py").write_text(f"{to or f'depth = {time.time_ns()}'}\n")
 
     def trained(self) -> list[str]:
         """The stages whose command has run, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from sleeping import Sleeping, sleeping
 
 from tasks.plan import make_plan
-from tasks.reproduce import DVC, Outcome, Pipeline, StageFailed, Stopped, reproduce
+from tasks.reproduce import DVC, DVC_COMMAND, Outcome, Pipeline, StageFailed, Stopped, reproduce
 
 CELL = "resnet20-sgd-0"
 STAGE = f"train@{CELL}"
@@ -285,6 +286,35 @@ def test_a_dvc_at_the_same_stage_is_waited_for_as_long_as_is_allowed(stale):
     assert by_hand.wait(60) == 0
     assert patient.end().did == "nothing"
     assert stale.trained() == [CELL]
+
+
+def test_dvc_lock_is_written_as_dvc_writes_it(repository: Sleeping, tmp_path: Path) -> None:
+    """Its own `repro` in one copy, and ours, which touches only the lines of a stage, in another."""
+    theirs, ours = (
+        Sleeping(shutil.copytree(repository.root, tmp_path / name)) for name in ("theirs", "ours")
+    )
+
+    def locks_after(*stages: str) -> str:
+        for copy, command in ((theirs, ("dvc", "repro")), (ours, (*DVC_COMMAND, "repro"))):
+            done = copy.run(*command, "--single-item", *stages)
+            assert done.returncode == 0, done.stderr
+            assert f"Running stage '{stages[-1]}'" in done.stdout
+            assert "Updating lock file 'dvc.lock'" in done.stdout
+        found, expected = ((copy.root / "dvc.lock").read_text() for copy in (ours, theirs))
+        assert found == expected
+        return found
+
+    for copy in (theirs, ours):
+        copy.change_code("depth = 20")
+    first = locks_after(STAGE, "train@resnet20-adam-0")
+    assert all(f"\n  {stage}:\n" in first for stage in ("preprocess", STAGE, "train@resnet20-adam-0"))
+    for copy in (theirs, ours):
+        copy.change_code("depth = 32")
+    assert locks_after(STAGE) != first  # in its old place
+    for copy in (theirs, ours):  # a line that DVC would keep, and that is left to it
+        lock = copy.root / "dvc.lock"
+        lock.write_text("# by hand\n" + lock.read_text())
+    assert locks_after("train@resnet20-adam-0").startswith("# by hand\n")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
