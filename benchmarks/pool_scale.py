@@ -39,6 +39,8 @@ from prefect.states import Completed, Pending, Running  # noqa: E402
 from sleeping import Sleeping, sleeping  # noqa: E402
 from test_pool import GUARDED, Project, commit  # noqa: E402
 
+from tasks.reproduce import DVC_COMMAND  # noqa: E402
+
 SIX = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10"
 FOUR = "sgd, adam, rmsprop, adagrad"
 
@@ -101,7 +103,8 @@ def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
     stages = [f"train@{cell}" for cell in chosen]
     reference = folder / "reference"
     project.run("git", "clone", "-q", str(origin.root), str(reference))
-    project.run("dvc", "repro", "--single-item", "download", "preprocess", *stages, cwd=reference)
+    command = (*DVC_COMMAND, "repro", "--single-item", "download", "preprocess")
+    project.run(*command, *stages, cwd=reference)
     project.run("dvc", "push", "--run-cache", cwd=reference)
     shutil.rmtree(reference)
 
