@@ -30,6 +30,8 @@ def main() -> int:
     # It gives up after 3 s where it waits for the lock of its rwlock file.
     dvc.rwlock.make_lock = functools.partial(dvc.lock.make_lock, wait=True)
     dvc.dvcfile.Lockfile.dump_stages = dump_stages
+    # One parse of dvc.yaml and dvc.lock for all stages that the command names, and not one for each.
+    dvc.dvcfile.load_file = functools.cache(dvc.dvcfile.load_file)
     if {"--pull", "--run-cache"} & set(sys.argv):
         from dvc.stage.cache import StageCache
 
