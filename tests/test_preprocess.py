@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
 from resgrid import config
-from resgrid.data.dataset import Meta, load_meta, load_split, statistics
+from resgrid.data.batches import statistics
+from resgrid.data.dataset import Meta, load_meta, load_split
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import histograms, moments, preprocess
 from resgrid.data.sources import Digits, draw, open_source, to_square

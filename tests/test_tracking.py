@@ -37,7 +37,7 @@ from resgrid.grid import Cell, expand, find_cell
 from resgrid.models.weights import load_model
 from resgrid.runs import FILES
 from resgrid.tracking import shared
-from resgrid.tracking.store import _is_within_reach
+from resgrid.tracking.store import _is_within_reach, fetch
 from resgrid.training.engine import Epoch
 from resgrid.training.run import train_cell
 
@@ -999,7 +999,10 @@ def test_initial_weights_come_from_a_run_or_from_the_run_behind_a_model(
         "models:/digits-classifier/1",
         "models:/digits-classifier@best",
     ):
-        path = tracking.fetch_weights(MlflowWeights(name="mlflow", uri=uri))
+        if "@" in uri:  # for `--model` alone: what a cell begins with must not move
+            path = fetch(uri, "--model")
+        else:
+            path = tracking.fetch_weights(MlflowWeights(name="mlflow", uri=uri))
         assert path == pipeline.parents[1] / ".resgrid" / "weights" / f"{run.info.run_id}.safetensors"
         assert path.read_bytes() == (trained.folder / "weights.safetensors").read_bytes()
         path.unlink()
