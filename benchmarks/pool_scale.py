@@ -6,6 +6,7 @@ Real PostgreSQL, S3 server, Prefect, MLflow and DVC, as `tests/cluster.py` start
   process that only tells Prefect so stands in for the workers, so what is left is the coordinator's work.
   Beside the clock, the CPU time of the coordinator with its `dvc` commands, of Prefect's server, PostgreSQL
   and the S3 server.
+- recording alone, in a grid of 240 and of 3,000 recorded cells: one command for one cell, and for 21.
 - 12 cells of 10 s on three real workers: what a worker adds to each cell.
 - the model: a simulation of coordinator and workers at those costs.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -50,31 +52,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cells", nargs="*", type=int, default=[24, 100, 240])
-    parser.add_argument("--only", choices=["coordinator", "workers", "model"], help="one part alone")
-    parser.add_argument(
-        "--costs", nargs=3, type=float, metavar=("PLACE", "RECORD", "GROWTH"), help="for the model alone"
-    )
+    parser.add_argument("--cell", type=float, help="what a cell costs, instead of measuring it")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
-    costs = Costs(*options.costs) if options.costs else None
-    if options.only != "model":
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        each = options.cell
+        if each is None:
             cluster = Cluster(Path(folder))
             try:
-                if options.only != "workers":
-                    costs = coordinator(cluster, Path(folder), options.cells)
-                if options.only != "coordinator":
-                    workers(cluster, Path(folder))
+                each = coordinator(cluster, Path(folder), options.cells)
+                workers(cluster, Path(folder))
             finally:
                 cluster.end()
-    if costs and options.only != "workers":
-        model(costs)
+        model(recording(Path(folder), each))
 
 
 # --- measured ---------------------------------------------------------------------------------------
 
 
-def coordinator(cluster: Cluster, folder: Path, sizes: list[int]) -> Costs:
+def coordinator(cluster: Cluster, folder: Path, sizes: list[int]) -> float:
+    """Seconds that a cell costs, at the largest of these sizes."""
     print("\n| cells | by the clock | a cell | coordinator | Prefect | PostgreSQL | S3 |")
     print("|---|---|---|---|---|---|---|")
     fixed = _one(cluster, folder / "0", 4)["clock"]
@@ -84,11 +81,8 @@ def coordinator(cluster: Cluster, folder: Path, sizes: list[int]) -> Costs:
         each.append((found["clock"] - fixed) / (num - 4))
         shares = " | ".join(f"{found[name] / num:.2f} s" for name in ("grid", "prefect", "postgres", "s3"))
         print(f"| {num} | {found['clock']:.0f} s | {each[-1]:.2f} s | {shares} |", flush=True)
-    # a cell's cost = constant + growth x cells in the grid
-    growth, constant = np.polyfit(sizes, each, 1) if len(sizes) > 1 else (0.0, each[0])
-    print(f"\na cell costs {constant:.2f} s, and {1000 * growth:.2f} ms more for each cell of the grid")
-    print(f"(the run with 4 cells, most of it fixed: {fixed:.0f} s)")
-    return Costs(constant / 2, constant / 2, growth)
+    print(f"\n(the run with 4 cells, most of it fixed: {fixed:.0f} s)")
+    return each[-1]
 
 
 def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
@@ -168,6 +162,47 @@ def _children_cpu() -> float:
     return times.children_user + times.children_system
 
 
+def recording(folder: Path, each: float) -> Costs:
+    """What DVC needs to record cells that it has in its cache, in a small and a large grid."""
+    print("\n| cells in dvc.lock | recording one | recording 21 | so a command | and a cell |")
+    print("|---|---|---|---|---|")
+    found = []
+    for num_seeds in (10, 125):
+        one, many = _record(folder / f"r{num_seeds}", num_seeds)
+        num, cell = 24 * num_seeds, (many - one) / 20
+        found.append((num, one - cell, cell))
+        print(f"| {num:,} | {one:.2f} s | {many:.2f} s | {one - cell:.2f} s | {cell:.2f} s |", flush=True)
+    (few, command, cell), (lots, command_there, cell_there) = found
+    growth, command_growth = (cell_there - cell) / (lots - few), (command_there - command) / (lots - few)
+    return Costs(each / 2, each / 2, growth, command - command_growth * few, command_growth)
+
+
+def _record(folder: Path, num_seeds: int) -> tuple[float, float]:
+    """Seconds for one cell and for 21, each the least of three, among 24 cells for each seed."""
+    origin = sleeping(folder / "origin", SIX, FOUR, ", ".join(str(seed) for seed in range(num_seeds)))
+    first = [f"train@{cell}" for cell in _cells(origin) if cell.endswith("-0")]
+    command = (*DVC_COMMAND, "repro", "--single-item")
+    done = origin.run(*command, "download", "preprocess", *first)
+    assert done.returncode == 0, done.stderr
+    # The entries of the other seeds are those of the first with another name: recording only carries them.
+    lock = origin.root / "dvc.lock"
+    head, *blocks = re.split(r"^(?=  \S)", lock.read_text(), flags=re.MULTILINE)
+    trained = [block for block in blocks if block.startswith("  train@")]
+    rest = [block for block in blocks if block not in trained]
+    for seed in range(1, num_seeds):
+        rest += [re.sub(r"(resnet\d+-[a-z]+)-0", rf"\1-{seed}", block) for block in trained]
+
+    def seconds(stages: list[str]) -> float:
+        kept = [block for block in trained if block.partition(":")[0].strip() not in stages]
+        lock.write_text(head + "".join(rest + kept))
+        began = time.perf_counter()
+        done = origin.run(*command, *stages)
+        assert done.stdout.count("is cached - skipping run") == len(stages), done.stdout + done.stderr
+        return time.perf_counter() - began
+
+    return min(seconds(first[:1]) for _ in range(3)), min(seconds(first[:21]) for _ in range(3))
+
+
 def workers(cluster: Cluster, folder: Path) -> None:
     """12 cells of 10 s on three workers, each in a clone of its own: ideally 40 s."""
     origin = sleeping(folder / "w" / "origin", SIX, "sgd, adam")
@@ -196,7 +231,8 @@ class Costs:
     place: float  # a cell
     record: float  # a cell
     growth: float  # more of recording, for each cell of the grid
-    command: float = 3.0  # each `dvc repro --pull`, for however many cells
+    command: float  # each `dvc repro --pull`, for however many cells
+    command_growth: float  # more of it, for each cell of the grid
 
 
 def model(costs: Costs, overhead: float = 15.5) -> None:
@@ -233,7 +269,7 @@ def simulate(costs: Costs, cells: int, slots: int, length: float, overhead: floa
     while recorded < cells:
         clock = max(clock, ends[recorded])
         batch = int(np.searchsorted(ends, clock, side="right")) - recorded
-        work = costs.command + batch * (costs.record + costs.growth * cells)
+        work = costs.command + costs.command_growth * cells + batch * (costs.record + costs.growth * cells)
         clock, busy, recorded = clock + work, busy + work, recorded + batch
     return clock, busy
 
