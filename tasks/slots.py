@@ -13,13 +13,16 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from resgrid.config import Architecture
 from resgrid.errors import ResgridError
 
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kubernetes set it
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
@@ -116,8 +119,14 @@ def _on_cards(devices: list[Card], each: int, num_cells: int, cores: int, slots:
 
 
 def num_cores() -> int:
-    """Cores that this process may use; torch, too, takes one thread a physical core."""
+    """Cores that this process may use; torch, too, takes one thread a physical core.
+
+    In a container that is as many as its limit of CPU time is worth, for threads beyond it only wait.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no Linux, or no limit, which reads `max 100000`
+        microseconds, period = CPU_LIMIT.read_text().split()
+        allowed = min(allowed, int(microseconds) // int(period))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 

@@ -248,6 +248,18 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
     assert len(slots._on_cards([Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
 
 
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("max 100000", 64), ("300000 100000", 3), ("250000 100000", 2), ("50000 100000", 1)]
+)
+def test_a_containers_limit_counts_as_its_cores(limit, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(slots.os, "sched_getaffinity", lambda process: range(64))
+    monkeypatch.setattr(slots.psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(slots, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert slots.num_cores() == 64  # there is no limit
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert slots.num_cores() == cores
+
+
 def test_a_device_that_there_is_not_leaves_no_cards(monkeypatch):
     for name in ("cpu", "cuda:x", "gpu"):
         monkeypatch.setenv("RESGRID_DEVICE", name)
