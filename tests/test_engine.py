@@ -530,15 +530,19 @@ def test_what_is_compiled_goes_by_the_work_of_the_cell_and_the_machine(monkeypat
     assert not devices.choose_execution(enough, 50_000, CPU).compiled
 
 
-def test_without_a_compiler_or_pythons_headers_steps_are_eager(monkeypatch):
+def test_without_a_compiler_or_pythons_headers_steps_are_eager(monkeypatch, tmp_path):
+    """Both are looked for where they would be; none is run here, so files of those names will do."""
     asked = cell(compile="always")
-    if not devices.choose_execution(asked, 48, CPU).compiled:
-        pytest.skip("this machine has no compiler with Python's headers")
-    with monkeypatch.context() as without:
-        without.setattr(devices.sysconfig, "get_path", lambda name: "/nowhere")
-        assert not devices.choose_execution(asked, 48, CPU).compiled
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert not devices.choose_execution(asked, 48, CPU).compiled
+    (tmp_path / "g++").touch(mode=0o755)
+    assert not devices.choose_execution(asked, 48, CPU).compiled
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/Python.h").touch()
+    assert devices.choose_execution(asked, 48, CPU).compiled
+    (tmp_path / "g++").unlink()
     assert not devices.choose_execution(asked, 48, CPU).compiled
 
 
