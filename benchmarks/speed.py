@@ -97,7 +97,7 @@ def standard(architecture: str, what: str, batches: int) -> None:
 
 
 def ours(architecture: str, what: str, batches: int) -> None:
-    from resgrid.training.allocator import keep_freed_memory
+    from resgrid.allocator import keep_freed_memory
 
     keep_freed_memory()
     import torch

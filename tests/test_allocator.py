@@ -10,7 +10,7 @@ import pytest
 
 FREES_A_BLOCK = """
 import ctypes, psutil, sys
-from resgrid.training.allocator import keep_freed_memory
+from resgrid.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)

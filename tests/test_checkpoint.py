@@ -25,7 +25,8 @@ from conftest import SmallDisks
 from ruamel.yaml import YAML
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
-from resgrid import tracking
+from resgrid import checkpoint, tracking
+from resgrid.checkpoint import Checkpoints
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
@@ -38,11 +39,8 @@ from resgrid.leftovers import (
     find_leftovers,
     forget_recorded,
 )
-from resgrid.training import checkpoint
-from resgrid.training.checkpoint import Checkpoints
-from resgrid.training.device import Execution
+from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
-from resgrid.training.run import train_cell
 
 ROOT = Path(__file__).parents[1]
 SAME = ["history.csv", "metrics.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
@@ -66,7 +64,7 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     return smaller(folder, tmp_path_factory.mktemp("few") / "processed", train=32, test=16, validation=16)
 
 
-PLAIN = Execution(torch.float32)
+PLAIN = "fp32, eager"
 
 
 def start(trained: Cell, data: Path, kept: Path) -> Checkpoints:
@@ -234,7 +232,7 @@ def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path)
     assert found(trained.model_copy(update={"seed": 1})) == 0
     assert found(cell(epochs=3, **LIVELY | {"time_decay": 0.1})) == 0
     assert found(trained, "sha256:" + 64 * "0") == 0
-    compiled = Execution(torch.float32, compiled=True)
+    compiled = "fp32, compiled"
     assert Checkpoints(tmp_path, trained, digest, CPU, compiled).num_epochs == 0
     # Also under the name of a file that is ours: the owner stands inside.
     other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU, PLAIN)

@@ -22,7 +22,7 @@ from resgrid.config import Architecture
 from resgrid.convert import CIFAR10_CLASSES, import_keras, import_torch
 from resgrid.errors import ResgridError
 from resgrid.models import Classifier, build_model
-from resgrid.models.weights import load_model
+from resgrid.weights import load_model
 
 UNITS: dict[Architecture, int] = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 VGG16_CONVOLUTIONS = [f"conv{block}_{i + 1}" for block, n in enumerate([2, 2, 3, 3, 3], 1) for i in range(n)]

@@ -20,7 +20,7 @@ from resgrid.data.sources import Digits
 from resgrid.errors import ResgridError
 from resgrid.export import export
 from resgrid.models import build_model
-from resgrid.models.weights import METADATA_KEY, WeightsInfo, load_model, load_weights, save_weights
+from resgrid.weights import METADATA_KEY, WeightsInfo, load_model, load_weights, save_weights
 
 DIGITS = tuple("0123456789")
 

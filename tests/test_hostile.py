@@ -26,14 +26,14 @@ from PIL import Image
 from test_archives import BATCH, FILES, write_tar, write_zip
 from test_convert import _keras_file, _random_model
 
+from resgrid import checkpoint
+from resgrid.checkpoint import Checkpoint
 from resgrid.convert import import_keras, import_torch
 from resgrid.data.archives import contents, load_pickle, names
 from resgrid.data.sources import ImageFolder
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
-from resgrid.models.weights import WeightsInfo, load_weights, save_weights
-from resgrid.training import checkpoint
-from resgrid.training.checkpoint import Checkpoint
+from resgrid.weights import WeightsInfo, load_weights, save_weights
 
 ROOT = Path(__file__).parents[1]
 MAX_SECONDS = 5.0  # for one input, on a busy machine

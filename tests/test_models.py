@@ -18,9 +18,9 @@ from resgrid.errors import ResgridError
 from resgrid.models import build_model
 from resgrid.models.cifar_resnet import Unit
 from resgrid.models.dropout import Dropout
-from resgrid.models.summary import count_parameters, summarize
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.models.wide_resnet import Block
+from resgrid.summary import count_parameters, summarize
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 

@@ -27,11 +27,11 @@ from resgrid.data.sources import draw, open_source
 from resgrid.evaluation import score_file
 from resgrid.grid import expand
 from resgrid.models import build_model
-from resgrid.models.weights import WeightsInfo, load_weights, save_weights
 from resgrid.predict import BATCH, find_pictures, predict
 from resgrid.runs import read_json
+from resgrid.train import train_cell
 from resgrid.training.engine import score
-from resgrid.training.run import train_cell
+from resgrid.weights import WeightsInfo, load_weights, save_weights
 
 CPU = torch.device("cpu")
 PARAMS = {

@@ -27,9 +27,9 @@ from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
-from resgrid.models.weights import load_model
 from resgrid.predict import probabilities
-from resgrid.training.run import train_cell
+from resgrid.train import train_cell
+from resgrid.weights import load_model
 
 pytestmark = [
     # MLflow uses what SQLAlchemy 2.1 deprecates, and warns of a type of its own.

@@ -45,7 +45,7 @@ from resgrid.report.statistics import (
 )
 from resgrid.report.tables import studies as studies_table
 from resgrid.runs import noted_failure
-from resgrid.training.run import train_cell
+from resgrid.train import train_cell
 
 ROOT = load_params(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")

@@ -19,10 +19,11 @@ from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, find_cell
 from resgrid.models import build_model
-from resgrid.models.summary import summarize
-from resgrid.models.weights import WeightsInfo, load_model, load_weights, save_weights
+from resgrid.summary import summarize
+from resgrid.train import train_cell
 from resgrid.training.engine import Epoch, Outcome, score, stream_seed
-from resgrid.training.run import load_initial_weights, train_cell
+from resgrid.training.initial import load_initial_weights
+from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights
 
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")

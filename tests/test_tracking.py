@@ -34,12 +34,12 @@ from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand, find_cell
-from resgrid.models.weights import load_model
 from resgrid.runs import FILES
 from resgrid.tracking import shared
 from resgrid.tracking.store import _is_within_reach, fetch
+from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
-from resgrid.training.run import train_cell
+from resgrid.weights import load_model
 
 pytestmark = [
     # MLflow uses what SQLAlchemy 2.1 deprecates.

@@ -13,7 +13,7 @@ from torch import Tensor
 from resgrid.config import Architecture
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
-from resgrid.models.weights import WeightsInfo, load_model, load_weights, save_weights
+from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights
 
 INFO = WeightsInfo(
     architecture="resnet20",

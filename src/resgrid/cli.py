@@ -286,12 +286,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None:
     from resgrid import leftovers, tracking, watch
+    from resgrid.allocator import keep_freed_memory
+    from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
-    from resgrid.training.allocator import keep_freed_memory
-    from resgrid.training.checkpoint import Checkpoints
+    from resgrid.train import train_cell
     from resgrid.training.device import choose_device, choose_execution, device_name
-    from resgrid.training.run import train_cell
 
     watch.watch()
     keep_freed_memory()
@@ -305,7 +305,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     if options.afresh:
         leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
     execution = choose_execution(cell, meta.num_images["train"], device)
-    checkpoints = Checkpoints(kept, cell, meta.digest, device, execution)
+    checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution))
     with tracking.shared_checkpoints(params.name, cell, checkpoints.digest, kept) as others:
         elsewhere = [checkpoints.adopt(path) for path in others]
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
@@ -517,9 +517,9 @@ def _worker(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from resgrid import tracking
-    from resgrid.models.weights import load_model
     from resgrid.predict import find_pictures, predict
     from resgrid.training.device import choose_device
+    from resgrid.weights import load_model
 
     if options.top < 1:
         raise ResgridError(f"--top {options.top}: there must be at least one class.")
@@ -596,7 +596,7 @@ def _summary(options: argparse.Namespace) -> None:
     if options.num_classes < 1:
         raise ResgridError(f"--num-classes {options.num_classes}: there must be at least one class.")
 
-    from resgrid.models.summary import summarize
+    from resgrid.summary import summarize
 
     summary = summarize(architecture, options.num_classes)
     print(json.dumps(summary.as_dict(), indent=2) if options.json else summary.table())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from resgrid.config import FAMILIES, Architecture, Triple
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
-from resgrid.models.weights import WeightsInfo, check_shapes, expected_shapes, save_weights
+from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, save_weights
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

@@ -18,9 +18,9 @@ from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.models.weights import load_model
 from resgrid.runs import FAILURE, WEIGHTS, read_history, read_json, verify_weights
 from resgrid.training.engine import Scores, score
+from resgrid.weights import load_model
 
 Status = Literal["completed", "diverged", "missing"]
 

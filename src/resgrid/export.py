@@ -20,8 +20,8 @@ from torch import Tensor
 
 from resgrid.data.dataset import SIDE, load_split
 from resgrid.errors import ResgridError
-from resgrid.models.weights import METADATA_KEY, WeightsInfo, load_model, save_weights
 from resgrid.predict import Predictor
+from resgrid.weights import METADATA_KEY, WeightsInfo, load_model, save_weights
 
 Format = Literal["onnx", "pt2", "pt", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)

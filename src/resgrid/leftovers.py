@@ -1,6 +1,6 @@
 """What interrupted and former work has left on the disk, what of it may go, and what the rest takes.
 
-Checkpoints (see `training/checkpoint.py`) lie in `.resgrid/checkpoints/<pipeline>` in the project's root:
+Checkpoints (see `checkpoint.py`) lie in `.resgrid/checkpoints/<pipeline>` in the project's root:
 `<cell>.<digest of the training>.0` and `.1`, and `.done` once its files are written. They stay until dvc.lock
 lists those files.
 """

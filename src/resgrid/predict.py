@@ -25,7 +25,7 @@ from resgrid.data.batches import in_order
 from resgrid.data.dataset import Split
 from resgrid.data.sources import OTHER_SUFFIXES, decode, no_bombs
 from resgrid.errors import ResgridError
-from resgrid.models.weights import WeightsInfo
+from resgrid.weights import WeightsInfo
 
 BATCH = 64  # pictures in memory at once, at 3 kB each
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # what Pillow leaves to other programs

@@ -277,8 +277,8 @@ def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from resgrid.models.weights import load_model
     from resgrid.predict import Predictor
+    from resgrid.weights import load_model
 
     client, run_id = store.client, run.info.run_id
     outputs = run.outputs.model_outputs if run.outputs else []

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from resgrid.data.dataset import Split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
-from resgrid.training.checkpoint import Checkpoints
 from resgrid.training.device import Execution, choose_execution
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 from resgrid.training.schedules import lr_factor
@@ -40,6 +39,24 @@ NO_MEMORY = "out of memory|can't allocate memory|not enough memory|STATUS_ALLOC_
 SCORING_BATCH = 500  # images; the figures' last digits depend on it
 
 OnStep = Callable[[int, int], None]  # images done in this epoch, images in an epoch
+
+
+class Checkpoints(Protocol):
+    """Where a training's state is kept after each epoch, so that it can go on from there."""
+
+    def restore(
+        self, model: nn.Module, optimizer: optim.Optimizer, draws: torch.Generator
+    ) -> list[dict[str, Any]]:
+        """Put all of them into the state after the last epoch kept; the fields of each `Epoch` so far."""
+
+    def save(
+        self,
+        epochs: Sequence[Mapping[str, Any]],
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        draws: torch.Generator,
+    ) -> None:
+        """Keep the state after the last of `epochs`."""
 
 
 @dataclass(frozen=True, kw_only=True)

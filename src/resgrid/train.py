@@ -22,19 +22,18 @@ from typing import Any
 import torch
 
 from resgrid import __version__
-from resgrid.config import ImageNetWeights, MlflowWeights, RandomWeights, WeightsFile
+from resgrid.checkpoint import Checkpoints
+from resgrid.config import MlflowWeights, WeightsFile
 from resgrid.data.batches import statistics
 from resgrid.data.dataset import Meta, Split, load_meta, load_split
-from resgrid.data.fetch import verify
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.models import Classifier, build_model
-from resgrid.models.summary import count_parameters, summarize
-from resgrid.models.vgg import imagenet_vgg16_base
-from resgrid.models.weights import WeightsInfo, load_weights, save_weights
-from resgrid.training.checkpoint import Checkpoints
+from resgrid.models import Classifier
+from resgrid.summary import count_parameters, summarize
 from resgrid.training.device import choose_execution, device_name
-from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit, recipe_key, stream_seed
+from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit
+from resgrid.training.initial import initial_model
+from resgrid.weights import WeightsInfo, save_weights
 
 HISTORY = (
     "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
@@ -72,9 +71,7 @@ def train_cell(
         mean=mean,
         std=std,
     )
-    torch.manual_seed(stream_seed(cell.seed, "weights"))
-    model = build_model(cell.architecture, len(meta.class_names), cell.recipe.dropout)
-    load_initial_weights(cell, model, len(meta.class_names), initial_weights_file)
+    model = initial_model(cell, len(meta.class_names), initial_weights_file)
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # without it the next line fails where nothing was on the card yet
         torch.cuda.reset_peak_memory_stats(device)
@@ -105,41 +102,6 @@ def train_cell(
             f"{run_folder}: cannot be written: {error.strerror}. Check the folder and the space on its disk."
         ) from None
     return outcome
-
-
-def load_initial_weights(
-    cell: Cell, model: Classifier, num_classes: int, fetched: Path | None = None
-) -> None:
-    """Put what the recipe starts from into `model`, which comes with weights drawn at random.
-
-    From a file with another number of classes the base alone is taken; the head stays as it was drawn.
-    """
-    key = f"{recipe_key(cell)}.initial_weights"
-    match cell.recipe.initial_weights:
-        case RandomWeights():
-            return
-        case ImageNetWeights():
-            imagenet_vgg16_base(model)
-            return
-        case WeightsFile(path=path, checksum=checksum):
-            file = Path(path)
-            if not file.is_file():
-                raise ResgridError(f"{key}.path: there is no file {path} in {Path.cwd()}.")
-            verify(file, checksum, f"Bring back the file that was meant, or write this into {key}.checksum.")
-        case MlflowWeights():
-            assert fetched is not None, "the caller fetches weights from MLflow"
-            file = fetched
-    info, tensors = load_weights(file)
-    if info.architecture != cell.architecture:
-        raise ResgridError(
-            f"{key}: {file} holds weights of {info.architecture}, but this cell trains {cell.architecture}; "
-            f"take a file of {cell.architecture}."
-        )
-    if len(info.class_names) == num_classes:
-        model.load_state_dict(tensors)
-    else:
-        base = {name.removeprefix("base."): t for name, t in tensors.items() if name.startswith("base.")}
-        model.base.load_state_dict(base)
 
 
 def _load_checked(folder: Path, name: str, meta: Meta) -> Split:

@@ -31,7 +31,6 @@ from torch import Tensor, nn, optim
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.leftovers import code_digest
-from resgrid.training.device import Execution
 
 MAGIC = "resgrid checkpoint 1"
 
@@ -55,14 +54,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, cell: Cell, data_digest: str, device: torch.device, execution: Execution
+        self, folder: Path, cell: Cell, data_digest: str, device: torch.device, execution: str
     ) -> None:
+        """`execution` says how steps are computed, such as `bf16, eager`."""
         self.owner = {
             "cell": cell.digest,
             "data": data_digest,
             "code": code_digest(),
             "device": device.type,
-            "execution": str(execution),
+            "execution": execution,
             "torch": torch.__version__,
         }
         self.digest = f"sha256:{hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()}"
