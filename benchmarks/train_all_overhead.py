@@ -122,7 +122,7 @@ def recorded(repository: Sleeping) -> Sleeping:
         entry = json.loads(one.replace("resnet20-sgd-0", cell))
         made = entry["params"]["params.yaml"] = {"engine": params["engine"]}
         made[f"recipes.{architecture}"] = params["recipes"][architecture]
-        made[f"learning_rates.{architecture}.{optimizer}"] = params["learning_rates"][architecture][optimizer]
+        made[f"tuning.{architecture}.{optimizer}"] = params["tuning"][architecture][optimizer]
         made[f"optimizers.{optimizer}"] = params["optimizers"][optimizer]
         file = repository.root / f"runs/{cell}/weights"
         file.parent.mkdir(parents=True, exist_ok=True)

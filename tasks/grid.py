@@ -26,8 +26,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from resgrid import watch
-from resgrid.errors import ResgridError
-from resgrid.grid import suggest
+from resgrid.errors import ResgridError, suggest
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import duration
 from tasks.order import DATA_STAGES, Order

@@ -29,11 +29,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
 from resgrid import tracking, watch
-from resgrid.commit import git_commit
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.progress import duration
+from resgrid.provenance import git_commit
 from tasks import order as orders
 from tasks.order import Order
 from tasks.pool import BEAT_SECONDS, PASSING, RECORD_ONLY, REFUSED, make_pool

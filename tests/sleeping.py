@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from resgrid.edit import assign
+
 ROOT = Path(__file__).parents[1]
-NO_STUDIES = "studies: {}\n"
 
 STAGES = """
 stages:
@@ -37,7 +38,7 @@ stages:
     deps: [data/processed, code]
     params:
       - recipes.${item.architecture}
-      - learning_rates.${item.architecture}.${item.optimizer}
+      - tuning.${item.architecture}.${item.optimizer}
       - optimizers.${item.optimizer}
       - engine
     outs:
@@ -119,6 +120,11 @@ class Sleeping:
         assert old in text
         (self.root / path).write_text(text.replace(old, new))
 
+    def set(self, *assignments: str) -> None:
+        """As `resgrid set` does."""
+        path = self.root / "params.yaml"
+        path.write_text(assign(path.read_text(), assignments))
+
     def change_code(self, to: str | None = None) -> None:
         """Make every cell stale; unless told what the code is to be, in a way that no run cache knows."""
         (self.root / "code/net.py").write_text(f"{to or f'depth = {time.time_ns()}'}\n")
@@ -131,13 +137,12 @@ class Sleeping:
 
 def sleeping(root: Path, architectures: str, optimizers: str, seeds: str = "0") -> Sleeping:
     """A new one in `root`; its params are those of the project, with this grid and no studies."""
-    params = (ROOT / "params.yaml").read_text()
-    before, _, rest = params.partition("grid:\n")
-    recipes = rest[rest.index("# How each architecture") : rest.index("studies:\n")]
-    grid = f"grid: {{architectures: [{architectures}], optimizers: [{optimizers}], seeds: [{seeds}]}}\n"
+    grid = {"architectures": architectures, "optimizers": optimizers, "seeds": seeds}
+    lists = [f"grid.{key}=[{items}]" for key, items in grid.items()]
+    params = assign((ROOT / "params.yaml").read_text(), [*lists, "studies={}"])
     for folder in ("behave", "code"):
         (root / folder).mkdir(parents=True)
-    (root / "params.yaml").write_text(before + grid + recipes + NO_STUDIES + rest[rest.index("engine:\n") :])
+    (root / "params.yaml").write_text(params)
     (root / "dvc.yaml").write_text(STAGES)
     (root / "work.sh").write_text(WORK)
     (root / "trainer.py").write_text(TRAINER)

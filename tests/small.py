@@ -15,13 +15,15 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from resgrid.edit import assign
+
 ROOT = Path(__file__).parents[1]
 
 RECIPE = """
     epochs: {epochs}
     batch_size: {batch_size}
     schedule: {{name: constant}}
-    warmup: null
+    warmup: {{steps: 0, factor: 1.0}}
     time_decay: 0.0
     weight_decay: 0.0
     decay_norm_and_bias: false
@@ -36,9 +38,13 @@ data: {data}
 preprocess: {{resize: stretch, validation_fraction: {validation}, training_fraction: 1.0, seed: 0}}
 grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}}}
 recipes:
-  resnet20: &recipe{recipe}
-learning_rates:
-  resnet20: {{sgd: 0.05, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2}}
+  resnet20:{recipe}
+tuning:
+  resnet20:
+    sgd: {{lr: 0.05}}
+    adam: {{lr: 0.001}}
+    rmsprop: {{lr: 0.001}}
+    adagrad: {{lr: 0.01}}
 optimizers:
   sgd: {{momentum: 0.9, nesterov: true}}
   adam: {{betas: [0.9, 0.999], eps: 1.0e-8}}
@@ -48,13 +54,11 @@ studies: {studies}
 engine: {{precision: fp32, compile: never, scored_epochs: all}}
 """
 STUDIES = """
-  too-fast: {<<: *recipe, architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}
+  too-fast: {architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}
   no-weights:
-    <<: *recipe
     architecture: resnet20
     optimizer: sgd
     seed: 0
-    lr: 0.05
     initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}"""
 SMALL = PARAMS.format(
     data="{source: image-folder, location: images, checksum: null}",
@@ -119,6 +123,11 @@ class Project:
             | {f"tags.{key}": value for key, value in run.data.tags.items()}
             for run in self.mlflow.search_runs([experiment.experiment_id])
         )
+
+    def set(self, *assignments: str) -> None:
+        """As `resgrid set` does."""
+        path = self.root / "params.yaml"
+        path.write_text(assign(path.read_text(), assignments))
 
     def edit(self, path: str, old: str, new: str) -> None:
         file = self.root / path

@@ -34,16 +34,16 @@ from resgrid.grid import Cell, find_cell
 from resgrid.leftovers import (
     CODE,
     checkpoint_folder,
-    code_digest,
     delete,
     find_leftovers,
     forget_recorded,
 )
+from resgrid.provenance import code_digest
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
 
 ROOT = Path(__file__).parents[1]
-SAME = ["history.csv", "metrics.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
+SAME = ["history.csv", "run.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
 # Augmentation and a schedule: the streams of random numbers and the counters are in use.
 LIVELY = {
     "schedule": {"name": "cosine", "final_factor": 0.0},
@@ -308,6 +308,7 @@ stages:
     outs:
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/history.csv
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/metrics.json
+      - runs/${item.architecture}-${item.optimizer}-${item.seed}/run.json
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/summary.txt
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/timing.json
       - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights.safetensors

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from resgrid.config import load_params, parse_params
+from resgrid.config import Constant, Sgd, load_params, parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 
@@ -18,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def raw() -> dict[str, Any]:
-    # a copy through deepcopy keeps aliases: what several keys share stays shared
-    return copy.deepcopy(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+    params: dict[str, Any] = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    return params
 
 
 def change(raw: dict[str, Any], path: str, value: object) -> None:
@@ -85,7 +84,7 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
     ("path", "value", "said"),
     [
         ("lerning", 1, "lerning: unknown key"),
-        ("recipes/resnet20/epoch", 1, "recipes.resnet20.epoch: unknown key"),
+        ("recipes/resnet20/epoch", 1, "recipes.resnet20.epoch: unknown key. Check its spelling"),
         ("recipes/resnet20/epochs", 0, "recipes.resnet20.epochs: must be greater than or equal to 1 (it is 0)"),
         ("recipes/resnet20/epochs", 1.5, "recipes.resnet20.epochs: must be a valid integer (it is 1.5)"),
         ("recipes/resnet20/epochs", True, "recipes.resnet20.epochs: must be a valid integer (it is true)"),
@@ -97,9 +96,18 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("recipes/resnet20/schedule/factor", 2.0, "schedule.factor: must be less than or equal to 1 (it is 2.0)"),
         ("recipes/resnet10/initial_weights/name", "imagenet", "imagenet weights exist for vgg16 only"),
         ("recipes/resnet21", {}, "recipes.resnet21: must be 'resnet20'"),
-        ("learning_rates/resnet20/sgd", "1e-3", "learning_rates.resnet20.sgd: must be a valid number; it is text"),
-        ("learning_rates/resnet20/sgd", -0.1, "learning_rates.resnet20.sgd: must be greater than 0 (it is -0.1)"),
-        ("learning_rates/resnet20/sgd", float("nan"), "learning_rates.resnet20.sgd: must be a finite number"),
+        ("tuning/resnet20/sgd/lr", "1e-3", "tuning.resnet20.sgd.lr: must be a valid number; it is text"),
+        ("tuning/resnet20/sgd/lr", -0.1, "tuning.resnet20.sgd.lr: must be greater than 0 (it is -0.1)"),
+        ("tuning/resnet20/sgd/lr", float("nan"), "tuning.resnet20.sgd.lr: must be a finite number"),
+        ("tuning/resnet20/sgd", {"nesterov": True}, "tuning.resnet20.sgd.lr: this key is missing"),
+        ("tuning/resnet20/sgd", {"lr": 0.1}, "optimizers.sgd.nesterov: this key is missing"),
+        ("tuning/resnet20/sgd/momentum", 0.5, "tuning.resnet20.sgd.momentum: stands in optimizers.sgd too"),
+        ("tuning/resnet20/sgd/nestrov", True, "tuning.resnet20.sgd.nestrov: unknown key"),
+        ("tuning/resnet20/sdg", {"lr": 0.1}, "tuning.resnet20.sdg: must be 'sgd', 'adam', 'rmsprop' or 'adagrad'; did you mean sgd?"),
+        ("tuning/resnet21", {}, "tuning.resnet21: must be 'resnet20', 'resnet32'"),
+        ("optimizers/adam/eps", 0, "optimizers.adam.eps: must be greater than 0 (it is 0)"),
+        ("optimizers/adam/esp", 1e-8, "optimizers.adam.esp: unknown key"),
+        ("optimizers/adamw", {}, "optimizers.adamw: must be 'sgd', 'adam', 'rmsprop' or 'adagrad'; did you mean adam?"),
         ("grid/architectures", ["resnet21"], "grid.architectures.0: must be 'resnet20'"),
         ("grid/optimizers", [], "grid.optimizers: Tuple should have at least 1 item"),
         ("grid/seeds", [0, 0], "grid: seeds holds a value twice"),
@@ -111,6 +119,13 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("optimizers/sgd/momentum", 0.0, "optimizers.sgd: nesterov needs a momentum above 0"),
         ("name", "a/b", "name: String should match pattern"),
         ("studies/lr-0p5/lr", 0, "studies.lr-0p5.lr: must be greater than 0 (it is 0)"),
+        ("studies/lr-0p5/epoch", 3, "studies.lr-0p5.epoch: unknown key; did you mean epochs or approach?"),
+        ("studies/lr-0p5/eps", -1.0, "studies.lr-0p5.eps: must be greater than 0 (it is -1.0)"),
+        ("studies/lr-0p5/momentum", 0.9, "studies.lr-0p5.momentum: unknown key"),
+        ("studies/lr-0p5/dropout", [0.1, 0.2, 0.3], "studies.lr-0p5.dropout: resnet10 takes one rate, not three"),
+        ("studies/lr-0p5/architecture", "resnet9", "studies.lr-0p5.architecture: must be 'resnet20'"),
+        ("studies/lr-0p5/optimizer", "adm", "or 'adagrad'; did you mean adam? (it is \"adm\")"),
+        ("studies/lr-0p5", {"optimizer": "adam", "seed": 0}, "studies.lr-0p5.architecture: this key is missing"),
         ("recipes/vgg16/initial_weights", {"name": "mlflow", "uri": "models:/vgg@best"}, "uri: an alias moves"),
     ],
 )  # fmt: skip
@@ -128,18 +143,47 @@ def test_a_study_cannot_be_called_as_a_cell_of_any_grid_is(raw):
         parse_params(raw)
 
 
-def test_a_mistake_in_a_shared_recipe_is_said_once(raw):
-    raw["recipes"]["resnet20"]["epochs"] = 0  # resnet32, 44 and 56 are aliases of it
-    with pytest.raises(ResgridError) as refusal:
-        parse_params(raw)
-    assert str(refusal.value).count("\n") == 0
-    assert "the same at 3 more" in str(refusal.value)
-
-
 def test_an_architecture_of_the_grid_needs_its_recipe_and_rates(raw):
-    del raw["learning_rates"]["resnet18"]
-    with pytest.raises(ResgridError, match=r"learning_rates\.resnet18 is missing"):
+    del raw["tuning"]["resnet18"]
+    with pytest.raises(ResgridError, match=r"tuning\.resnet18\.sgd: is missing"):
         parse_params(raw)
+    del raw["recipes"]["resnet18"]
+    with pytest.raises(ResgridError, match=r"recipes\.resnet18: is missing, but the grid has resnet18"):
+        parse_params(raw)
+
+
+def test_a_study_is_the_cell_of_its_architecture_but_for_what_it_says(raw):
+    raw["studies"] = {
+        "plain": {"architecture": "resnet110", "optimizer": "sgd", "seed": 0},
+        "changed": {
+            "architecture": "resnet110", "optimizer": "sgd", "seed": 3, "lr": 0.5, "nesterov": False,
+            "schedule": {"name": "constant"},
+        },
+    }  # fmt: skip
+    params = parse_params(raw)
+    cell, plain, changed = (find_cell(params, name) for name in ("resnet110-sgd-0", "plain", "changed"))
+    assert (plain.numbers, plain.digest) == (cell.numbers, cell.digest)
+    assert changed.changes == {"lr": 0.5, "nesterov": False, "schedule": {"name": "constant"}}
+    assert changed.recipe.schedule == Constant(name="constant")  # the mapping as a whole
+    assert changed.recipe.warmup == cell.recipe.warmup
+    assert (changed.optimizer.lr, changed.optimizer.settings) == (0.5, Sgd(momentum=0.9, nesterov=False))
+    assert (changed.key("schedule"), changed.key("epochs")) == (
+        "studies.changed.schedule", "recipes.resnet110.epochs",
+    )  # fmt: skip
+
+
+def test_the_pytorch_original_has_no_nesterov_momentum():
+    cells = [cell for cell in expand(load_params(ROOT / "params.yaml")) if cell.optimizer.name == "sgd"]
+    nesterov = {cell.architecture: cell.optimizer.settings.nesterov for cell in cells}
+    assert {name for name, value in nesterov.items() if not value} == {"resnet10", "resnet18", "resnet26"}
+
+
+def test_the_form_of_an_earlier_version_is_refused_with_the_way_on(raw):
+    with pytest.raises(
+        ResgridError, match=r"learning_rates stand in tuning.* `resgrid set --migrate`"
+    ) as refusal:
+        parse_params(raw | {"learning_rates": {}})
+    assert str(refusal.value).count("\n") == 0
 
 
 def test_an_unknown_cell_is_answered_with_the_nearest_names():

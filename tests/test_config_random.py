@@ -55,7 +55,7 @@ schedule = st.one_of(
     st.fixed_dictionaries({"name": st.just("cosine"), "final_factor": fractions()}),
     piecewise(),
 )
-warmup = st.none() | st.fixed_dictionaries({"steps": st.integers(1, 1000), "factor": st.floats(0.01, 1)})
+warmup = st.fixed_dictionaries({"steps": st.integers(0, 1000), "factor": st.floats(0.01, 1)})
 
 
 @st.composite
@@ -92,20 +92,42 @@ def recipes(draw: st.DrawFn, architecture: Architecture) -> dict[str, Any]:
     }
 
 
+SETTINGS = {
+    "sgd": {"momentum": fractions(0.1), "nesterov": st.booleans()},
+    "adam": {"betas": st.lists(fractions(), min_size=2, max_size=2), "eps": positive},
+    "rmsprop": {"alpha": fractions(), "momentum": fractions(), "eps": positive},
+    "adagrad": {"lr_decay": st.just(0.0), "initial_accumulator_value": st.just(0.0), "eps": positive},
+}
+
+
 @st.composite
 def whole(draw: st.DrawFn) -> dict[str, Any]:
     """A valid params.yaml, as it is read."""
     known = sorted(FAMILIES)
     architectures = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
+    optimizers = draw(st.lists(st.sampled_from(OPTIMIZERS), min_size=1, unique=True))
+    recipe = {name: draw(recipes(name)) for name in architectures}
+    # Each setting stands in one of two places, the same for all architectures.
+    shared = {name: draw(st.sets(st.sampled_from(sorted(SETTINGS[name])))) for name in optimizers}
+    tuning = {
+        architecture: {
+            name: {"lr": draw(positive)}
+            | {key: draw(values) for key, values in SETTINGS[name].items() if key not in shared[name]}
+            for name in optimizers
+        }
+        for architecture in architectures
+    }
     names = draw(st.sets(st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)*", fullmatch=True), max_size=2))
     studies = {}
-    for name in sorted(names):
-        architecture = draw(st.sampled_from(known))
-        studies[name] = draw(recipes(architecture)) | {
+    for number, name in enumerate(sorted(names)):
+        architecture, optimizer = draw(st.sampled_from(architectures)), draw(st.sampled_from(optimizers))
+        own = draw(recipes(architecture)) | {"lr": draw(positive)}
+        own |= {key: draw(values) for key, values in SETTINGS[optimizer].items()}
+        changed = draw(st.sets(st.sampled_from(sorted(own))))
+        studies[name] = {key: own[key] for key in sorted(changed)} | {
             "architecture": architecture,
-            "optimizer": draw(st.sampled_from(OPTIMIZERS)),
-            "seed": draw(seed),
-            "lr": draw(positive),
+            "optimizer": optimizer,
+            "seed": 2**32 - 1 - number,
         }
     return {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,20}", fullmatch=True)),
@@ -118,16 +140,13 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
         },
         "grid": {
             "architectures": architectures,
-            "optimizers": draw(st.lists(st.sampled_from(OPTIMIZERS), min_size=1, unique=True)),
-            "seeds": draw(st.lists(seed, min_size=1, max_size=4, unique=True)),
+            "optimizers": draw(st.lists(st.sampled_from(optimizers), min_size=1, unique=True)),
+            "seeds": draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4, unique=True)),
         },
-        "recipes": {name: draw(recipes(name)) for name in architectures},
-        "learning_rates": {name: {each: draw(positive) for each in OPTIMIZERS} for name in architectures},
+        "recipes": recipe,
+        "tuning": tuning,
         "optimizers": {
-            "sgd": {"momentum": draw(fractions(0.1)), "nesterov": draw(st.booleans())},
-            "adam": {"betas": [draw(fractions()), draw(fractions())], "eps": draw(positive)},
-            "rmsprop": {"alpha": draw(fractions()), "momentum": draw(fractions()), "eps": draw(positive)},
-            "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": draw(positive)},
+            name: {key: draw(SETTINGS[name][key]) for key in sorted(shared[name])} for name in optimizers
         },
         "studies": studies,
         "engine": {
@@ -153,7 +172,8 @@ def _mappings(node: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ..
     """Every mapping in it whose keys are fixed, with its path."""
     found = []
     if isinstance(node, dict):
-        if node and path not in (("studies",), ("recipes",), ("learning_rates",)):
+        is_study = len(path) == 2 and path[0] == "studies"  # most of its keys may be missing
+        if node and not is_study and path not in (("studies",), ("recipes",), ("tuning",), ("optimizers",)):
             found.append((path, node))
         for key, value in node.items():
             found += _mappings(value, (*path, key))
@@ -169,6 +189,8 @@ def broken(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     match draw(st.sampled_from(["missing", "unknown", "type", "infinite"])):
         case "missing":
             del node[key]
+            if path[:1] == ("tuning",) and len(path) == 3 and key != "lr":
+                path = ("optimizers", path[2])  # where a setting is asked for that stands in neither place
         case "unknown":
             key = draw(st.sampled_from(["epoch", "Epochs", "x", "lr ", "__class__"]))
             node[key] = 1

@@ -47,7 +47,7 @@ PLAIN = {
     "epochs": 1,
     "batch_size": 16,
     "schedule": {"name": "constant"},
-    "warmup": None,
+    "warmup": {"steps": 0, "factor": 1.0},
     "time_decay": 0.0,
     "augmentation": {"flip": False, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.0},
 }

@@ -26,7 +26,7 @@ def pipeline(small: Project, tmp_path: Path) -> Project:
 
 def make_stale(pipeline: Project) -> None:
     """As a change of the cell's learning rate does."""
-    pipeline.edit("params.yaml", "sgd: 0.05", "sgd: 0.04")
+    pipeline.edit("params.yaml", "sgd: {lr: 0.05}", "sgd: {lr: 0.04}")
 
 
 def train(pipeline: Project, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -136,7 +136,7 @@ def test_on_a_full_disk_for_results_the_training_waits_and_ends_with_room_withou
     assert full.returncode != 0
     assert f"runs/{CELL}/weights.safetensors: the weights cannot be written: " in full.stderr
     assert "Check the folder and its disk's space." in full.stderr
-    assert not (disk / "metrics.json").exists()
+    assert not (disk / "run.json").exists()
     disks.release(disk)
     again = train(pipeline)
     assert again.returncode == 0, again.stderr
@@ -216,7 +216,7 @@ def test_a_checkout_that_cannot_be_written_says_so(pipeline: Project, disks: Sma
 @pytest.mark.skipif(FAKETIME is None, reason="Debian's package `faketime` is not installed")
 def test_a_clock_that_jumps_changes_no_result_and_loses_none(pipeline: Project, tmp_path: Path) -> None:
     """It stands in 2040, then, in the middle of the same grid, in 2020."""
-    names = ("weights.safetensors", "metrics.json", "history.csv", "summary.txt")
+    names = ("weights.safetensors", "run.json", "history.csv", "summary.txt")
     before = [
         (path, path.read_bytes())
         for name in names

@@ -26,7 +26,7 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_named_as_missing(project):
     assert "Traceback" not in project.trained.stderr
     for cell in [*GRID, "too-fast"]:
         assert sorted(path.name for path in (project.root / "runs" / cell).iterdir()) == [
-            "history.csv", "metrics.json", "summary.txt", "timing.json", "weights.safetensors",
+            "history.csv", "metrics.json", "run.json", "summary.txt", "timing.json", "weights.safetensors",
         ]  # fmt: skip
     assert project.evaluated.returncode == 0, project.evaluated.stderr
     assert "no-weights" in project.evaluated.stdout.split("Missing: 1 of 6 cells")[1]
@@ -43,7 +43,7 @@ def test_the_comparison_has_a_row_for_each_cell(project):
     assert frame.loc["no-weights", "status"] == "missing"
     assert set(frame.loc[GRID, "num_parameters"]) == {271_098}
     for cell in GRID:
-        metrics = json.loads((project.root / "runs" / cell / "metrics.json").read_text())
+        metrics = json.loads((project.root / "runs" / cell / "run.json").read_text())
         assert frame.loc[cell, "test_accuracy"] == metrics["test_accuracy"]
         history = pd.read_csv(project.root / "runs" / cell / "history.csv")
         assert history["train_loss"].is_monotonic_decreasing  # it has learned something
@@ -52,7 +52,7 @@ def test_the_comparison_has_a_row_for_each_cell(project):
 
 
 def test_a_loss_that_becomes_nan_is_a_result_and_not_an_error(project):
-    metrics = json.loads((project.root / "runs/too-fast/metrics.json").read_text())
+    metrics = json.loads((project.root / "runs/too-fast/run.json").read_text())
     assert metrics["status"] == "diverged"
     assert metrics["cause"]
     runs = project.runs()
@@ -87,7 +87,8 @@ def test_metrics_and_plots_are_known_to_dvc(project):
     shown = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
     files = shown["workspace"]["data"] if "workspace" in shown else shown[""]["data"]
     assert files["reports/metrics.json"]["data"]["completed"] == 4
-    assert files["runs/resnet20-sgd-0/metrics.json"]["data"]["epochs"] == 2
+    accuracy = json.loads((project.root / "runs/resnet20-sgd-0/run.json").read_text())["test_accuracy"]
+    assert files["runs/resnet20-sgd-0/metrics.json"]["data"] == {"small": {"resnet20-sgd-0": accuracy}}
     plots = project.run("dvc", "plots", "show", "--out", "plots")
     assert plots.returncode == 0, plots.stderr
     page = (project.root / "plots/index.html").read_text()
@@ -101,13 +102,13 @@ TRAIN = {f"train@{cell}" for cell in GRID} | {"train-study@too-fast"}
 @pytest.mark.parametrize(
     ("path", "old", "new", "stale"),
     [
-        ("params.yaml", "adam: 1.0e-3", "adam: 2.0e-3", {"train@resnet20-adam-0", "train@resnet20-adam-1"}),
+        ("params.yaml", "adam: {lr: 0.001}", "adam: {lr: 0.002}", {"train@resnet20-adam-0", "train@resnet20-adam-1"}),
         ("params.yaml", "nesterov: true", "nesterov: false",
          {"train@resnet20-sgd-0", "train@resnet20-sgd-1", "train-study@too-fast"}),
-        ("params.yaml", "rmsprop: 1.0e-3", "rmsprop: 2.0e-3", set()),
+        ("params.yaml", "rmsprop: {lr: 0.001}", "rmsprop: {lr: 0.002}", set()),
         ("params.yaml", "lr: 1.0e+9", "lr: 2.0e+9", {"train-study@too-fast", "evaluate"}),
         ("params.yaml", "name: small", "name: small # a comment", set()),
-        ("params.yaml", "epochs: 2", "epochs: 3", TRAIN | {"evaluate"}),
+        ("params.yaml", "epochs: 2", "epochs: 3", TRAIN),
         ("src/resgrid/report/leaderboard.py", '"""', '"""Edited. ', {"evaluate"}),
         ("src/resgrid/tracking/store.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/cli.py", '"""', '"""Edited. ', set()),
@@ -136,10 +137,10 @@ def test_a_restored_cell_has_its_run_in_mlflow_again_after_sync(project):
     """DVC takes it from its run cache and runs nothing, so training cannot have logged it."""
     before = project.runs()
     cell = "train@resnet20-adam-0"
-    project.edit("params.yaml", "adam: 1.0e-3", "adam: 2.0e-3")
+    project.set("tuning.resnet20.adam.lr=0.002")
     assert project.run("dvc", "repro", "--single-item", cell).returncode == 0
-    changed = json.loads((project.root / "runs/resnet20-adam-0/metrics.json").read_text())
-    project.edit("params.yaml", "adam: 2.0e-3", "adam: 1.0e-3")
+    changed = json.loads((project.root / "runs/resnet20-adam-0/run.json").read_text())
+    project.set("tuning.resnet20.adam.lr=0.001")
     restored = project.run("dvc", "repro", "--single-item", cell)
     assert "skipping run" in restored.stdout
     assert project.run("resgrid", "sync").returncode == 0

@@ -265,7 +265,7 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
     said, _ = real.train_all().communicate(timeout=900)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "24 cells: 24 trained"], said
     assert real.run("dvc", "status", "--json").strip() == "{}"
-    trained = [len(list((worker.root / "runs").glob("*/metrics.json"))) for worker in real.workers]
+    trained = [len(list((worker.root / "runs").glob("*/run.json"))) for worker in real.workers]
     assert sum(trained) == 24
     assert min(trained) > 0
     real.end()
@@ -274,8 +274,8 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
     real.run("git", "clone", "-q", str(real.root), str(alone))
     real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1", MLFLOW_TRACKING_URI="")
     for cell in (real.root / "runs").iterdir():
-        here = json.loads((cell / "metrics.json").read_text())
-        assert here == json.loads((alone / "runs" / cell.name / "metrics.json").read_text())
+        here = json.loads((cell / "run.json").read_text())
+        assert here == json.loads((alone / "runs" / cell.name / "run.json").read_text())
 
     from mlflow import MlflowClient
 
@@ -320,7 +320,7 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     alone = tmp_path / "alone"
     real.run("git", "clone", "-q", str(real.root), str(alone))
     real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1", MLFLOW_TRACKING_URI="")
-    metrics = "runs/resnet20-sgd-0/metrics.json"
+    metrics = "runs/resnet20-sgd-0/run.json"
     assert (real.root / metrics).read_text() == (alone / metrics).read_text()
     assert not is_shared()  # it is done
 

@@ -44,7 +44,7 @@ PARAMS = {
             "epochs": 2,
             "batch_size": 16,
             "schedule": {"name": "cosine", "final_factor": 0.0},
-            "warmup": None,
+            "warmup": {"steps": 0, "factor": 1.0},
             "time_decay": 0.0,
             "weight_decay": 0.0,
             "decay_norm_and_bias": False,
@@ -60,7 +60,14 @@ PARAMS = {
             "initial_weights": {"name": "random"},
         }
     },
-    "learning_rates": {"resnet20": {"sgd": 0.1, "adam": 3e-3, "rmsprop": 3e-3, "adagrad": 2e-2}},
+    "tuning": {
+        "resnet20": {
+            "sgd": {"lr": 0.1},
+            "adam": {"lr": 3e-3},
+            "rmsprop": {"lr": 3e-3},
+            "adagrad": {"lr": 2e-2},
+        }
+    },
     "optimizers": {
         "sgd": {"momentum": 0.9, "nesterov": True},
         "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
@@ -131,7 +138,7 @@ def test_files_are_prepared_as_the_training_images_were_so_that_the_accuracy_is_
     assert [Path(row["file"]).name for row in rows] == sorted(p.name for p in inside.pictures.iterdir())
     right = sum(Path(row["file"]).name[0] == row["class"] for row in rows)
     assert len(rows) == 359
-    assert right / 359 == read_json(inside.weights.parent / "metrics.json")["test_accuracy"]
+    assert right / 359 == read_json(inside.weights.parent / "run.json")["test_accuracy"]
     assert right > 300
 
 
@@ -275,7 +282,7 @@ def test_weights_that_changed_since_training_are_refused(
 ) -> None:
     cell = tmp_path / "runs" / "resnet20-adam-0"
     cell.mkdir(parents=True)
-    (cell / "metrics.json").write_bytes((inside.weights.parent / "metrics.json").read_bytes())
+    (cell / "run.json").write_bytes((inside.weights.parent / "run.json").read_bytes())
     (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
     save_weights(cell / "weights.safetensors", build_model("resnet20", 10), _info(10))
     monkeypatch.chdir(tmp_path)

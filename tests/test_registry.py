@@ -54,7 +54,14 @@ def make_params(*seeds: int) -> Params:
             },
             "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
             "recipes": {"resnet20": RECIPE | {"epochs": 1}},
-            "learning_rates": {"resnet20": {"sgd": 0.01, "adam": 0.01, "rmsprop": 0.01, "adagrad": 0.01}},
+            "tuning": {
+                "resnet20": {
+                    "sgd": {"lr": 0.01},
+                    "adam": {"lr": 0.01},
+                    "rmsprop": {"lr": 0.01},
+                    "adagrad": {"lr": 0.01},
+                }
+            },
             "optimizers": {
                 "sgd": {"momentum": 0.9, "nesterov": True},
                 "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
@@ -116,8 +123,8 @@ def put(trained: Path, pipeline: Path, seed: int, **figures: Any) -> None:
     folder = pipeline / "runs" / f"resnet20-sgd-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(trained / "runs" / folder.name, folder)
-    metrics = json.loads((folder / "metrics.json").read_text()) | figures
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    metrics = json.loads((folder / "run.json").read_text()) | figures
+    (folder / "run.json").write_text(json.dumps(metrics))
 
 
 def champion(name: str = "small digits") -> Any:
@@ -141,7 +148,7 @@ def test_the_champion_is_the_best_of_the_last_epoch_and_carries_its_lineage(
         "small digits": "resnet20-sgd-1",
         "small digits-resnet20": "resnet20-sgd-1",
     }
-    metrics = json.loads((pipeline / "runs/resnet20-sgd-1/metrics.json").read_text())
+    metrics = json.loads((pipeline / "runs/resnet20-sgd-1/run.json").read_text())
     for name in ("small digits", "small digits-resnet20"):
         tags = champion(name).tags
         assert tags["cell"] == "resnet20-sgd-1"

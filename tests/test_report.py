@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ruamel.yaml import YAML
 from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
@@ -47,7 +48,7 @@ from resgrid.report.tables import studies as studies_table
 from resgrid.runs import noted_failure
 from resgrid.train import train_cell
 
-ROOT = load_params(Path(__file__).parents[1] / "params.yaml")
+ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
 NAMES = ("ant", "bee", "cow", "dog")
 NUM_TEST = 40
@@ -188,10 +189,7 @@ def trained(cell: Cell, num_wrong: int, status: Any = "completed", classes: int 
 
 def small_grid(**grid: list[Any]) -> list[Cell]:
     """The cells of a part of the root's grid, without its studies."""
-    params = ROOT.model_dump(mode="json")
-    params["grid"] |= grid
-    params["studies"] = {}
-    return expand(parse_params(params))
+    return expand(parse_params(ROOT | {"grid": ROOT["grid"] | grid, "studies": {}}))
 
 
 def found(results: list[Result], **meta: Any) -> Findings:
@@ -263,7 +261,7 @@ def test_a_published_figure_is_within_the_uncertainty_of_a_measured_one_or_not()
 
 
 def test_the_studies_of_the_root_vary_four_things_beside_the_grids_own_cell():
-    findings = found([trained(cell, 4) for cell in expand(ROOT)])
+    findings = found([trained(cell, 4) for cell in expand(parse_params(ROOT))])
     levels = {
         (study.factor, series.name): [level.text for level in series.levels]
         for study in findings.studies
@@ -285,7 +283,7 @@ def test_the_studies_of_the_root_vary_four_things_beside_the_grids_own_cell():
 
 
 def test_a_study_of_a_cell_that_the_grid_has_not_is_shown_by_its_name():
-    study = next(cell for cell in expand(ROOT) if cell.id == "dropout-0p3")
+    study = next(cell for cell in expand(parse_params(ROOT)) if cell.id == "dropout-0p3")
     [only] = found([trained(study, 4)]).studies
     assert (only.factor, [level.text for level in only.series[0].levels]) == ("study", ["dropout-0p3"])
 
@@ -294,7 +292,7 @@ def test_a_study_of_a_cell_that_the_grid_has_not_is_shown_by_its_name():
 
 
 def test_a_grid_of_which_nothing_exists_gives_a_report_that_says_so():
-    findings = found([Result(cell=cell, status="missing") for cell in expand(ROOT)])
+    findings = found([Result(cell=cell, status="missing") for cell in expand(parse_params(ROOT))])
     text = page(findings)
     assert "No cell of the grid has completed, so there is nothing to compare yet." in text
     assert "Missing: 46 of 46 cells have no result yet: batch-128, batch-32" in markdown(findings)
@@ -415,22 +413,29 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a grid of two trained seeds and a diverged study, a cell that failed and one not trained."""
     root = tmp_path_factory.mktemp("pipeline")
     recipe = {
-        "epochs": 1, "batch_size": 16, "schedule": {"name": "constant"}, "warmup": None, "time_decay": 0.0,
+        "epochs": 1, "batch_size": 16, "schedule": {"name": "constant"}, "warmup": {"steps": 0, "factor": 1.0}, "time_decay": 0.0,
         "weight_decay": 0.0, "decay_norm_and_bias": False, "dropout": 0.0,
         "augmentation": {"flip": False, "crop_padding": 0, "rotation_degrees": 0.0, "shift_fraction": 0.0},
         "normalization": {"name": "scalar"}, "approach": "end_to_end", "initial_weights": {"name": "random"},
     }  # fmt: skip
     absent = {"name": "file", "path": "absent.safetensors", "checksum": "md5:" + 32 * "0"}
-    study = recipe | {"architecture": "resnet20", "optimizer": "sgd", "seed": 0}
-    params = ROOT.model_dump(mode="json") | {
+    study = {"architecture": "resnet20", "optimizer": "sgd", "seed": 0}
+    params = ROOT | {
         "name": "small digits",
         "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
         "grid": {"architectures": ["resnet20"], "optimizers": ["sgd", "adam"], "seeds": [0, 1]},
         "recipes": {"resnet20": recipe},
-        "learning_rates": {"resnet20": {"sgd": 0.05, "adam": 0.001, "rmsprop": 0.001, "adagrad": 0.01}},
+        "tuning": {
+            "resnet20": {
+                "sgd": {"lr": 0.05},
+                "adam": {"lr": 0.001},
+                "rmsprop": {"lr": 0.001},
+                "adagrad": {"lr": 0.01},
+            }
+        },
         "studies": {
             "too-fast": study | {"lr": 1e30},
-            "no-weights": study | {"lr": 0.05, "initial_weights": absent},
+            "no-weights": study | {"initial_weights": absent},
         },
         "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
     }

@@ -27,7 +27,7 @@ from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights
 
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
-FILES = ["history.csv", "metrics.json", "summary.txt", "timing.json", "weights.safetensors"]
+FILES = ["history.csv", "run.json", "summary.txt", "timing.json", "weights.safetensors"]
 PLAIN = {
     "epochs": 2,
     "batch_size": 16,
@@ -104,7 +104,7 @@ def test_a_run_leaves_five_files_and_nothing_else(finished):
 
 
 def test_metrics_have_these_keys_in_this_order(finished, folder):
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics = json.loads((finished / "run.json").read_text())
     assert list(metrics) == [
         "cell", "cell_digest", "study", "architecture", "family", "depth", "optimizer", "learning_rate",
         "batch_size", "seed", "approach", "initial_weights", "status", "cause", "epochs", "epochs_planned", "steps",
@@ -126,7 +126,7 @@ def test_metrics_have_these_keys_in_this_order(finished, folder):
 
 
 def test_a_fresh_scoring_of_the_weights_file_repeats_the_metrics_to_the_last_digit(finished, folder):
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics = json.loads((finished / "run.json").read_text())
     model, info = load_model(finished / "weights.safetensors")
     for split in ("test", "validation"):
         fresh = score(model, load_split(folder, split), info.mean, info.std, CPU)
@@ -145,7 +145,7 @@ def test_the_weights_file_says_how_to_use_it(finished, folder):
 
 
 def test_the_history_has_a_row_an_epoch_and_ends_as_the_metrics_do(finished):
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics = json.loads((finished / "run.json").read_text())
     with (finished / "history.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == [
@@ -188,7 +188,7 @@ def test_a_diverged_cell_writes_all_its_files_with_the_last_finite_weights(folde
     epochs, _ = train(trained, folder, tmp_path)
     assert epochs == []
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run.json").read_text())
     assert metrics["status"] == "diverged"
     assert "was not finite at the end of epoch 1 of 2, at a learning rate of 1e+30" in metrics["cause"]
     assert (metrics["epochs"], metrics["steps"], metrics["train_loss"]) == (0, 0, None)
@@ -213,7 +213,7 @@ def test_a_run_that_is_stopped_leaves_an_earlier_one_as_it_was(folder, tmp_path)
 def test_a_frozen_base_is_counted_as_not_trainable_and_ends_as_it_began(folder, tmp_path):
     trained = cell(approach="frozen_base")
     train(trained, folder, tmp_path)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run.json").read_text())
     assert (metrics["approach"], metrics["num_trainable"]) == ("frozen_base", 778)  # BN 2 x 64, 64 x 10 + 10
     assert metrics["num_parameters"] == metrics["num_trainable"] + metrics["num_non_trainable"] == 271_098
     model, _ = load_model(tmp_path / "weights.safetensors")
@@ -227,7 +227,7 @@ def test_a_frozen_base_is_counted_as_not_trainable_and_ends_as_it_began(folder, 
 def test_without_a_validation_split_its_figures_are_null_and_empty(folder, tmp_path):
     few = smaller(folder, tmp_path / "few", train=32, test=8)
     train(cell(epochs=1), few, tmp_path / "run")
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run/run.json").read_text())
     assert (metrics["validation_loss"], metrics["validation_accuracy"]) == (None, None)
     assert (tmp_path / "run/history.csv").read_text().splitlines()[1].endswith(",,")
 
@@ -286,7 +286,7 @@ def test_a_run_from_a_weights_file_names_it_in_its_metrics(folder, tmp_path):
         update={"recipe": trained.recipe.model_copy(update={"approach": "frozen_base", "epochs": 1})}
     )
     train(frozen, folder, tmp_path / "run")
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run/run.json").read_text())
     assert metrics["initial_weights"] == str(tmp_path / "w.safetensors")
     _, before = load_weights(tmp_path / "w.safetensors")
     _, after = load_weights(tmp_path / "run/weights.safetensors")

@@ -17,7 +17,7 @@ PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 
 
 def recipe(**changes: Any) -> Recipe:
-    plain = {"schedule": {"name": "constant"}, "warmup": None, "time_decay": 0.0}
+    plain = {"schedule": {"name": "constant"}, "warmup": {"steps": 0, "factor": 1.0}, "time_decay": 0.0}
     return Recipe.model_validate(PARAMS.recipes["resnet20"].model_dump() | plain | changes)
 
 

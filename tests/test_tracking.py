@@ -53,7 +53,7 @@ RECIPE: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 32,
     "schedule": {"name": "drop", "every_epochs": 1, "factor": 0.5},
-    "warmup": None,
+    "warmup": {"steps": 0, "factor": 1.0},
     "time_decay": 0.0,
     "weight_decay": 2.0e-4,
     "decay_norm_and_bias": False,
@@ -79,7 +79,14 @@ def make_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) 
             },
             "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
             "recipes": {"resnet20": RECIPE | recipe},
-            "learning_rates": {"resnet20": {"sgd": lr, "adam": 0.01, "rmsprop": 0.01, "adagrad": 0.01}},
+            "tuning": {
+                "resnet20": {
+                    "sgd": {"lr": lr},
+                    "adam": {"lr": 0.01},
+                    "rmsprop": {"lr": 0.01},
+                    "adagrad": {"lr": 0.01},
+                }
+            },
             "optimizers": {
                 "sgd": {"momentum": 0.9, "nesterov": True},
                 "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
@@ -337,7 +344,8 @@ def test_a_trained_cell_is_one_complete_run(
         "schedule": "drop",
         "schedule.every_epochs": "1",
         "schedule.factor": "0.5",
-        "warmup": "none",
+        "warmup.steps": "0",
+        "warmup.factor": "1.0",
         "time_decay": "0.0",
         "weight_decay": "0.0002",
         "decay_norm_and_bias": "false",
@@ -530,8 +538,7 @@ def test_a_diverged_cell_is_a_finished_run_that_says_so(pipeline: Path, digits: 
     assert "**Diverged**: the " in logged.data.tags["mlflow.note.content"]
     assert "train_loss" not in logged.data.metrics  # not one epoch was whole
     assert (
-        logged.data.metrics["test_accuracy"]
-        == json.loads((folder / "metrics.json").read_text())["test_accuracy"]
+        logged.data.metrics["test_accuracy"] == json.loads((folder / "run.json").read_text())["test_accuracy"]
     )
     assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
 

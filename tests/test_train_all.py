@@ -319,11 +319,11 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_t
 
 
 def test_when_the_data_fail_nothing_is_trained(server, plain):
-    plain.edit("params.yaml", "seed: 0", "seed: 7")
+    plain.set("preprocess.seed=7")
     plain.behave("preprocess", "echo 'resgrid: data/raw/x.png: is no image'; exit 1")
     before = len(plain.trained())
     flow = server.run(plain)
-    plain.edit("params.yaml", "seed: 7", "seed: 0")
+    plain.set("preprocess.seed=0")
     assert flow.state == "Failed"
     assert flow.message.startswith(
         "preprocess failed (nothing was trained).\npreprocess: data/raw/x.png: is no image\n"
@@ -472,7 +472,7 @@ def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, 
     flow = server.run(real, "train_cell", cell="resnet20-sgd-0")
     assert flow.message == "1 cells: 1 trained", flow.output
     run = real.root / "runs/resnet20-sgd-0"
-    by_flow = json.loads((run / "metrics.json").read_text())["weights_sha256"]
+    by_flow = json.loads((run / "run.json").read_text())["weights_sha256"]
     threads = json.loads((run / "timing.json").read_text())["threads"]
     shutil.rmtree(real.root / ".dvc/cache/runs")
     by_hand = real.run(
@@ -480,7 +480,7 @@ def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, 
     )
     assert by_hand.returncode == 0, by_hand.stderr
     assert "Running stage" in by_hand.stdout
-    assert json.loads((run / "metrics.json").read_text())["weights_sha256"] == by_flow
+    assert json.loads((run / "run.json").read_text())["weights_sha256"] == by_flow
 
 
 def test_the_mlflow_run_of_a_cancelled_cell_is_killed_and_leads_back_to_its_flow(server, real):

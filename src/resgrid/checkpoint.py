@@ -30,7 +30,7 @@ from torch import Tensor, nn, optim
 
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.leftovers import code_digest
+from resgrid.provenance import code_digest
 
 MAGIC = "resgrid checkpoint 1"
 

@@ -84,8 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     def json_flag(sub: argparse._ActionsContainer) -> None:
         sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
-    sub = command("cells", _cells, "List every cell of the grid and its studies")
+    sub = command(
+        "cells", _cells, "List every cell of the grid and its studies; --json: with all its numbers"
+    )
     json_flag(sub)
+
+    sub = command("set", _set, "Edit params.yaml: the same number in many places, comments and layout kept")
+    sub.add_argument(
+        "assignments",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="such as 'recipes.*.epochs=10' or tuning.resnet20.sgd.lr=0.05; * matches any name",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="only show the lines that would change")
+    sub.add_argument(
+        "--migrate", action="store_true", help="rewrite a file of an earlier version, which is kept beside it"
+    )
 
     command("download", _download, "Fetch the raw images and check them (a DVC stage)")
     command("preprocess", _preprocess, "Make one compact file a split from the raw images (a DVC stage)")
@@ -220,9 +234,31 @@ def _cells(options: argparse.Namespace) -> None:
 
     cells = expand(load_params())
     if options.json:
-        print(json.dumps([cell.id for cell in cells]))
+        told = [
+            {"cell": cell.id, "study": cell.study, "changes": cell.changes} | cell.numbers for cell in cells
+        ]
+        print(json.dumps(told, indent=2))
     else:
         print("\n".join(cell.id for cell in cells))
+
+
+def _set(options: argparse.Namespace) -> None:
+    from resgrid import edit
+
+    path = Path("params.yaml")
+    if options.migrate:
+        print(f"params.yaml: rewritten; the former text is {edit.migrate(path)}")
+        return
+    if not options.assignments:
+        raise ResgridError("set: name a key and a value, as in 'recipes.*.epochs=10'.")
+    try:
+        old = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ResgridError(f"{path}: no such file here ({Path.cwd()}).") from None
+    new = edit.assign(old, options.assignments)
+    print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
+    if not options.dry_run:
+        path.write_text(new, encoding="utf-8")
 
 
 def _refuse_if_recording() -> None:
@@ -272,11 +308,14 @@ def _preprocess(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     _refuse_if_recording()
+    from resgrid import provenance
     from resgrid.config import load_params
     from resgrid.grid import find_cell
 
     params = load_params()
     cell = find_cell(params, options.cell)
+    provenance.check_lock(Path())
+    provenance.check_code(Path())
 
     from resgrid.runs import noted_failure
 
@@ -290,7 +329,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
     from resgrid.progress import Progress
-    from resgrid.train import train_cell
+    from resgrid.train import train_cell, write_metrics
     from resgrid.training.device import choose_device, choose_execution, device_name
 
     watch.watch()
@@ -340,6 +379,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
                 f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
                 f"{epoch.images_per_second:,.0f} images/s  {progress.remaining() or '0:00'} left"
             )
+        write_metrics(RUNS / cell.id, params.name)
         run.complete(RUNS / cell.id)
 
 
@@ -582,7 +622,7 @@ def _init(options: argparse.Namespace) -> None:
 
 def _architecture(name: str) -> Architecture:
     from resgrid.config import FAMILIES
-    from resgrid.grid import suggest
+    from resgrid.errors import suggest
 
     if name not in FAMILIES:
         raise ResgridError(

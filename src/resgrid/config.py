@@ -1,20 +1,23 @@
 """params.yaml as frozen typed models: parsed once, here, and nowhere else.
 
-No field that changes a result has a default: its value stands in `params.yaml`, which DVC watches.
+No field that changes a result has a default: its value stands in `params.yaml`, which DVC watches. The file
+has no YAML aliases and no null, which DVC's own commands cannot edit; so every architecture has a whole
+recipe, and a study names only what it changes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from resgrid.errors import ResgridError
+from resgrid.errors import ResgridError, suggest
 
 Architecture = Literal[
     "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
@@ -74,7 +77,7 @@ class ImageFolder(Strict):
 
     source: Literal["image-folder"]
     location: str
-    checksum: Checksum | None  # of an archive; a URL must have one, a folder has none
+    checksum: Checksum | None = None  # of an archive; a URL must have one, a folder has none
 
 
 class Digits(Strict):
@@ -97,7 +100,7 @@ class Preprocess(Strict):
     seed: Seed  # of both draws
 
 
-# --- optimizers: the keywords of torch.optim, without the learning rate ----------------------------
+# --- optimizers: the keywords of torch.optim -------------------------------------------------------
 
 
 class Sgd(Strict):
@@ -128,20 +131,20 @@ class Adagrad(Strict):
     eps: Positive
 
 
-class Optimizers(Strict):
-    sgd: Sgd
-    adam: Adam
-    rmsprop: RMSprop
-    adagrad: Adagrad
+SETTINGS: dict[OptimizerName, type[Strict]] = {
+    "sgd": Sgd,
+    "adam": Adam,
+    "rmsprop": RMSprop,
+    "adagrad": Adagrad,
+}
 
 
-class LearningRates(Strict):
-    """The learning rate of one architecture with each optimizer."""
+class Optimizer(Strict):
+    """One optimizer as a cell uses it; `settings` are the other keywords of torch's class."""
 
-    sgd: Positive
-    adam: Positive
-    rmsprop: Positive
-    adagrad: Positive
+    name: OptimizerName
+    lr: Positive
+    settings: Sgd | Adam | RMSprop | Adagrad
 
 
 # --- recipes: everything else that a training run is made of ---------------------------------------
@@ -186,9 +189,9 @@ Schedule = Annotated[Constant | Drop | Piecewise | Cosine, Field(discriminator="
 
 
 class Warmup(Strict):
-    """The first `steps` optimizer steps at `factor` times the scheduled rate."""
+    """The first `steps` optimizer steps at `factor` times the scheduled rate; none at 0 steps."""
 
-    steps: Count
+    steps: Annotated[int, Field(ge=0)]
     factor: Annotated[float, Field(gt=0, le=1)]
 
 
@@ -268,7 +271,7 @@ class Recipe(Strict):
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)]
     schedule: Schedule
-    warmup: Warmup | None
+    warmup: Warmup
     time_decay: Annotated[float, Field(ge=0)]  # rate / (1 + time_decay * step), as in Keras
     weight_decay: Annotated[float, Field(ge=0)]  # torch's: the gradient of weight_decay / 2 * |w|^2
     decay_norm_and_bias: bool  # False: only the kernels of convolutions and dense layers decay
@@ -279,13 +282,14 @@ class Recipe(Strict):
     initial_weights: InitialWeights
 
 
-class Study(Recipe):
-    """A cell of its own beside the grid: a whole recipe, in which one thing differs."""
+class Study(Strict):
+    """A cell of its own beside the grid: that of an architecture and an optimizer, but for `changes`."""
 
     architecture: Architecture
-    optimizer: OptimizerName
+    optimizer: Optimizer
     seed: Seed
-    lr: Positive
+    recipe: Recipe
+    changes: dict[str, Any]  # what the study says differs, by its keys: `lr`, a setting, or one of a recipe
 
 
 class Grid(Strict):
@@ -313,43 +317,40 @@ class Engine(Strict):
 
 
 class Params(Strict):
-    """The whole of params.yaml."""
+    """The whole of params.yaml, with every number where it is used."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]  # the MLflow experiment
+    name: str  # the MLflow experiment
     data: Data
     preprocess: Preprocess
     grid: Grid
     recipes: dict[Architecture, Recipe]
-    learning_rates: dict[Architecture, LearningRates]
-    optimizers: Optimizers
-    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], Study]
+    optimizers: dict[Architecture, dict[OptimizerName, Optimizer]]  # settings and tuning together
+    studies: dict[str, Study]
     engine: Engine
 
-    @model_validator(mode="after")
-    def _parts_fit_together(self) -> Self:
-        for architecture in self.grid.architectures:
-            for section in ("recipes", "learning_rates"):
-                if architecture not in getattr(self, section):
-                    raise ValueError(f"{section}.{architecture} is missing, but the grid has {architecture}")
-        for name, recipe in self.recipes.items():
-            _check_recipe(f"recipes.{name}", name, recipe)
-        for study_name, study in self.studies.items():
-            _check_recipe(f"studies.{study_name}", study.architecture, study)
-            if re.fullmatch(rf"({'|'.join(FAMILIES)})-({'|'.join(get_args(OptimizerName))})-\d+", study_name):
-                raise ValueError(f"studies.{study_name}: that is the name of a cell; take another one")
-        return self
+
+class _StudyHead(Strict):
+    """What every study says; the rest of its keys are changes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    architecture: Architecture
+    optimizer: OptimizerName
+    seed: Seed
 
 
-def _check_recipe(key: str, architecture: Architecture, recipe: Recipe) -> None:
-    family = FAMILIES[architecture]
-    if family == "vgg" and not isinstance(recipe.dropout, tuple):
-        raise ValueError(f"{key}.dropout: VGG-16 takes three rates, as in [0.3, 0.4, 0.5]")
-    if family != "vgg" and isinstance(recipe.dropout, tuple):
-        raise ValueError(f"{key}.dropout: {architecture} takes one rate, not three")
-    if family == "cifar_resnet" and recipe.dropout != 0:
-        raise ValueError(f"{key}.dropout: {architecture} has no dropout layer, so it must be 0.0")
-    if recipe.initial_weights.name == "imagenet" and family != "vgg":
-        raise ValueError(f"{key}.initial_weights: imagenet weights exist for vgg16 only")
+class _File(Strict):
+    """The file as it is written, before its parts are put together."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
+    data: Data
+    preprocess: Preprocess
+    grid: Grid
+    recipes: dict[Architecture, Recipe]  # how an architecture is trained
+    tuning: dict[Architecture, dict[OptimizerName, dict[str, Any]]]  # its rate, and settings of its own
+    optimizers: dict[OptimizerName, dict[str, Any]]  # settings that are the same for all architectures
+    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], _StudyHead]
+    engine: Engine
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -374,27 +375,175 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does."""
     if not isinstance(raw, dict):
         raise ResgridError(f"{origin}: must be a mapping of keys to values, not {_shown(raw)}")
-    try:
-        # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
-        return Params.model_validate_json(json.dumps(raw, default=str), strict=True)
-    except ValidationError as error:
-        problems = error.errors()
-    raise ResgridError("\n".join(f"{origin}: {line}" for line in _explain(problems, raw)))
+    if "learning_rates" in raw:
+        raise ResgridError(
+            f"{origin}: this is the form of an earlier version. Rates of learning_rates stand in "
+            "tuning.<architecture>.<optimizer>.lr now, nesterov beside them, each architecture has a whole "
+            "recipe without aliases, a study names only what it changes, and no warm-up is `steps: 0`. "
+            "`resgrid set --migrate` rewrites the file."
+        )
+    check = _Check()
+    file = check(_File, raw)
+    params = _put_together(file, check) if file else None
+    if check.problems or params is None:
+        raise ResgridError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(check.problems)))
+    return params
 
 
-def _explain(problems: list[Any], raw: dict[str, Any]) -> list[str]:
-    """One line for each mistake: `key.path: what is wrong (value)`.
+def _put_together(file: _File, check: _Check) -> Params:
+    """Optimizers from `optimizers` and `tuning`, studies from what they change; problems go to `check`."""
+    for architecture in file.grid.architectures:
+        if architecture not in file.recipes:
+            check.problem(f"recipes.{architecture}", f"is missing, but the grid has {architecture}")
+    for name in file.grid.optimizers:
+        if name not in file.optimizers:
+            check.problem(f"optimizers.{name}", f"is missing, but the grid has {name}")
+    optimizers: dict[Architecture, dict[OptimizerName, Optimizer]] = {}
+    for architecture, recipe in file.recipes.items():
+        _check_recipe(architecture, recipe, f"recipes.{architecture}.".__add__, check)
+        optimizers[architecture] = {}
+        for name, shared in file.optimizers.items():
+            place = f"tuning.{architecture}.{name}"
+            tuned = file.tuning.get(architecture, {}).get(name)
+            if tuned is None:
+                check.problem(place, "is missing: every optimizer has a learning rate for every architecture")
+                continue
+            for key in tuned.keys() & shared.keys():
+                check.problem(f"{place}.{key}", f"stands in optimizers.{name} too; keep one of them")
 
-    A value that several keys share by a YAML alias is one mistake, named at the first of them.
-    """
-    found: dict[tuple[str, str], list[str]] = {}
+            def where(key: str, place: str = place, name: str = name, own: Any = tuned) -> str:
+                return f"{place}.{key}" if key in own or key == "lr" else f"optimizers.{name}.{key}"
+
+            if optimizer := _optimizer(name, shared | tuned, where, check):
+                optimizers[architecture][name] = optimizer
+    for architecture in file.tuning.keys() - file.recipes.keys():
+        check.problem(f"tuning.{architecture}", f"there is no recipes.{architecture}")
+    for architecture, tuning in file.tuning.items():
+        for name in tuning.keys() - file.optimizers.keys():
+            check.problem(f"tuning.{architecture}.{name}", f"there is no optimizers.{name}")
+    studies = {}
+    for study_name, head in file.studies.items():
+        if study := _study(study_name, head, file, optimizers, check):
+            studies[study_name] = study
+    return Params(
+        name=file.name,
+        data=file.data,
+        preprocess=file.preprocess,
+        grid=file.grid,
+        recipes=file.recipes,
+        optimizers=optimizers,
+        studies=studies,
+        engine=file.engine,
+    )
+
+
+def _study(
+    name: str,
+    head: _StudyHead,
+    file: _File,
+    optimizers: Mapping[Architecture, Mapping[OptimizerName, Optimizer]],
+    check: _Check,
+) -> Study | None:
+    changes = head.model_extra or {}
+    if re.fullmatch(rf"({'|'.join(FAMILIES)})-({'|'.join(get_args(OptimizerName))})-\d+", name):
+        check.problem(f"studies.{name}", "that is the name of a cell; take another one")
+    base = file.recipes.get(head.architecture)
+    tuned = optimizers.get(head.architecture, {}).get(head.optimizer)
+    if base is None:
+        check.problem(f"studies.{name}.architecture", f"there is no recipes.{head.architecture}")
+    if head.optimizer not in file.optimizers:
+        check.problem(f"studies.{name}.optimizer", f"there is no optimizers.{head.optimizer}")
+    if base is None or tuned is None:
+        return None
+    recipe = base.model_dump(mode="json")
+    settings = {"lr": tuned.lr, **tuned.settings.model_dump(mode="json")}
+    for key in changes.keys() - recipe.keys() - settings.keys():
+        check.problem(f"studies.{name}.{key}", f"unknown key{suggest(key, [*recipe, *settings])}")
+
+    where = f"studies.{name}.".__add__
+    whole = check(Recipe, recipe | {key: changes[key] for key in recipe if key in changes}, where)
+    own = {key: changes[key] for key in settings if key in changes}
+    optimizer = _optimizer(head.optimizer, settings | own, where, check)
+    if whole is None or optimizer is None:
+        return None
+    _check_recipe(head.architecture, whole, where, check)
+    return Study(
+        architecture=head.architecture,
+        optimizer=optimizer,
+        seed=head.seed,
+        recipe=whole,
+        changes=changes,
+    )
+
+
+def _optimizer(
+    name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: _Check
+) -> Optimizer | None:
+    lr = check(_Rate, {"lr": values.get("lr")} if "lr" in values else {}, where)
+    settings = check(SETTINGS[name], {key: value for key, value in values.items() if key != "lr"}, where)
+    return Optimizer(name=name, lr=lr.lr, settings=settings) if lr and settings else None  # type: ignore[arg-type]
+
+
+class _Rate(Strict):
+    lr: Positive
+
+
+def _check_recipe(
+    architecture: Architecture, recipe: Recipe, where: Callable[[str], str], check: _Check
+) -> None:
+    family = FAMILIES[architecture]
+    if family == "vgg" and not isinstance(recipe.dropout, tuple):
+        check.problem(where("dropout"), "VGG-16 takes three rates, as in [0.3, 0.4, 0.5]")
+    if family != "vgg" and isinstance(recipe.dropout, tuple):
+        check.problem(where("dropout"), f"{architecture} takes one rate, not three")
+    elif family == "cifar_resnet" and recipe.dropout != 0:
+        check.problem(where("dropout"), f"{architecture} has no dropout layer, so it must be 0.0")
+    if recipe.initial_weights.name == "imagenet" and family != "vgg":
+        check.problem(where("initial_weights"), "imagenet weights exist for vgg16 only")
+
+
+# --- what is wrong with a file ----------------------------------------------------------------------
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Check:
+    """Validates values against models, and keeps a line `key.path: what is wrong (value)` a mistake."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def problem(self, key: str, what: str) -> None:
+        key = key.rstrip(".")  # a whole mapping has the empty path in itself
+        self.problems.append(f"{key}: {what}" if key else what)
+
+    def __call__(
+        self, model: type[Model], value: dict[str, Any], where: Callable[[str], str] = str
+    ) -> Model | None:
+        """`value` as a `model`, or None where it has mistakes; `where` gives the place of a path in it."""
+        try:
+            # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
+            return model.model_validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            for key, what in _explain(error.errors(), value):
+                self.problem(where(key), what)
+            return None
+
+
+def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """The key's path in `raw`, and what is wrong there, of each of pydantic's problems."""
+    lines: list[tuple[str, str]] = []
+    missing = [_locate(problem, raw)[0] for problem in problems if problem["type"] == "missing"]
     for problem in problems:
         key, value = _locate(problem, raw)
+        parent, _, last = key.rpartition(".")
         match problem["type"]:
             case "missing":
                 what = "this key is missing"
             case "extra_forbidden":
-                what = "unknown key; check its spelling, or delete it"
+                beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
+                what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
             case "value_error":
                 what = problem["msg"].removeprefix("Value error, ")
             case "union_tag_not_found":
@@ -408,15 +557,15 @@ def _explain(problems: list[Any], raw: dict[str, Any]) -> list[str]:
                 continue  # its items were refused, each with a line of its own
             case _:
                 what = problem["msg"].replace("Input should be", "must be")
+                if problem["type"] == "literal_error":
+                    named = last if isinstance(value, dict) else str(value)
+                    expected = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+                    what += suggest(named, expected).removesuffix(".")
                 if isinstance(value, str) and _is_number(value):
-                    what += "; it is text: a number in YAML 1.2 has a dot, as in 1.0e-3, and no quotes"
+                    what += "; it is text: a number stands without quotes, as 0.001 or 1e-03"
                 what += f" (it is {_shown(value)})"
-        found.setdefault((key.rpartition(".")[2], what), []).append(key)
-    return [
-        f"{keys[0]}: {what}".removeprefix(": ")
-        + (f" [the same at {len(keys) - 1} more, such as {keys[1]}]" if len(keys) > 1 else "")
-        for (_, what), keys in found.items()
-    ]
+        lines.append((key, what))
+    return lines
 
 
 def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:

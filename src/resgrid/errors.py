@@ -1,4 +1,9 @@
-"""The one exception for what a person can put right."""
+"""The one exception for what a person can put right, and the hint that many of its messages end with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ResgridError(Exception):
@@ -6,3 +11,9 @@ class ResgridError(Exception):
 
     The command line prints its message alone, without a traceback, and exits with status 1.
     """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` for the nearest of `known`, or a full stop."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else "."

@@ -48,7 +48,7 @@ class Result:
     failed: bool = False  # its training ended with an error
     scores: Scores | None = None  # of the last epoch's weights on the test split, in fp32
     predictions: Predictions | None = None  # of that scoring
-    metrics: dict[str, Any] | None = None  # runs/<cell>/metrics.json
+    metrics: dict[str, Any] | None = None  # runs/<cell>/run.json
     timing: dict[str, Any] | None = None  # runs/<cell>/timing.json
     history: pd.DataFrame | None = None  # runs/<cell>/history.csv
 
@@ -59,7 +59,7 @@ def evaluate_cell(cell: Cell, run_folder: Path, test: Split, device: torch.devic
     Without its weights a cell counts as missing. Raises ResgridError if another of its files is gone, or the
     weights are not those that the metrics were written for.
     """
-    if not (run_folder / "metrics.json").is_file():
+    if not (run_folder / "run.json").is_file():
         if not (run_folder / FAILURE).is_file():
             return Result(cell=cell, status="missing")
         cause = (run_folder / FAILURE).read_text(encoding="utf-8").strip()
@@ -67,7 +67,7 @@ def evaluate_cell(cell: Cell, run_folder: Path, test: Split, device: torch.devic
     if not (run_folder / WEIGHTS).is_file():
         cause = f"{run_folder / WEIGHTS} is gone: `dvc checkout --force` restores it."
         return Result(cell=cell, status="missing", cause=cause)
-    metrics = read_json(run_folder / "metrics.json")
+    metrics = read_json(run_folder / "run.json")
     timing = read_json(run_folder / "timing.json")
     history = read_history(run_folder / "history.csv")
     verify_weights(run_folder, metrics, cell.stage)

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from typing import Any
 
-from resgrid.config import (
-    FAMILIES,
-    Adagrad,
-    Adam,
-    Architecture,
-    Engine,
-    Family,
-    OptimizerName,
-    Params,
-    Recipe,
-    RMSprop,
-    Sgd,
-    Strict,
-)
-from resgrid.errors import ResgridError
-
-
-class Optimizer(Strict):
-    """One optimizer as a cell uses it; `settings` are the other keywords of torch's class."""
-
-    name: OptimizerName
-    lr: float
-    settings: Sgd | Adam | RMSprop | Adagrad
+from resgrid.config import FAMILIES, Architecture, Engine, Family, Optimizer, Params, Recipe, Strict
+from resgrid.errors import ResgridError, suggest
 
 
 class Cell(Strict):
@@ -42,6 +20,7 @@ class Cell(Strict):
     seed: int
     recipe: Recipe
     engine: Engine
+    changes: dict[str, Any]  # of a study: what params.yaml says differs from the architecture's own cell
 
     @property
     def family(self) -> Family:
@@ -53,9 +32,14 @@ class Cell(Strict):
         return int("".join(filter(str.isdigit, self.architecture)))
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """Every number that makes the result, as JSON has them."""
+        return self.model_dump(mode="json", exclude={"id", "study", "changes"})
+
+    @property
     def digest(self) -> str:
-        """`sha256:…` of all of it: two cells of the same digest are trained alike."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """`sha256:…` of its numbers: on the same data two cells of the same digest are trained alike."""
+        content = json.dumps(self.numbers, sort_keys=True)
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
     @property
@@ -63,61 +47,33 @@ class Cell(Strict):
         """The name of its stage in `dvc.yaml`."""
         return f"train-study@{self.study}" if self.study else f"train@{self.id}"
 
+    def key(self, name: str) -> str:
+        """Where its value of a recipe's key stands in params.yaml, such as `recipes.resnet20.epochs`."""
+        return (
+            f"studies.{self.study}.{name}" if name in self.changes else f"recipes.{self.architecture}.{name}"
+        )
+
 
 def expand(params: Params) -> list[Cell]:
     """Every cell of `params`, the grid's first, in the order of its lists."""
     cells = [
-        _cell(
-            params,
+        Cell(
             id=f"{architecture}-{optimizer}-{seed}",
             study=None,
             architecture=architecture,
-            optimizer=optimizer,
+            optimizer=params.optimizers[architecture][optimizer],
             seed=seed,
-            lr=getattr(params.learning_rates[architecture], optimizer),
             recipe=params.recipes[architecture],
+            engine=params.engine,
+            changes={},
         )
         for architecture in params.grid.architectures
         for optimizer in params.grid.optimizers
         for seed in params.grid.seeds
     ]
     for name, study in params.studies.items():
-        recipe = Recipe.model_validate({field: getattr(study, field) for field in Recipe.model_fields})
-        cells.append(
-            _cell(
-                params,
-                id=name,
-                study=name,
-                architecture=study.architecture,
-                optimizer=study.optimizer,
-                seed=study.seed,
-                lr=study.lr,
-                recipe=recipe,
-            )
-        )
+        cells.append(Cell(id=name, study=name, engine=params.engine, **dict(study)))
     return cells
-
-
-def _cell(
-    params: Params,
-    *,
-    id: str,
-    study: str | None,
-    architecture: Architecture,
-    optimizer: OptimizerName,
-    seed: int,
-    lr: float,
-    recipe: Recipe,
-) -> Cell:
-    return Cell(
-        id=id,
-        study=study,
-        architecture=architecture,
-        optimizer=Optimizer(name=optimizer, lr=lr, settings=getattr(params.optimizers, optimizer)),
-        seed=seed,
-        recipe=recipe,
-        engine=params.engine,
-    )
 
 
 def find_cell(params: Params, cell_id: str) -> Cell:
@@ -129,9 +85,3 @@ def find_cell(params: Params, cell_id: str) -> Cell:
             "`resgrid cells` lists all of them."
         )
     return cells[cell_id]
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` for the nearest of `known`, or a full stop."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else "."

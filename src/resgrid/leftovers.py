@@ -19,8 +19,8 @@ from pathlib import Path
 
 from resgrid.config import MlflowWeights
 from resgrid.grid import Cell
+from resgrid.provenance import code_digest
 
-CODE = ("data/batches.py", "models", "training")  # as a cell's dependencies in dvc.yaml
 MAX_HEAD_BYTES = 2**24  # of a checkpoint; 250 epochs take 80 kB
 ABANDONED_SECONDS = 3600.0  # after which nobody goes on with a half-written file
 
@@ -28,16 +28,6 @@ ABANDONED_SECONDS = 3600.0  # after which nobody goes on with a half-written fil
 def checkpoint_folder(root: Path, pipeline: Path) -> Path:
     """Where the checkpoints of the cells of a pipeline's folder lie; both paths are absolute."""
     return root / ".resgrid" / "checkpoints" / pipeline.relative_to(root)
-
-
-def code_digest(package: Path = Path(__file__).parent) -> str:
-    """`sha256:…` of the source files that can change a cell's weights."""
-    sha256 = hashlib.sha256()
-    for name in CODE:
-        for path in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
-            content = path.read_bytes()
-            sha256.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return f"sha256:{sha256.hexdigest()}"
 
 
 def checkpoint_files(folder: Path, cell_id: str | None = None) -> list[Path]:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wai
     import pandas as pd
 
 WEIGHTS = "weights.safetensors"
-FILES = ("summary.txt", "history.csv", "metrics.json", "timing.json", WEIGHTS)
+RUN = "run.json"  # written last: all about the run but its epochs and its times
+METRICS = "metrics.json"  # for DVC alone
+FILES = ("summary.txt", "history.csv", RUN, "timing.json", WEIGHTS)
 FAILURE = "failure.txt"  # why there are none of these: the message that the training ended with
 
 

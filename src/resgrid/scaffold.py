@@ -25,6 +25,7 @@ from resgrid.data import archives
 from resgrid.data.dataset import SIDE
 from resgrid.data.fetch import digest
 from resgrid.data.sources import Cifar, ImageFolder, no_bombs, open_source
+from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 
@@ -203,24 +204,54 @@ def _scale(num_train: int) -> Scale:
     return Scale(("resnet20", "resnet56", "resnet18"), epochs=30, batch_size=128)
 
 
+RECIPE = """
+    epochs: {epochs}
+    batch_size: {batch_size}
+    schedule: {{name: cosine, final_factor: 0.0}}
+    warmup: {{steps: 0, factor: 1.0}}
+    time_decay: 0.0
+    weight_decay: 0.0002
+    decay_norm_and_bias: false
+    dropout: {dropout}
+    augmentation:
+      flip: false # true where a mirrored image is of the same class: not for digits, text or traffic signs
+      crop_padding: 4
+      rotation_degrees: 10.0
+      shift_fraction: 0.0
+    normalization: {{name: per_channel}}
+    approach: end_to_end
+    initial_weights: {{name: random}}"""
+NARROW_RATES, WIDE_RATES = (0.1, 0.001, 0.001, 0.01), (0.05, 0.001, 0.0005, 0.005)
+
+
 def _params(name: str, location: str, data: Path, found: Found) -> str:
     scale = _scale(found.num_train)
-    checksum = "null" if data.is_dir() else _quoted(digest(data, "sha256:"))
+    checksum = "" if data.is_dir() else f"\n  checksum: {digest(data, 'sha256:')}"
     validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION else 0.0
-    wide = [name for name in scale.architectures if name in ("resnet10", "resnet18")]
-    narrow = [name for name in scale.architectures if name not in wide]
-    others = "\n".join(f"  {name}: *narrow" for name in narrow[1:])
-    rates = "\n".join(f"  {name}: *narrow_rates" for name in narrow[1:])
-    text = f"""\
+    lists = "\n".join(f"  - {architecture}" for architecture in scale.architectures)
+    recipes, tuning = "", ""
+    for architecture in scale.architectures:
+        is_wide = architecture in ("resnet10", "resnet18")
+        recipes += f"\n  {architecture}:" + RECIPE.format(
+            epochs=scale.epochs, batch_size=scale.batch_size, dropout=0.1 if is_wide else 0.0
+        )
+        sgd, adam, rmsprop, adagrad = WIDE_RATES if is_wide else NARROW_RATES
+        tuning += f"""
+  {architecture}:
+    sgd: {{lr: {sgd}}}
+    adam: {{lr: {adam}}}
+    rmsprop: {{lr: {rmsprop}}}
+    adagrad: {{lr: {adagrad}}}"""
+    return rewritten(f"""\
 # {_counts(found)}.
 # A grid to start with: widen its lists, add seeds, train for longer.
+# `resgrid set 'recipes.*.epochs=10'` edits a number in many places.
 
 name: {_quoted(name)} # the MLflow experiment
 
 data:
   source: {found.source}
-  location: {_quoted(location)}
-  checksum: {checksum}
+  location: {_quoted(location)}{checksum}
 
 preprocess:
   resize: {_resize(found)} # every image becomes 32x32: stretch | crop | pad
@@ -228,48 +259,38 @@ preprocess:
   training_fraction: 1.0 # of the others: less for a first try
   seed: 0
 
-grid:
-  architectures: [{", ".join(scale.architectures)}]
-  optimizers: [sgd, adam]
-  seeds: [0] # [0, 1, 2] gives each figure its spread
-
-recipes:
-  {narrow[0]}: &narrow
-    epochs: {scale.epochs}
-    batch_size: {scale.batch_size}
-    schedule: {{ name: cosine, final_factor: 0.0 }}
-    warmup: null
-    time_decay: 0.0
-    weight_decay: 2.0e-4
-    decay_norm_and_bias: false
-    dropout: 0.0
-    # flip only where a mirrored image is of the same class: not for digits, text or traffic signs
-    augmentation: {{ flip: false, crop_padding: 4, rotation_degrees: 10.0, shift_fraction: 0.0 }}
-    normalization: {{ name: per_channel }}
-    approach: end_to_end
-    initial_weights: {{ name: random }}
-{others}
-  {wide[0]}: {{ <<: *narrow, dropout: 0.1 }}
-
-learning_rates:
-  {narrow[0]}: &narrow_rates {{ sgd: 0.1, adam: 1.0e-3, rmsprop: 1.0e-3, adagrad: 1.0e-2 }}
-{rates}
-  {wide[0]}: {{ sgd: 0.05, adam: 1.0e-3, rmsprop: 5.0e-4, adagrad: 5.0e-3 }}
-
-optimizers:
-  sgd: {{ momentum: 0.9, nesterov: true }}
-  adam: {{ betas: [0.9, 0.999], eps: 1.0e-8 }}
-  rmsprop: {{ alpha: 0.99, momentum: 0.0, eps: 1.0e-8 }}
-  adagrad: {{ lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10 }}
-
-studies: {{}} # cells of their own, each with a whole recipe in which one thing differs
-
 engine:
   precision: auto # bf16 autocast where the device is good at it: auto | fp32 | bf16
   compile: auto # the steps by torch.compile, where that pays: auto | always | never
   scored_epochs: all # after which the test and validation images are scored: all | last
-"""
-    return re.sub(r"\n\n(?=  )", "\n", text)
+
+# Seeds 0, 1 and 2 would give each figure its spread.
+grid:
+  architectures:
+{lists}
+  optimizers:
+  - sgd
+  - adam
+  seeds:
+  - 0
+recipes:
+  # How each architecture is trained, whatever the optimizer.{recipes}
+
+# The learning rate, and settings of an optimizer that are not the same for all architectures.
+tuning:{tuning}
+
+# The other settings of torch.optim's classes.
+optimizers:
+  sgd: {{momentum: 0.9, nesterov: true}}
+  adam: {{betas: [0.9, 0.999], eps: 1e-08}}
+  rmsprop: {{alpha: 0.99, momentum: 0.0, eps: 1e-08}}
+  adagrad:
+    lr_decay: 0.0
+    initial_accumulator_value: 0.0
+    eps: 1e-10
+
+studies: {{}} # cells of their own, each of which names what it changes
+""")
 
 
 def _resize(found: Found) -> Resize:

@@ -29,6 +29,8 @@ from resgrid.data.dataset import Meta, Split, load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
+from resgrid.provenance import code_digest
+from resgrid.runs import METRICS, RUN, read_json
 from resgrid.summary import count_parameters, summarize
 from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit
@@ -53,7 +55,7 @@ def train_cell(
     """Train `cell` on the processed data; yields an `Epoch` after each, and at the end writes `run_folder`.
 
     The folder gets `weights.safetensors`, `summary.txt`, `history.csv`, `timing.json` and, last of all,
-    `metrics.json`: where that stands, the others are whole, and its figures are those of the weights there.
+    `run.json`: where that stands, the others are whole, and its figures are those of the weights there.
     Weights in MLflow are fetched by the caller, who passes their file as `initial_weights_file`.
     With `checkpoints` it goes on after the last epoch of an earlier start, and yields those that follow.
 
@@ -88,13 +90,13 @@ def train_cell(
     summary = summarize(cell.architecture, len(meta.class_names), cell.recipe.dropout).table()
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "metrics.json").unlink(missing_ok=True)
+        (run_folder / RUN).unlink(missing_ok=True)
         save_weights(run_folder / "weights.safetensors", model, info)
         _write(run_folder / "summary.txt", summary + "\n")
         _write(run_folder / "history.csv", _history(outcome.epochs))
         _write(run_folder / "timing.json", _json(_timing(cell, outcome, meta, device, started)))
         weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
-        _write(run_folder / "metrics.json", _json(_metrics(cell, model, meta, outcome, weights_sha256)))
+        _write(run_folder / RUN, _json(_record(cell, model, meta, outcome, weights_sha256)))
         if checkpoints is not None:
             checkpoints.finished(run_folder / "timing.json")
     except OSError as error:
@@ -120,7 +122,16 @@ def _load_checked(folder: Path, name: str, meta: Meta) -> Split:
     return split
 
 
-def _metrics(
+def write_metrics(run_folder: Path, pipeline: str) -> None:
+    """`metrics.json`, the one figure for DVC's tables: `{<pipeline>: {<cell>: test accuracy}}`.
+
+    `dvc exp show` has a column for each key, and puts the file's path before keys that several files have.
+    """
+    record = read_json(run_folder / RUN)
+    _write(run_folder / METRICS, _json({pipeline: {record["cell"]: record["test_accuracy"]}}))
+
+
+def _record(
     cell: Cell, model: Classifier, meta: Meta, outcome: Outcome, weights_sha256: str
 ) -> dict[str, Any]:
     last = outcome.epochs[-1] if outcome.epochs else None
@@ -158,7 +169,9 @@ def _metrics(
         "num_trainable": trainable,  # of a frozen base: the head's
         "num_non_trainable": non_trainable,
         "data_digest": meta.digest,
+        "code_digest": code_digest(),
         "weights_sha256": weights_sha256,
+        "numbers": cell.numbers,  # all that the cell was trained with
     }
 
 

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 
 from resgrid import __version__
-from resgrid.commit import git_commit
 from resgrid.config import FAMILIES, Architecture, OptimizerName
 from resgrid.data.dataset import Meta, Split
 from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell
 from resgrid.progress import duration
+from resgrid.provenance import git_commit
 from resgrid.report.leaderboard import leaderboard
 from resgrid.report.published import published_accuracy
 from resgrid.report.statistics import Bootstrap, Interval, pareto_front
@@ -49,7 +49,7 @@ class Group:
         return [result for result in self.results if result.status == "completed"]
 
     def mean(self, key: str) -> float:
-        """Of a figure in metrics.json or timing.json, over completed cells."""
+        """Of a figure in run.json or timing.json, over completed cells."""
         return float(np.mean([((r.metrics or {}) | (r.timing or {}))[key] for r in self.completed]))
 
 

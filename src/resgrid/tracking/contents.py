@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from resgrid import __version__, watch
-from resgrid.commit import git_commit
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.provenance import experiment, git_commit
 from resgrid.runs import FILES, WEIGHTS, read_json, verify_weights
 from resgrid.tracking.store import Store
 
@@ -100,6 +100,9 @@ def create(
     }
     if cell.study:
         tags["study"] = cell.study
+    made = experiment()
+    if made:
+        tags["dvc_experiment"] = made.name
     for tag, variable in FLOW_RUN.items():
         if value := os.environ.get(variable):
             tags[tag] = value
@@ -109,7 +112,8 @@ def create(
         tags["process"] = this_process()
     if training:
         tags["training"] = training
-    run = store.client.create_run(store.experiment_id, start_time, tags, run_name=cell.id)
+    name = f"{made.name} {cell.id}" if made else cell.id
+    run = store.client.create_run(store.experiment_id, start_time, tags, run_name=name)
     run_id: str = run.info.run_id
     params = [Param(key, value) for key, value in params_of(cell).items()]
     store.client.log_batch(run_id, params=params)
@@ -158,6 +162,8 @@ def complete(
 ) -> str:
     """Give a run, or a new one, all that its cell's files hold, end it, and mark it as the current one.
 
+    A run of a DVC experiment is marked as such instead: the workspace has another result of the cell.
+
     What the run has already stays as it is, so that this may be interrupted and repeated. `meta` describes
     the data as they are now. The run ends when training did, unless `end_time` says otherwise.
     Returns the run's id. Raises ResgridError for files that are damaged or do not belong together.
@@ -165,7 +171,7 @@ def complete(
     from mlflow.entities import Metric, Param, RunTag
 
     client = store.client
-    metrics, timing = read_json(run_folder / "metrics.json"), read_json(run_folder / "timing.json")
+    metrics, timing = read_json(run_folder / "run.json"), read_json(run_folder / "timing.json")
     epochs = _read_history(run_folder / "history.csv", timing)
     verify_weights(run_folder, metrics, cell.stage)
     weights_sha256 = metrics["weights_sha256"]
@@ -214,7 +220,7 @@ def complete(
         "precision": timing["precision"],
         "compiled": str(timing["compiled"]).lower(),
         "mlflow.note.content": _description(metrics, timing),
-        "grid": "current",
+        "grid": "experiment" if experiment() else "current",
         "synced": f"{weights_sha256}:{FORMAT}",
     }
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])

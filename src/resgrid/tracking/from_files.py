@@ -133,7 +133,7 @@ def _sync_cell(
                 _end_killed(store, each)
         return str(last.info.run_id) if last else None
     try:
-        metrics = read_json(folder / "metrics.json")
+        metrics = read_json(folder / "run.json")
         started = contents.started_at(read_json(folder / "timing.json"))
         run = _find(runs, cell, metrics, started)
         if run and is_live(run, started):
@@ -143,6 +143,7 @@ def _sync_cell(
             run_id, done = run.info.run_id, report.unchanged
             if run.data.tags.get("grid") != "current":
                 store.client.set_tag(run_id, "grid", "current")
+                store.client.update_run(run_id, name=cell.id)
         elif not run and (why := _contradiction(cell, metrics)):
             report.stale[cell.id] = why
             return None
@@ -171,6 +172,7 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
             run
             for run in runs
             if "weights_sha256" not in run.data.tags
+            and "dvc_experiment" not in run.data.tags
             and run.data.tags["data_digest"] == metrics["data_digest"]
             and run.info.status in ("RUNNING", "FINISHED")
             and _start_second(run) <= started
@@ -179,7 +181,13 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
     # Several have the same weights where a cell was trained again without a change, as by `dvc repro -f`.
     return max(
         found,
-        key=lambda run: (agrees(run), "synced" in run.data.tags, run.info.start_time, run.info.run_id),
+        key=lambda run: (
+            agrees(run),
+            "synced" in run.data.tags,
+            run.data.tags.get("grid") == "current",
+            run.info.start_time,
+            run.info.run_id,
+        ),
         default=None,
     )
 
@@ -239,7 +247,8 @@ def retire(store: Store, runs: list[Run], keep: str | None = None, started: int 
     """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
     changed = []
     for run in runs:
-        if run.info.run_id == keep or is_live(run, started):
+        is_experiment = "dvc_experiment" in run.data.tags and run.data.tags.get("grid") != "current"
+        if run.info.run_id == keep or is_experiment or is_live(run, started):
             continue
         _end_killed(store, run)
         if run.data.tags.get("grid") != "superseded":

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from resgrid.grid import Cell
+from resgrid.provenance import experiment
 from resgrid.runs import read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.from_files import is_live, retire, runs_of
@@ -163,10 +164,12 @@ class LiveRun:
         """The run of an earlier start of this training, if it goes on."""
         if self._training is None:
             return None
+        made = experiment()
         runs = [
             run
             for run in runs_of(store, self._cell.id)
             if run.data.tags.get("training") == self._training
+            and run.data.tags.get("dvc_experiment") == (made.name if made else None)
             and not is_live(run, _now() if shared.are_shared() else None)  # a pool has one training of a cell
             and (self._resumed_epochs > 0 or "learning_rate" not in run.data.metrics)
         ]
@@ -204,7 +207,8 @@ class LiveRun:
         self._stop_monitor()
         contents.complete(self._store, self._run_id, self._cell, run_folder, self._meta, end_time)
         started = contents.started_at(read_json(run_folder / "timing.json"))
-        retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
+        if experiment() is None:
+            retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
 
     def _end(self, status: str, why: str | None) -> None:
         if self._over or not self._is_ours() or self._store is None:

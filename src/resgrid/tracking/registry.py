@@ -144,7 +144,7 @@ def find_weights(model: str, runs: Path) -> Path:
         return path
     cell = find_cell(load_params(), model)
     folder = runs / cell.id
-    if not (folder / "metrics.json").is_file():
+    if not (folder / "run.json").is_file():
         raise ResgridError(f"{model}: this cell has no result yet. `dvc repro {cell.stage}` trains it.")
-    verify_weights(folder, read_json(folder / "metrics.json"), cell.stage)
+    verify_weights(folder, read_json(folder / "run.json"), cell.stage)
     return folder / WEIGHTS

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from resgrid.config import InitialWeights, MlflowWeights
 from resgrid.errors import ResgridError
+from resgrid.provenance import experiment
 from resgrid.runs import WEIGHTS
 
 if TYPE_CHECKING:
@@ -74,8 +75,13 @@ def project_root(folder: Path | None = None) -> Path:
 
 
 def store_uri(folder: Path | None = None) -> str:
-    """MLFLOW_TRACKING_URI, or else the SQLite file in the project's root, whichever pipeline asks."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root(folder)}/mlflow.db"
+    """MLFLOW_TRACKING_URI, or else the SQLite file in the project's root, whichever pipeline asks.
+
+    An experiment of DVC's takes the project's too, for the copy that it runs in is deleted.
+    """
+    made = experiment()
+    root = made.project if made else project_root(folder)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
     if database := _database(uri):  # absolute: relative, it would be another file in each folder
         return f"sqlite:///{(folder or Path.cwd()).resolve() / database}"
     return uri

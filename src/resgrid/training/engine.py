@@ -143,7 +143,7 @@ def fit(
     recipe = cell.recipe
     if len(data.train.labels) < recipe.batch_size:
         raise ResgridError(
-            f"{recipe_key(cell)}.batch_size: {recipe.batch_size} is more than the {len(data.train.labels)} "
+            f"{cell.key('batch_size')}: {recipe.batch_size} is more than the {len(data.train.labels)} "
             f"images of the training split; write {len(data.train.labels)} or less."
         )
     with _explained_memory_error(cell, device):
@@ -342,11 +342,6 @@ def _all_finite(model: nn.Module) -> bool:
     return bool(torch.stack(finite).all())
 
 
-def recipe_key(cell: Cell) -> str:
-    """Where the cell's recipe stands in params.yaml."""
-    return f"studies.{cell.study}" if cell.study else f"recipes.{cell.architecture}"
-
-
 @contextmanager
 def _explained_memory_error(cell: Cell, device: torch.device) -> Iterator[None]:
     try:
@@ -356,7 +351,7 @@ def _explained_memory_error(cell: Cell, device: torch.device) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not told:
             raise
         raise ResgridError(
-            f"{recipe_key(cell)}.batch_size: the memory of {device} is too small for {cell.architecture} "
+            f"{cell.key('batch_size')}: the memory of {device} is too small for {cell.architecture} "
             f"with batches of {cell.recipe.batch_size} images; write a smaller batch_size, or end what else "
             f"uses the memory. torch says: {told[0].strip() if told else 'out of memory'}"
         ) from None

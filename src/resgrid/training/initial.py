@@ -12,7 +12,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier, build_model
 from resgrid.models.vgg import imagenet_vgg16_base
-from resgrid.training.engine import recipe_key, stream_seed
+from resgrid.training.engine import stream_seed
 from resgrid.weights import load_weights
 
 
@@ -35,7 +35,7 @@ def load_initial_weights(
 
     From a file with another number of classes the base alone is taken; the head stays as it was drawn.
     """
-    key = f"{recipe_key(cell)}.initial_weights"
+    key = cell.key("initial_weights")
     match cell.recipe.initial_weights:
         case RandomWeights():
             return

@@ -27,6 +27,6 @@ def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: int)
             factor = factors[bisect_right(boundaries, step)]
         case Cosine(final_factor=final):
             factor = final + (1 - final) * (1 + math.cos(math.pi * step / total_steps)) / 2
-    if recipe.warmup is not None and step < recipe.warmup.steps:
+    if step < recipe.warmup.steps:
         factor *= recipe.warmup.factor
     return factor / (1 + recipe.time_decay * step)

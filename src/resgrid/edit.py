@@ -1,0 +1,156 @@
+"""Edit params.yaml as DVC's own commands do, keeping comments and layout: what `resgrid set` does."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import io
+from collections.abc import Iterable, Iterator, MutableMapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from resgrid.config import parse_params
+from resgrid.errors import ResgridError, suggest
+
+
+def rewritten(text: str) -> str:
+    """`text` in the layout of DVC's writer, which leaves it as it is from then on."""
+    return _dump(_yaml().load(text))
+
+
+def assign(text: str, assignments: Iterable[str], origin: str = "params.yaml") -> str:
+    """`text` with each `PATTERN=VALUE` carried out; a pattern such as `recipes.*.epochs` may match many keys.
+
+    Raises ResgridError for an assignment that matches no key, and for a result that is no valid params.yaml.
+    """
+    params = _yaml().load(text)
+    if not isinstance(params, MutableMapping):
+        raise ResgridError(f"{origin}: must be a mapping of keys to values.")
+    for assignment in assignments:
+        pattern, equals, written = assignment.partition("=")
+        if not equals or not pattern:
+            raise ResgridError(f"{assignment!r}: write KEY=VALUE, as in 'recipes.*.epochs=10'.")
+        try:
+            value = YAML(typ="safe").load(written)
+        except YAMLError as error:
+            raise ResgridError(f"{assignment!r}: the value is no YAML: {error}") from None
+        places = list(_matches(params, pattern.split(".")))
+        if not places:
+            known = [".".join(path) for path in _paths(params)]
+            raise ResgridError(f"{origin}: no key matches {pattern!r}{suggest(pattern, known)}")
+        for mapping, key in places:
+            mapping[key] = copy.deepcopy(value)  # one object in two places would be written as an alias
+    new = _dump(params)
+    parse_params(YAML(typ="safe").load(new), origin)
+    return new
+
+
+def changed_lines(old: str, new: str) -> list[str]:
+    """`12: -    epochs: 250` and `12: +    epochs: 10`: what differs, by the line in the new text."""
+    lines: list[str] = []
+    number = 0
+    for line in difflib.ndiff(old.splitlines(), new.splitlines()):
+        number += line[0] in " +"
+        if line[0] in "-+":
+            lines.append(f"{number + (line[0] == '-'):4}: {line[0]} {line[2:]}")
+    return lines
+
+
+def _matches(
+    node: MutableMapping[str, Any], pattern: list[str]
+) -> Iterator[tuple[MutableMapping[str, Any], str]]:
+    first, *rest = pattern
+    for key, value in node.items():
+        if fnmatchcase(key, first):
+            if not rest:
+                yield node, key
+            elif isinstance(value, MutableMapping):
+                yield from _matches(value, rest)
+
+
+def _paths(node: MutableMapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in node.items():
+        yield (*above, str(key))
+        if isinstance(value, MutableMapping):
+            yield from _paths(value, (*above, str(key)))
+
+
+def _yaml() -> YAML:
+    """With the settings of DVC's writer."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    return yaml
+
+
+def _dump(params: Any) -> str:
+    text = io.StringIO()
+    _yaml().dump(params, text)
+    return text.getvalue()
+
+
+# --- files of an earlier version --------------------------------------------------------------------
+
+
+def migrate(path: Path) -> Path:
+    """Rewrite the params.yaml `path` of an earlier version, whose former text is kept beside it; where.
+
+    Comments at its head stay, others do not. Raises ResgridError for a file that is not of that form.
+    """
+    text = path.read_text(encoding="utf-8")
+    old = YAML(typ="safe").load(text)  # aliases and merge keys become values
+    if not isinstance(old, dict) or "learning_rates" not in old:
+        raise ResgridError(f"{path}: has no learning_rates, so it is not of the earlier form.")
+    try:
+        new = _migrated(old)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResgridError(f"{path}: is not of the earlier form throughout (at {error}).") from None
+    head = "".join(line + "\n" for line in _head(text))
+    written = head + rewritten(_dump(new))
+    parse_params(YAML(typ="safe").load(written), str(path))
+    kept = path.with_name("params.earlier.yaml")
+    path.replace(kept)
+    path.write_text(written, encoding="utf-8")
+    return kept
+
+
+def _head(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            return
+        yield line
+
+
+def _migrated(old: dict[str, Any]) -> dict[str, Any]:
+    recipes = {name: _recipe(recipe) for name, recipe in old["recipes"].items()}
+    rates, studies = dict(old["learning_rates"]), {}
+    for name, study in old["studies"].items():
+        head = {key: study[key] for key in ("architecture", "optimizer", "seed")}
+        lr = study["lr"]
+        whole = _recipe({key: value for key, value in study.items() if key not in (*head, "lr")})
+        # An architecture may stand in studies alone.
+        base = recipes.setdefault(study["architecture"], whole)
+        rate = rates.setdefault(study["architecture"], dict.fromkeys(old["optimizers"], lr))
+        studies[name] = head | ({"lr": lr} if lr != rate[study["optimizer"]] else {})
+        studies[name] |= {key: value for key, value in whole.items() if value != base[key]}
+    return {
+        "name": old["name"],
+        "data": {key: value for key, value in old["data"].items() if value is not None},
+        "preprocess": old["preprocess"],
+        "engine": old["engine"],
+        "grid": old["grid"],
+        "recipes": recipes,
+        "tuning": {
+            name: {optimizer: {"lr": rates[name][optimizer]} for optimizer in old["optimizers"]}
+            for name in recipes
+        },
+        "optimizers": old["optimizers"],
+        "studies": studies,
+    }
+
+
+def _recipe(old: dict[str, Any]) -> dict[str, Any]:
+    return old | {"warmup": old["warmup"] or {"steps": 0, "factor": 1.0}}

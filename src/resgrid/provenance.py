@@ -1,0 +1,107 @@
+"""What a result was made by: git's commit, the code that can change weights, and DVC's experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from resgrid.errors import ResgridError
+
+PACKAGE = Path(__file__).parent
+CODE = ("data/batches.py", "models", "training")  # as a cell's dependencies in dvc.yaml
+
+
+def git_commit() -> tuple[str, str]:
+    """The commit of the current folder's repository, and `true` or `false`: whether tracked files differ.
+
+    Both are `unknown` where there is no git, no repository or no commit yet. dvc.lock may differ: DVC
+    rewrites it at each stage.
+    """
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        all_but_lock = (":(top)", ":(top,exclude,glob)**/dvc.lock")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_lock)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", "unknown"
+    return commit, "true" if changed else "false"
+
+
+def code_digest(package: Path = PACKAGE) -> str:
+    """`sha256:…` of the source files of `package` that can change a cell's weights."""
+    sha256 = hashlib.sha256()
+    for name in CODE:
+        for path in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
+            content = path.read_bytes()
+            sha256.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def package_of(pipeline: Path) -> Path:
+    """The folder of code that a pipeline's dvc.yaml names, or this package where it names none."""
+    try:
+        stages = YAML(typ="safe").load(pipeline / "dvc.yaml")["stages"]
+        [batches] = [dep for dep in stages["train"]["deps"] if str(dep).endswith(f"/{CODE[0]}")]
+    except (OSError, YAMLError, KeyError, TypeError, ValueError):
+        return PACKAGE
+    return (pipeline / str(batches)).resolve().parents[1]
+
+
+def check_code(pipeline: Path) -> None:
+    """Raises ResgridError where this process runs other code than DVC records for the pipeline.
+
+    An experiment's copy of the project holds the code as it was queued, and `resgrid` is the one that is
+    installed.
+    """
+    package = package_of(pipeline)
+    if package != PACKAGE and package.is_dir() and code_digest(package) != code_digest():
+        raise ResgridError(
+            f"the code in {package} is not what would train: that is the installed one, {PACKAGE}. DVC would "
+            "record a result under code that did not make it. Queue the experiment again, or install the "
+            "package from that folder."
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run of `dvc exp run --temp` or `--queue`, in a copy of the project below its .dvc/tmp/exps."""
+
+    name: str
+    project: Path
+
+
+def experiment() -> Experiment | None:
+    """That of the current folder, as DVC's environment says; None in the project itself."""
+    root = os.environ.get("DVC_ROOT")
+    if not root or not Path.cwd().resolve().is_relative_to(Path(root, ".dvc/tmp/exps").resolve()):
+        return None
+    return Experiment(os.environ.get("DVC_EXP_NAME", "experiment"), Path(root).resolve())
+
+
+def check_lock(pipeline: Path) -> None:
+    """Raises ResgridError in an experiment whose commit has no dvc.lock: applied, it would lose the others'.
+
+    DVC makes the copy from what git knows, and the copy's dvc.lock takes the place of the project's.
+    """
+    made = experiment()
+    if made is None:
+        return
+    found = subprocess.run(
+        ["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=pipeline, capture_output=True, check=False
+    )
+    if found.returncode:
+        raise ResgridError(
+            "dvc.lock is in no commit, so applying this experiment would lose what it records of the other "
+            "cells. Commit it first: `git add dvc.lock && git commit -m 'Record results'`; then run the "
+            "experiment again. (Where there is none yet, `dvc repro` makes it.)"
+        )

@@ -1,0 +1,201 @@
+"""params.yaml is edited in place: by `resgrid set`, and by DVC's own writer, whose layout it has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` does to the file
+from ruamel.yaml import YAML
+
+from resgrid.cli import main
+from resgrid.config import load_params
+from resgrid.edit import assign, changed_lines, rewritten
+from resgrid.grid import expand
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([ROOT / "params.yaml", *ROOT.glob("examples/*/params.yaml")])
+
+
+def leaves(node: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def as_hydra(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(as_hydra, value))}]"
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"'{value}'"
+        if isinstance(value, str)
+        else repr(value)
+    )
+
+
+def another(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * 2 + 12345
+        case _:
+            return f"{value}x"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_dvc_leaves_every_byte_but_those_of_the_value_that_it_sets(file: Path, tmp_path: Path) -> None:
+    text = file.read_text()
+    copy = tmp_path / "params.yaml"
+    keys = dict(leaves(YAML(typ="safe").load(text)))
+    assert len(keys) > 40
+    copy.write_text(text)
+    apply_overrides(str(copy), [f"{key}={as_hydra(value)}" for key, value in keys.items()])
+    assert copy.read_text() == text
+    scalars = {key: another(value) for key, value in keys.items() if not isinstance(value, list)}
+    apply_overrides(str(copy), [f"{key}={as_hydra(value)}" for key, value in scalars.items()])
+    assert len(copy.read_text().splitlines()) == len(text.splitlines())  # no line is broken, none is lost
+    assert dict(leaves(YAML(typ="safe").load(copy.read_text()))) == keys | scalars
+    one = (
+        "name=other",
+        "tuning.resnet20.sgd.lr=0.123456",
+        "recipes.resnet44.epochs=12345",
+        "preprocess.seed=7",
+    )
+    for assignment in one:
+        copy.write_text(text)
+        if assignment.split("=")[0] in keys:
+            apply_overrides(str(copy), [assignment])
+            pairs = zip(text.splitlines(), copy.read_text().splitlines(), strict=True)
+            assert sum(old != new for old, new in pairs) == 1, assignment
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_the_files_have_no_aliases_and_no_null(file: Path) -> None:
+    text = file.read_text()
+    assert rewritten(text) == text
+    assert "null" not in text
+    assert not any(line.split("#")[0].count(sign) for line in text.splitlines() for sign in ("&", "*", "<<"))
+
+
+def test_a_pattern_sets_a_number_in_every_place_and_keeps_the_rest() -> None:
+    text = (ROOT / "params.yaml").read_text()
+    new = assign(text, ["recipes.*.epochs=7", "tuning.resnet1?.sgd.lr=0.5", "grid.seeds=[0, 1]"])
+    changed = [line for line in difflib.ndiff(text.splitlines(), new.splitlines()) if line[0] in "+-"]
+    assert sum(line.startswith("+") for line in changed) == 9 + 2 + 1
+    assert [line for line in changed_lines(text, new) if "- 1" in line] == ["  42: +   - 1"]
+    params = YAML(typ="safe").load(new)
+    assert {recipe["epochs"] for recipe in params["recipes"].values()} == {7}
+    assert [params["tuning"][name]["sgd"]["lr"] for name in ("resnet20", "resnet10", "resnet18")] == [
+        0.1,
+        0.5,
+        0.5,
+    ]
+
+
+def test_one_list_in_many_places_is_written_in_each() -> None:
+    text = (ROOT / "examples/digits/params.yaml").read_text()
+    new = assign(text, ["recipes.*.normalization={name: fixed, mean: [0.5, 0.5, 0.5], std: [1.0, 1.0, 1.0]}"])
+    assert "&" not in new
+    assert new.count("mean:") == 3
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("recipes.*.epoch=1", "no key matches 'recipes.*.epoch'; did you mean recipes."),
+        ("recipes.*.epochs=ten", "recipes.resnet110.epochs: must be a valid integer"),
+        ("recipes.*.epochs", "write KEY=VALUE"),
+        ("grid.seeds=[0, 0]", "seeds holds a value twice"),
+        ("name=[", "the value is no YAML"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_and_nothing_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    assignment: str,
+    said: str,
+) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["set", "recipes.*.batch_size=64", assignment]) == 1
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "params.yaml").read_text() == text
+
+
+def test_a_dry_run_shows_the_lines_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "examples/digits/params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["set", "tuning.resnet20.sgd.lr=0.5", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("lr: 0.5") == 1
+    assert (tmp_path / "params.yaml").read_text() == text
+    assert main(["set", "tuning.resnet20.sgd.lr=0.5"]) == 0
+    assert (tmp_path / "params.yaml").read_text() == text.replace("sgd: {lr: 0.1}", "sgd: {lr: 0.5}", 1)
+
+
+EARLIER = """\
+# my grid
+name: mine
+data: { source: image-folder, location: images, checksum: null }
+preprocess: { resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0 }
+grid: { architectures: [resnet20, resnet32], optimizers: [sgd], seeds: [0] }
+recipes:
+  resnet20: &thin
+    epochs: 3
+    batch_size: 8
+    schedule: { name: constant }
+    warmup: null
+    time_decay: 0.0
+    weight_decay: 0.0
+    decay_norm_and_bias: false
+    dropout: 0.0
+    augmentation: { flip: false, crop_padding: 0, rotation_degrees: 0.0, shift_fraction: 0.0 }
+    normalization: { name: scalar }
+    approach: end_to_end
+    initial_weights: { name: random }
+  resnet32: { <<: *thin, warmup: { steps: 5, factor: 0.5 } }
+learning_rates:
+  resnet20: &rates { sgd: 0.1, adam: 0.001, rmsprop: 0.001, adagrad: 0.01 }
+  resnet32: *rates
+optimizers:
+  sgd: { momentum: 0.9, nesterov: true }
+  adam: { betas: [0.9, 0.999], eps: 1.0e-8 }
+  rmsprop: { alpha: 0.99, momentum: 0.0, eps: 1.0e-8 }
+  adagrad: { lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10 }
+studies:
+  fast: { <<: *thin, architecture: resnet20, optimizer: adam, seed: 1, lr: 0.5, batch_size: 4 }
+  deep: { <<: *thin, architecture: resnet44, optimizer: sgd, seed: 0, lr: 0.2 }
+engine: { precision: auto, compile: auto, scored_epochs: all }
+"""
+
+
+def test_a_file_of_an_earlier_version_is_rewritten_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "params.yaml").write_text(EARLIER)
+    monkeypatch.chdir(tmp_path)
+    assert main(["cells"]) == 1
+    assert "`resgrid set --migrate` rewrites the file" in capsys.readouterr().err
+    assert main(["set", "--migrate"]) == 0
+    assert (tmp_path / "params.earlier.yaml").read_text() == EARLIER
+    text = (tmp_path / "params.yaml").read_text()
+    assert text.startswith("# my grid\nname: mine\n")
+    assert rewritten(text) == text
+    thin, warm, fast, deep = expand(load_params())
+    assert (thin.recipe.warmup.steps, warm.recipe.warmup.steps, warm.recipe.epochs) == (0, 5, 3)
+    assert fast.changes == {"lr": 0.5, "batch_size": 4}
+    assert (deep.architecture, deep.optimizer.lr, deep.changes) == ("resnet44", 0.2, {})
+    assert main(["set", "--migrate"]) == 1
+    assert "not of the earlier form" in capsys.readouterr().err
