@@ -206,7 +206,7 @@ def test_a_sentence_says_what_was_compared_with_how_many_seeds_and_epochs():
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1, 2])
     sentences = conclusions(found(with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])))
     assert sentences[0] == (
-        "sgd is ahead of adam by 25.00 points (18.79 to 31.21), over resnet20 (3 seeds, paired; 2 epochs)."
+        "Over resnet20 (3 seeds, paired; 2 epochs) sgd is ahead of adam by 25.00 points (18.79 to 31.21)."
     )
     assert sentences[1].startswith("Intervals over seeds are Student's t")
 
@@ -214,7 +214,9 @@ def test_a_sentence_says_what_was_compared_with_how_many_seeds_and_epochs():
 def test_with_one_seed_nothing_is_concluded_of_optimizers():
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"])
     sentences = conclusions(found(with_wrong(cells, sgd=[2], adam=[12])))
-    assert sentences[0].startswith("The models of sgd are ahead of those of adam by 25.00 points")
+    assert sentences[0].startswith(
+        "Over resnet20 (40 test images, one seed; 2 epochs) the models of sgd are ahead of those of adam by 25.00"
+    )
     assert "differ cannot be concluded: add seeds to grid.seeds" in sentences[1]
 
 
@@ -589,7 +591,7 @@ def test_the_markdown_has_the_same_figures_as_the_page(here, capsys):
         assert row in rows
     for row in read.tables["What can be concluded"]:
         assert row in rows
-    for title in ("Optimizers, paired", "Studies", "How it was made"):
+    for title in ("Optimizers compared", "Studies", "How it was made"):
         assert f"## {title}" in text
 
 

@@ -38,7 +38,7 @@ from resgrid.report.statistics import (
     over_seeds,
     pareto_front,
     wilson,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +77,20 @@ class Comparison:
     num_seeds: int  # of the cell with the fewest; 1: the interval is over test images
     epochs: str  # `20`, or `200 and 250`
     difference: Interval | None  # None: they have no completed cells in common
-    p: float | None = None  # of all comparisons together, by Holm's method
+    p: float = 1.0  # among all comparisons, by Holm's method
 
     @property
     def is_told(self) -> bool:
         """Whether one of the two can be said to be ahead."""
-        return (
-            self.difference is not None
-            and self.difference.excludes_zero
-            and self.p is not None
-            and self.p <= 1 - LEVEL
-        )
+        return self.difference is not None and self.difference.excludes_zero and self.p <= 1 - LEVEL
 
     @property
     def verdict(self) -> str:
         if self.difference is None:
             return "no cells in common"
         if self.is_told:
-            return f"{self.first if self.difference.estimate > 0 else self.second} is ahead"
+            ahead = self.first if self.difference.estimate > 0 else self.second
+            return f"{ahead} is ahead" if self.num_seeds > 1 else f"the models of {ahead} are ahead"
         if not self.difference.excludes_zero:
             return "no difference can be told"
         if self.difference.p == 1:
@@ -220,14 +216,13 @@ def mean_accuracy(results: list[Result]) -> Interval | None:
     """The mean accuracy of completed cells that differ in their seed alone; None of no cell."""
     if not results:
         return None
-    accuracies = np.array([_accuracy(result) for result in results])
-    if len(results) > 1:
-        bounds = over_seeds([accuracies], [1], 1 / _num_images(results[0]))
-        interval = _interval(bounds, f"{len(results)} seeds")
-        return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
-    num_images = _num_images(results[0])
-    low, high = wilson(round(accuracies[0] * num_images), num_images)
-    return Interval(float(accuracies[0]), low, high, 0, f"{num_images:,} test images")
+    correct = np.stack([_correct(result) for result in results])  # (seeds, test images)
+    num_seeds, num_images = correct.shape
+    if num_seeds == 1:
+        low, high = wilson(int(correct.sum()), num_images)
+        return Interval(float(correct.mean()), low, high, float("nan"), f"{num_images:,} test images")
+    interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
+    return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
 
 
 def _optimizers(groups: list[Group]) -> list[Comparison]:
@@ -287,27 +282,25 @@ def _difference(pairs: list[tuple[list[Result], list[Result]]]) -> Interval:
     With one seed on a side there is no replicate: then it is over test images, of one model a cell, with the
     same seed if there is one that both have.
     """
-    sides = [{r.cell.seed: r for r in side} for pair in pairs for side in pair]  # first, second, first, …
-    num_images = _num_images(pairs[0][0][0])
+    sides = [{r.cell.seed: _correct(r) for r in side} for pair in pairs for side in pair]  # first, second, …
+    num_images = len(next(iter(sides[0].values())))
     counts = sorted({len(side) for side in sides})
-    signs = [1, -1] * len(pairs)
+    weights = np.array([1, -1] * len(pairs)) / len(pairs)
     if counts[0] == 1:
         values = np.zeros(num_images)
         for first, second in zip(sides[::2], sides[1::2], strict=True):
             common = sorted(first.keys() & second.keys())
             one, other = (side[common[0] if common else min(side)] for side in (first, second))
-            values += (_correct(one) - _correct(other)) / len(pairs)
+            values += (one - other) / len(pairs)
         bounds = over_images(values.sum(), (values**2).sum(), num_images, len(pairs))
         return _interval(bounds, f"{num_images:,} test images, one seed")
     if all(side.keys() == sides[0].keys() for side in sides):
-        accuracies = np.array([[_accuracy(side[seed]) for seed in sides[0]] for side in sides])
-        by_seed = np.array(signs) @ accuracies / len(pairs)  # (seeds,)
+        by_seed = weights @ [[side[seed].mean() for seed in sides[0]] for side in sides]  # (seeds,)
         bounds = over_seeds([by_seed], [1], 1 / (num_images * len(pairs)))
         return _interval(bounds, f"{counts[0]} seeds, paired")
-    samples = [np.array([_accuracy(result) for result in side.values()]) for side in sides]
-    bounds = over_seeds(samples, [sign / len(pairs) for sign in signs], 1 / num_images)
+    samples = [np.array([correct.mean() for correct in side.values()]) for side in sides]
     span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    return _interval(bounds, f"{span} seeds, unpaired")
+    return _interval(over_seeds(samples, weights.tolist(), 1 / num_images), f"{span} seeds, unpaired")
 
 
 def _tested_together(comparisons: list[Comparison]) -> list[Comparison]:
@@ -320,33 +313,20 @@ def _interval(bounds: Bounds, basis: str) -> Interval:
     return Interval(estimate, low, high, p, basis)
 
 
-def _accuracy(result: Result) -> float:
-    assert result.scores is not None  # of every completed cell
-    return result.scores.accuracy
-
-
 def _correct(result: Result) -> Floats:
-    assert result.predictions is not None
+    assert result.predictions is not None  # of every completed cell
     return result.predictions.correct.astype(np.float64)  # (test images,)
-
-
-def _num_images(result: Result) -> int:
-    assert result.scores is not None
-    return result.scores.num_images
 
 
 def _published(groups: list[Group], meta: Meta) -> list[Published]:
     rows = []
     for group in groups:
-        published = publication(group.results[0].cell, meta)
-        if published is not None and group.accuracy is not None:
-            cell = group.completed[0].cell
+        measured, published = group.accuracy, publication(group.results[0].cell, meta)
+        if measured and published:
+            differences = differing(group.completed[0].cell, meta, published)
             rows.append(
                 Published(
-                    group=group,
-                    accuracy=published.accuracy,
-                    measured=group.accuracy,
-                    differences=differing(cell, meta, published),
+                    group=group, accuracy=published.accuracy, measured=measured, differences=differences
                 )
             )
     return rows
@@ -486,15 +466,11 @@ def _of(comparisons: list[Comparison]) -> list[str]:
             others.setdefault((c.verdict, circumstances), []).append(f"{c.first} and {c.second}")
             continue
         sign = 1 if c.difference.estimate > 0 else -1
-        ahead, behind = (c.first, c.second)[::sign]
-        low, high = sorted((sign * c.difference.low, sign * c.difference.high))
-        if c.num_seeds == 1:
-            who = f"The models of {ahead} are ahead of those of {behind}"
-        else:
-            who = f"{ahead} is ahead of {behind}"
+        behind = ("" if c.num_seeds > 1 else "those of ") + (c.second if sign > 0 else c.first)
+        low, estimate, high = sorted(100 * sign * value for value in c.difference[:3])
         sentences.append(
-            f"{who} by {100 * abs(c.difference.estimate):.2f} points "
-            f"({100 * low:.2f} to {100 * high:.2f}), over {', '.join(c.over)} ({circumstances})."
+            f"Over {', '.join(c.over)} ({circumstances}) {c.verdict} of {behind} by {estimate:.2f} points "
+            f"({low:.2f} to {high:.2f})."
         )
     for (verdict, circumstances), names in others.items():
         sentences.append(f"Between {'; '.join(names)} {verdict} ({circumstances}).")

@@ -136,8 +136,8 @@ def _charts(findings: Findings) -> dict[str, Chart]:
     """Those of the whole grid, by id; none of what there is nothing of."""
     charts = []
     for id, title, comparisons in (
-        ("optimizers", "Optimizers, paired", findings.optimizers),
-        ("depths", "Depths, paired", findings.depths),
+        ("optimizers", "Optimizers compared", findings.optimizers),
+        ("depths", "Depths compared", findings.depths),
     ):
         if any(comparison.difference for comparison in comparisons):
             charts.append(Chart(id, title, figures.differences(comparisons)))

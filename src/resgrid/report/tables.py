@@ -18,7 +18,7 @@ def comparisons(rows: list[Comparison]) -> pd.DataFrame:
             "interval over": row.difference.basis if row.difference else "",
             "mean of": ", ".join(row.over),
             "epochs": row.epochs,
-            "p (Holm)": "" if row.p is None else f"{row.p:.3f}",
+            "p (Holm)": _p(row.p) if row.difference else "",
             "verdict": row.verdict,
         }
         for row in rows
@@ -94,6 +94,10 @@ def studies(findings: Findings) -> pd.DataFrame:
         for series in study.series
         for level in series.levels
     )
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def accuracy(interval: Interval | None) -> str:
