@@ -1,4 +1,4 @@
-"""The report: its statistics by hand and against SciPy and scikit-learn, its sentences, and the page itself."""
+"""The report: what is compared with what, its sentences, and the page itself."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from scipy import stats
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix
 
 from resgrid.cli import main
 from resgrid.config import Digits, Preprocess, load_params, parse_params
+from resgrid.convert import CIFAR10_CLASSES
 from resgrid.data.dataset import Meta, Split, content_digest, load_meta, load_split, save, split_digest
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
@@ -37,13 +36,9 @@ from resgrid.report.leaderboard import by_optimizer, read_leaderboard, readable
 from resgrid.report.markdown import markdown
 from resgrid.report.page import most_confident_mistakes, page
 from resgrid.report.statistics import (
-    Bootstrap,
     Interval,
-    calibration_error,
-    confusion,
-    pareto_front,
-    reliability,
 )
+from resgrid.report.tables import published as published_table
 from resgrid.report.tables import studies as studies_table
 from resgrid.runs import noted_failure
 from resgrid.train import train_cell
@@ -52,86 +47,6 @@ ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
 NAMES = ("ant", "bee", "cow", "dog")
 NUM_TEST = 40
-
-
-# --- statistics --------------------------------------------------------------------------------------
-
-
-def test_the_calibration_error_is_that_of_a_hand_calculation():
-    confidence = np.array([0.95, 0.95, 0.65, 0.65], dtype=np.float32)
-    correct = np.array([True, False, True, True])
-    # (0.9, 1.0]: 0.95 sure, 0.5 right; (0.6, 0.7]: 0.65 sure, 1.0 right; two images each
-    assert calibration_error(confidence, correct, 10) == pytest.approx((2 * 0.45 + 2 * 0.35) / 4, abs=1e-6)
-
-
-def test_a_model_that_is_always_sure_and_right_is_calibrated_and_one_that_is_always_wrong_is_not():
-    sure = np.ones(5, dtype=np.float32)
-    assert calibration_error(sure, np.ones(5, dtype=bool)) == 0
-    assert calibration_error(sure, np.zeros(5, dtype=bool)) == 1
-
-
-def test_the_reliability_diagram_is_scikit_learns():
-    random = np.random.default_rng(0)
-    confidence = random.random(3000)
-    correct = random.random(3000) < confidence**2
-    ours = reliability(confidence, correct, 15)
-    accuracy, sureness = calibration_curve(correct, confidence, n_bins=15, strategy="uniform")
-    np.testing.assert_allclose(ours.accuracy, accuracy)
-    np.testing.assert_allclose(ours.confidence, sureness)
-    assert ours.num_images.sum() == 3000
-
-
-def test_the_confusion_matrix_is_scikit_learns_also_with_a_class_that_is_never_predicted():
-    random = np.random.default_rng(0)
-    labels, predicted = random.integers(0, 5, 400), random.integers(0, 4, 400)
-    found = confusion(labels, predicted, 5)
-    np.testing.assert_array_equal(found, confusion_matrix(labels, predicted, labels=range(5)))
-    assert found[:, 4].sum() == 0
-
-
-def test_the_pareto_front_holds_what_nothing_beats_and_equals_together():
-    cost = [3.0, 1.0, 2.0, 2.0, 4.0, 1.0, 2.0]
-    value = [0.8, 0.5, 0.7, 0.6, 0.8, 0.4, 0.7]
-    assert pareto_front(cost, value) == [1, 2, 6, 0]
-    assert pareto_front([], []) == []
-
-
-def test_with_one_seed_the_interval_is_scipys_bootstrap_over_images():
-    random = np.random.default_rng(1)
-    one, other = random.random(400) < 0.9, random.random(400) < 0.8
-    ours = Bootstrap({"one": one, "other": other}, 5000).difference([[("one", "other")]])
-    theirs = stats.bootstrap(
-        (one.astype(float) - other,), np.mean, n_resamples=5000, method="percentile", rng=2
-    ).confidence_interval
-    assert ours.estimate == pytest.approx(one.mean() - other.mean(), abs=1e-12)
-    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.004)
-
-
-def test_cells_that_are_right_on_the_same_images_differ_by_nothing():
-    correct = np.random.default_rng(0).random(100) < 0.7
-    found = Bootstrap({"one": correct, "other": correct.copy()}).difference([[("one", "other")]])
-    assert found == Interval(0, 0, 0)
-
-
-def test_two_seeds_that_disagree_wholly_leave_everything_open():
-    """All right with one seed, all wrong with the other: of n - 1 = 1 drawn seed the mean is 0 or 1."""
-    always, never = np.ones(50, dtype=bool), np.zeros(50, dtype=bool)
-    assert Bootstrap({"s0": always, "s1": never}).mean(["s0", "s1"]) == Interval(0.5, 0, 1)
-
-
-def test_of_n_seeds_n_minus_1_are_drawn():
-    """Of 4 seeds one is all right. 3 draws are all of it with probability 1/64 (less than 2.5 %), and two or
-    three of them with 10/64: the interval ends at 2/3."""
-    always, never = np.ones(9, dtype=bool), np.zeros(9, dtype=bool)
-    bootstrap = Bootstrap({"a": always, "b": never, "c": never, "d": never}, 20_000)
-    assert bootstrap.mean(["a", "b", "c", "d"]) == (0.25, 0, pytest.approx(2 / 3))
-
-
-def test_each_architecture_weighs_the_same_however_many_seeds_it_has():
-    always, never = np.ones(8, dtype=bool), np.zeros(8, dtype=bool)
-    bootstrap = Bootstrap({"always": always, "never": never})
-    difference = bootstrap.difference([[("always", "never")], [("never", "never")] * 3])
-    assert difference == Interval(0.5, 0.5, 0.5)
 
 
 def test_the_most_confident_mistakes_come_first_and_nothing_right_is_among_them():
@@ -151,10 +66,13 @@ def make_split(classes: int = len(NAMES)) -> Split:
     return Split(images=torch.from_numpy(images), labels=torch.arange(NUM_TEST) % classes)
 
 
-def make_meta(source: str = "cifar10", names: tuple[str, ...] = NAMES) -> Meta:
+def make_meta(
+    source: str = "cifar10", names: tuple[str, ...] = NAMES, num_images: tuple[int, int] = (200, NUM_TEST)
+) -> Meta:
     digests = {"train": "sha256:a", "test": "sha256:b"}
     return Meta(
-        source=source, resize="stretch", class_names=names, num_images={"train": 200, "test": NUM_TEST},
+        source=source, resize="stretch", class_names=names,
+        num_images=dict(zip(("train", "test"), num_images, strict=True)),
         scalar_mean=0.5, scalar_std=0.2, channel_mean=(0.5,) * 3, channel_std=(0.2,) * 3,
         split_digests=digests, digest=content_digest(names, digests),
     )  # fmt: skip
@@ -196,20 +114,79 @@ def found(results: list[Result], **meta: Any) -> Findings:
     return find(results, make_split(), make_meta(**meta), "small", "cpu")
 
 
-def test_optimizers_are_compared_where_both_completed_with_the_same_seed():
+def with_wrong(cells: list[Cell], **wrong: list[int]) -> list[Result]:
+    """Completed `cells` of one architecture: `sgd=[3, 5]` are the wrong images of its seeds in order."""
+    return [trained(cell, wrong[cell.optimizer.name][cell.seed]) for cell in cells]
+
+
+def test_cells_with_the_same_seeds_are_compared_in_pairs_by_seed():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1, 2])
+    [comparison] = found(with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])).optimizers
+    theirs = stats.ttest_rel(1 - np.array([2, 6, 4]) / 40, 1 - np.array([12, 15, 15]) / 40)
+    interval = theirs.confidence_interval(0.95)
+    assert comparison.difference == (
+        pytest.approx(0.25), pytest.approx(interval.low), pytest.approx(interval.high),
+        pytest.approx(theirs.pvalue), "3 seeds, paired",
+    )  # fmt: skip
+    assert (comparison.verdict, comparison.epochs) == ("sgd is ahead", "2")
+
+
+def test_cells_with_other_seeds_are_compared_unpaired():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1, 2])
+    results = with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])
+    results[5] = trained(cells[5], 30, "diverged")  # adam with seed 2
+    [comparison] = found(results).optimizers
+    assert comparison.difference is not None
+    assert comparison.difference.basis == "2 to 3 seeds, unpaired"
+    assert comparison.difference.estimate == pytest.approx((13.5 - 4) / 40)
+
+
+def test_a_mean_over_architectures_has_the_seed_as_its_replicate():
+    """By seed: (10 + 8) / 2 and (14 + 4) / 2 images, so both 9: the differences tie, though no cell's do."""
+    wrong = {
+        "resnet20-sgd": [2, 3],
+        "resnet20-adam": [12, 17],
+        "resnet32-sgd": [1, 4],
+        "resnet32-adam": [9, 8],
+    }
+    cells = small_grid(architectures=["resnet20", "resnet32"], optimizers=["sgd", "adam"], seeds=[0, 1])
+    [comparison] = found([trained(c, wrong[c.id.rpartition("-")[0]][c.seed]) for c in cells]).optimizers
+    assert comparison.over == ["resnet20", "resnet32"]
+    assert comparison.difference is not None
+    assert comparison.difference.estimate == pytest.approx(9 / 40)
+    assert comparison.verdict == "no difference can be told, since the seeds tie"
+
+
+def test_an_architecture_with_one_seed_is_left_out_where_others_have_more():
     cells = small_grid(architectures=["resnet20", "resnet32"], optimizers=["sgd", "adam"], seeds=[0, 1])
     results = [
-        trained(cell, 4 if cell.optimizer.name == "sgd" else 8)
+        trained(cell, 4 if cell.optimizer.name == "sgd" else 8 + cell.seed)
         if cell.id != "resnet32-adam-0"
         else trained(cell, 30, "diverged")
         for cell in cells
     ]
     [comparison] = found(results).optimizers
     assert (comparison.first, comparison.second) == ("sgd", "adam")
-    assert (comparison.over, comparison.num_seeds) == (["resnet20", "resnet32"], 1)
+    assert (comparison.over, comparison.num_seeds) == (["resnet20"], 2)
+
+
+def test_with_one_seed_two_models_are_compared_over_test_images_by_mcnemars_test():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"])
+    [comparison] = found(with_wrong(cells, sgd=[2], adam=[12])).optimizers
     assert comparison.difference is not None
-    assert comparison.difference.estimate == pytest.approx(0.1)  # 4 of 40 images
-    assert comparison.verdict == "sgd is ahead"
+    assert comparison.difference.basis == "40 test images, one seed"
+    assert comparison.difference.p == stats.binomtest(0, 10).pvalue  # 10 images that sgd alone has right
+
+
+def test_many_comparisons_are_tested_together_by_holms_method():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam", "rmsprop"])
+    first, second, third = found(with_wrong(cells, sgd=[2], adam=[8], rmsprop=[8])).optimizers
+    assert first.difference is not None
+    assert first.difference.p == pytest.approx(2 / 64)  # 6 of 6 images
+    assert [c.p for c in (first, second, third)] == pytest.approx([6 / 64, 6 / 64, 1])
+    assert first.difference.excludes_zero
+    assert first.verdict == "no difference can be told among so many"
+    assert third.verdict == "no difference can be told"
 
 
 def test_each_depth_is_compared_with_the_next_and_the_deepest_with_the_shallowest():
@@ -223,22 +200,31 @@ def test_each_depth_is_compared_with_the_next_and_the_deepest_with_the_shallowes
     assert {c.verdict for c in depths} == {"no difference can be told"}
 
 
-@pytest.mark.parametrize(
-    ("seeds", "sentence"),
-    [
-        ([0], "With one seed the intervals say how the figures would move with other test images, and not how "
-              "with another seed."),
-        ([0, 1, 2], "With 3 seeds the intervals cover other test images and other seeds, but a spread over so few "
-                    "seeds is itself known roughly"),
-        ([0, 1, 2, 3, 4], "With 5 seeds the intervals cover other test images and other seeds: a difference whose "
-                          "interval leaves out zero is one between the optimizers or depths."),
-    ],
-)  # fmt: skip
-def test_what_can_be_concluded_depends_on_the_number_of_seeds(seeds, sentence):
-    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=seeds)
-    said = conclusions(found([trained(cell, 2 if cell.optimizer.name == "sgd" else 12) for cell in cells]))
-    assert said[0].startswith(sentence)
-    assert said[1] == "Of the optimizers, on the mean over cells: sgd is ahead of adam by 25.00 points."
+def test_a_sentence_says_what_was_compared_with_how_many_seeds_and_epochs():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1, 2])
+    sentences = conclusions(found(with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])))
+    assert sentences[0] == (
+        "Over resnet20 (3 seeds, paired; 2 epochs) sgd is ahead of adam by 25.00 points (18.79 to 31.21)."
+    )
+    assert sentences[1].startswith("Intervals over seeds are Student's t")
+
+
+def test_with_one_seed_nothing_is_concluded_of_optimizers():
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"])
+    sentences = conclusions(found(with_wrong(cells, sgd=[2], adam=[12])))
+    assert sentences[0].startswith(
+        "Over resnet20 (40 test images, one seed; 2 epochs) the models of sgd are ahead of those of adam by 25.00"
+    )
+    assert "differ cannot be concluded: add seeds to grid.seeds" in sentences[1]
+
+
+@pytest.mark.parametrize(("sgd", "adam"), [([2, 2], [12, 12]), ([2, 3], [12, 2])])
+def test_no_sentence_concludes_from_seeds_that_tie_or_an_interval_with_zero(sgd, adam):
+    cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1])
+    sentences = conclusions(found(with_wrong(cells, sgd=sgd, adam=adam)))
+    assert sentences[0].startswith("Between sgd and adam no difference can be told")
+    assert sentences[0].endswith("(2 seeds, paired; 2 epochs).")
+    assert not any("ahead" in sentence for sentence in sentences)
 
 
 def test_what_did_not_complete_is_left_out_and_that_is_said():
@@ -250,14 +236,74 @@ def test_what_did_not_complete_is_left_out_and_that_is_said():
     )
 
 
-def test_a_published_figure_is_within_the_uncertainty_of_a_measured_one_or_not():
-    cells = small_grid(architectures=["resnet20", "vgg16"], optimizers=["sgd", "adam"])
-    findings = found([trained(cell, 3 if cell.architecture == "resnet20" else 20) for cell in cells])
-    near, far = findings.published  # of resnet20-sgd and vgg16-sgd; adam has none
-    assert (near.group.name, near.accuracy, near.measured.estimate) == ("resnet20-sgd", 0.9152, 0.925)
-    assert near.difference == pytest.approx(0.0098)
+CIFAR10 = {"names": CIFAR10_CLASSES, "num_images": (50_000, 10_000)}
+
+
+def test_a_published_figure_stands_beside_a_measured_one_of_the_same_data_and_recipe():
+    cells = small_grid(architectures=["vgg16", "resnet10"], optimizers=["sgd", "adam"])
+    findings = found([trained(cell, 3 if cell.architecture == "vgg16" else 20) for cell in cells], **CIFAR10)
+    far, near = findings.published  # of resnet10-adam and vgg16-sgd, with the root's params
+    assert (near.group.name, near.accuracy, near.differences) == ("vgg16-sgd", 0.9315, [])
+    assert near.difference == pytest.approx(0.925 - 0.9315)
     assert (near.within, far.within) == (True, False)
+    assert near.measured.basis == "40 test images"
+    row = findings.frame.set_index("cell").loc["vgg16-sgd-0"]
+    assert row["difference"] == pytest.approx(0.925 - 0.9315)
     assert found(findings.results, source="digits").published == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "differences"),
+    [
+        ({"epochs": 20}, {}, ["epochs 20 of 250"]),
+        ({}, {"source": "image-folder"}, ["images of the source image-folder, such as JPEG copies"]),
+        ({}, {"num_images": (3200, 10_000)}, ["3,200 of 50,000 train images"]),
+        ({"augmentation": {"flip": True, "crop_padding": 4, "rotation_degrees": 0.0, "shift_fraction": 0.0}}, {},
+         ["other augmentation"]),
+        ({"schedule": {"name": "constant"}, "batch_size": 64}, {}, ["batch size 64 for 128", "other schedule"]),
+    ],
+)  # fmt: skip
+def test_a_published_figure_of_other_circumstances_says_which_and_is_compared_with_nothing(
+    recipe, data, differences
+):
+    params = ROOT.model_dump(mode="json") | {"studies": {}}
+    params["grid"] = {"architectures": ["vgg16"], "optimizers": ["sgd"], "seeds": [0]}
+    params["recipes"]["vgg16"] |= recipe
+    [cell] = expand(parse_params(params))
+    findings = found([trained(cell, 3)], **(CIFAR10 | data))
+    [row] = findings.published
+    assert row.differences == differences
+    table = published_table(findings).iloc[0]
+    assert table["not comparable, for"] == ", ".join(differences)
+    assert table["measured % (95 % interval)"] == table["difference, points"] == ""
+    [cells] = findings.frame.to_dict("records")
+    assert pd.isna(cells["published_accuracy"])
+    assert pd.isna(cells["difference"])
+    assert cells["remark"] == f"not beside its published figure: {', '.join(differences)}"
+
+
+def test_the_recipe_of_the_published_resnets_can_be_given_in_params():
+    params = ROOT.model_dump(mode="json") | {"studies": {}}
+    params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
+    [before] = found([trained(expand(parse_params(params))[0], 3)], **CIFAR10).published
+    assert before.differences == ["epochs 250 of 165", "other schedule", "other warmup"]
+    params["recipes"]["resnet20"] |= {
+        "epochs": 165,
+        "schedule": {"name": "piecewise", "boundaries": [32_000, 48_000], "factors": [1.0, 0.1, 0.01]},
+        "warmup": {"steps": 500, "factor": 0.1},
+    }
+    [after] = found([trained(expand(parse_params(params))[0], 3)], **CIFAR10).published
+    assert after.differences == []
+
+
+def test_a_frozen_base_with_random_weights_says_so_in_its_rows():
+    findings = found([trained(cell, 4) for cell in expand(ROOT)])
+    remarks = findings.frame.set_index("cell")["remark"].dropna()
+    assert list(remarks.index) == ["frozen-resnet20"]
+    assert "random weights" in remarks["frozen-resnet20"]
+    assert "do not normalise these images" in remarks["frozen-resnet20"]
+    rows = studies_table(findings).set_index("cell")["remark"]
+    assert list(rows[rows != ""].index) == ["frozen-resnet20"]
 
 
 def test_the_studies_of_the_root_vary_four_things_beside_the_grids_own_cell():
@@ -303,7 +349,13 @@ def test_a_grid_of_one_cell_gives_a_report_that_says_that_there_is_nothing_to_co
     [cell] = small_grid(architectures=["resnet20"], optimizers=["sgd"])
     findings = found([trained(cell, 0)])
     assert conclusions(findings)[0].startswith("There is nothing to compare yet")
-    assert findings.groups[0].accuracy == Interval(1, 1, 1)
+    accuracy = findings.groups[0].accuracy
+    assert accuracy is not None
+    assert (accuracy.estimate, accuracy.low, accuracy.high) == (
+        1,
+        pytest.approx(0.9124, abs=1e-4),
+        1,
+    )  # Wilson's
     assert Page(page(findings)).sections == SECTIONS
 
 
@@ -544,7 +596,7 @@ def test_the_markdown_has_the_same_figures_as_the_page(here, capsys):
         assert row in rows
     for row in read.tables["What can be concluded"]:
         assert row in rows
-    for title in ("Optimizers, paired", "Studies", "How it was made"):
+    for title in ("Optimizers compared", "Studies", "How it was made"):
         assert f"## {title}" in text
 
 
@@ -621,4 +673,4 @@ def test_a_real_browser_draws_every_chart_and_its_console_stays_empty(here, caps
 
 
 def test_points_are_written_with_their_sign():
-    assert points(Interval(0.0041, -0.0012, 0.007)) == "+0.41 (-0.12 to +0.70)"
+    assert points(Interval(0.0041, -0.0012, 0.007, 0.2, "3 seeds")) == "+0.41 (-0.12 to +0.70)"

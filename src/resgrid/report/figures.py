@@ -58,19 +58,21 @@ def differences(comparisons: list[Comparison]) -> go.Figure:
     """A row a comparison: the difference and its interval; grey where no difference can be told."""
     rows = [(c, c.difference) for c in reversed(comparisons) if c.difference is not None]
     traces = []
-    for told, name, colour in ((True, "leaves out 0", BLUE), (False, "holds 0", GREY)):
-        held = [(c, d) for c, d in rows if d.excludes_zero == told]
+    for told, name, colour in ((True, "a difference", BLUE), (False, "no difference can be told", GREY)):
+        held = [(c, d) for c, d in rows if c.is_told == told]
         if held:
             traces.append(
                 go.Scatter(
                     x=[100 * d.estimate for _, d in held],
                     y=[f"{c.first} − {c.second}" for c, _ in held],
                     error_x=_error([d for _, d in held]),
-                    text=[f"{points(d)}<br>over {', '.join(c.over)}" for c, d in held],
+                    text=[
+                        f"{points(d)}<br>{', '.join(c.over)}<br>{d.basis}, {c.epochs} epochs" for c, d in held
+                    ],
                     hovertemplate="%{y}: %{text}<extra></extra>",
                     mode="markers",
                     marker={"size": 9, "color": colour},
-                    name=f"interval {name}",
+                    name=name,
                 )
             )
     order = [f"{c.first} − {c.second}" for c, _ in rows]
@@ -178,8 +180,8 @@ def calibration(findings: Findings) -> go.Figure:
 
 
 def published(rows: list[Published]) -> go.Figure:
-    """A row a published figure: measured with its interval, and what was published."""
-    rows = list(reversed(rows))
+    """A row a published figure: measured with its interval, and what was published, where they agree."""
+    rows = [row for row in reversed(rows) if not row.differences]
     names = [row.group.name for row in rows]
     measured = go.Scatter(
         x=[100 * row.measured.estimate for row in rows],

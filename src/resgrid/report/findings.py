@@ -1,7 +1,9 @@
 """What the grid says: every figure and sentence of the report, before it is drawn.
 
-Only completed cells are compared. All comparisons are paired: optimizers within an architecture, depths
-within an optimizer, both within a seed, and on the same test images.
+Only completed cells are compared: optimizers within an architecture, depths within an optimizer. With several
+seeds the seed is the replicate, and the intervals say what other trainings would give on these test images.
+With one seed nothing can be said of other trainings: the intervals are then over test images, and of these
+trained weights alone.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any, get_args
 
@@ -25,10 +27,18 @@ from resgrid.grid import Cell
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
 from resgrid.report.leaderboard import leaderboard
-from resgrid.report.published import published_accuracy
-from resgrid.report.statistics import Bootstrap, Interval, pareto_front
-
-ROUGH_SEEDS = 5  # with fewer, a deviation over seeds is hardly more than a guess
+from resgrid.report.published import differing, publication
+from resgrid.report.statistics import (
+    LEVEL,
+    Bounds,
+    Floats,
+    Interval,
+    holm,
+    over_images,
+    over_seeds,
+    pareto_front,
+    wilson,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,6 @@ class Group:
     architecture: Architecture
     optimizer: OptimizerName
     results: list[Result]  # a result a seed, also those that did not complete
-    accuracy: Interval | None  # of the mean over completed cells
 
     @property
     def name(self) -> str:
@@ -47,6 +56,11 @@ class Group:
     @property
     def completed(self) -> list[Result]:
         return [result for result in self.results if result.status == "completed"]
+
+    @property
+    def accuracy(self) -> Interval | None:
+        """Of the mean over completed cells: over seeds, or over test images where there is one."""
+        return mean_accuracy(self.completed)
 
     def mean(self, key: str) -> float:
         """Of a figure in run.json or timing.json, over completed cells."""
@@ -60,25 +74,38 @@ class Comparison:
     first: str
     second: str
     over: list[str]  # the architectures, or the optimizers, that the mean is over
-    num_seeds: int  # of that with the fewest
+    num_seeds: int  # of the cell with the fewest; 1: the interval is over test images
+    epochs: str  # `20`, or `200 and 250`
     difference: Interval | None  # None: they have no completed cells in common
+    p: float = 1.0  # among all comparisons, by Holm's method
+
+    @property
+    def is_told(self) -> bool:
+        """Whether one of the two can be said to be ahead."""
+        return self.difference is not None and self.difference.excludes_zero and self.p <= 1 - LEVEL
 
     @property
     def verdict(self) -> str:
         if self.difference is None:
             return "no cells in common"
+        if self.is_told:
+            ahead = self.first if self.difference.estimate > 0 else self.second
+            return f"{ahead} is ahead" if self.num_seeds > 1 else f"the models of {ahead} are ahead"
         if not self.difference.excludes_zero:
             return "no difference can be told"
-        return f"{self.first if self.difference.estimate > 0 else self.second} is ahead"
+        if self.difference.p == 1:
+            return "no difference can be told, since the seeds tie"
+        return "no difference can be told among so many"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published figure beside what was measured here."""
+    """A published figure, and what was measured here; to be compared only where nothing differs."""
 
     group: Group
     accuracy: float
     measured: Interval
+    differences: list[str]  # between their data and recipes
 
     @property
     def difference(self) -> float:
@@ -151,15 +178,10 @@ class Findings:
 
 def find(results: list[Result], test: Split, meta: Meta, name: str, device: str) -> Findings:
     """All that the report says of `results`, scored on the split `test` on `device`."""
-    frame = leaderboard(results, meta.source)
-    bootstrap = Bootstrap(
-        {
-            result.cell.id: result.predictions.correct
-            for result in results
-            if result.status == "completed" and result.predictions is not None
-        }
-    )
-    groups = _groups([result for result in results if result.cell.study is None], bootstrap)
+    frame = leaderboard(results, meta)
+    groups = _groups([result for result in results if result.cell.study is None])
+    optimizers, depths = _optimizers(groups), _depths(groups)
+    compared = _tested_together(optimizers + depths)
     return Findings(
         name=name,
         meta=meta,
@@ -167,91 +189,153 @@ def find(results: list[Result], test: Split, meta: Meta, name: str, device: str)
         results=results,
         frame=frame,
         groups=groups,
-        optimizers=_optimizers(groups, bootstrap),
-        depths=_depths(groups, bootstrap),
-        published=_published(groups, meta.source),
-        studies=_studies(results, bootstrap),
+        optimizers=compared[: len(optimizers)],
+        depths=compared[len(optimizers) :],
+        published=_published(groups, meta),
+        studies=_studies(results),
         made=_made(results, meta, device),
     )
 
 
-def _groups(results: list[Result], bootstrap: Bootstrap) -> list[Group]:
-    held: dict[tuple[Architecture, OptimizerName], list[Result]] = {}
+def _groups(results: list[Result]) -> list[Group]:
+    replicates: dict[tuple[Architecture, OptimizerName], list[Result]] = {}
     for result in results:
-        held.setdefault((result.cell.architecture, result.cell.optimizer.name), []).append(result)
-    groups = []
-    for architecture in FAMILIES:
-        for optimizer in get_args(OptimizerName):
-            if replicates := held.get((architecture, optimizer)):
-                cells = [result.cell.id for result in replicates if result.status == "completed"]
-                groups.append(
-                    Group(
-                        architecture=architecture,
-                        optimizer=optimizer,
-                        results=replicates,
-                        accuracy=bootstrap.mean(cells) if cells else None,
-                    )
-                )
-    return groups
+        replicates.setdefault((result.cell.architecture, result.cell.optimizer.name), []).append(result)
+    return [
+        Group(architecture=architecture, optimizer=optimizer, results=replicates[architecture, optimizer])
+        for architecture in FAMILIES
+        for optimizer in get_args(OptimizerName)
+        if (architecture, optimizer) in replicates
+    ]
 
 
-def _optimizers(groups: list[Group], bootstrap: Bootstrap) -> list[Comparison]:
-    held = {(group.optimizer, group.architecture): group for group in groups}
+# --- comparisons ------------------------------------------------------------------------------------
+
+
+def mean_accuracy(results: list[Result]) -> Interval | None:
+    """The mean accuracy of completed cells that differ in their seed alone; None of no cell."""
+    if not results:
+        return None
+    correct = np.stack([_correct(result) for result in results])  # (seeds, test images)
+    num_seeds, num_images = correct.shape
+    if num_seeds == 1:
+        low, high = wilson(int(correct.sum()), num_images)
+        return Interval(float(correct.mean()), low, high, float("nan"), f"{num_images:,} test images")
+    interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
+    return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
+
+
+def _optimizers(groups: list[Group]) -> list[Comparison]:
+    grid = {(group.optimizer, group.architecture): group for group in groups}
     optimizers = list(dict.fromkeys(group.optimizer for group in groups))
     return [
-        _compare(
-            first, second, [(a, held.get((first, a)), held.get((second, a))) for a in FAMILIES], bootstrap
-        )
+        _compare(first, second, [(a, grid.get((first, a)), grid.get((second, a))) for a in FAMILIES])
         for first, second in combinations(optimizers, 2)
     ]
 
 
-def _depths(groups: list[Group], bootstrap: Bootstrap) -> list[Comparison]:
+def _depths(groups: list[Group]) -> list[Comparison]:
     """Each architecture against the next shallower one of its family, the deepest also against the first."""
-    held = {(group.architecture, group.optimizer): group for group in groups}
+    grid = {(group.architecture, group.optimizer): group for group in groups}
     comparisons = []
     for family in dict.fromkeys(FAMILIES.values()):
         depths = list(dict.fromkeys(g.architecture for g in groups if FAMILIES[g.architecture] == family))
         pairs = [*pairwise(depths), (depths[0], depths[-1])] if len(depths) > 2 else list(pairwise(depths))
         for shallow, deep in pairs:
-            both = [(o, held.get((deep, o)), held.get((shallow, o))) for o in get_args(OptimizerName)]
-            comparisons.append(_compare(deep, shallow, both, bootstrap))
+            both = [(o, grid.get((deep, o)), grid.get((shallow, o))) for o in get_args(OptimizerName)]
+            comparisons.append(_compare(deep, shallow, both))
     return comparisons
 
 
-def _compare(
-    first: str, second: str, both: Sequence[tuple[str, Group | None, Group | None]], bootstrap: Bootstrap
-) -> Comparison:
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    for name, one, other in both:
-        if one is None or other is None:
-            continue
-        seeds = {result.cell.seed: result.cell.id for result in other.completed}
-        same = [(r.cell.id, seeds[r.cell.seed]) for r in one.completed if r.cell.seed in seeds]
-        if same:
-            pairs[name] = same
+def _compare(first: str, second: str, both: Sequence[tuple[str, Group | None, Group | None]]) -> Comparison:
+    """`first` against `second` in each place that has completed cells of both.
+
+    Places with one seed are left out where others have more: only those tell of other trainings.
+    """
+    pairs = {
+        name: (one.completed, other.completed)
+        for name, one, other in both
+        if one is not None and other is not None and one.completed and other.completed
+    }
+    replicated = {name: pair for name, pair in pairs.items() if min(map(len, pair)) > 1}
+    pairs = replicated or pairs
+    results = [result for pair in pairs.values() for side in pair for result in side]
+    epochs = sorted({result.metrics["epochs"] for result in results if result.metrics})
     return Comparison(
         first=first,
         second=second,
         over=list(pairs),
-        num_seeds=min(map(len, pairs.values()), default=0),
-        difference=bootstrap.difference(list(pairs.values())) if pairs else None,
+        num_seeds=min((len(side) for pair in pairs.values() for side in pair), default=0),
+        epochs=" and ".join(map(str, epochs)),
+        difference=_difference(list(pairs.values())) if pairs else None,
     )
 
 
-def _published(groups: list[Group], source: str) -> list[Published]:
-    found = []
+def _difference(pairs: list[tuple[list[Result], list[Result]]]) -> Interval:
+    """The mean over `pairs` (each of as much weight) of how much more accurate the first side is.
+
+    The architectures or optimizers of the pairs are taken as given, not as drawn from many: the mean is over
+    these. So the seed is the replicate. Where all cells have the same seeds, each seed gives one value, the
+    mean of its differences over the pairs, which may depend on each other; then Student's t over the seeds.
+    Else all cells count as independent, in an unpaired comparison.
+
+    With one seed on a side there is no replicate: then it is over test images, of one model a cell, with the
+    same seed if there is one that both have.
+    """
+    sides = [{r.cell.seed: _correct(r) for r in side} for pair in pairs for side in pair]  # first, second, …
+    num_images = len(next(iter(sides[0].values())))
+    counts = sorted({len(side) for side in sides})
+    weights = np.array([1, -1] * len(pairs)) / len(pairs)
+    if counts[0] == 1:
+        values = np.zeros(num_images)
+        for first, second in zip(sides[::2], sides[1::2], strict=True):
+            common = sorted(first.keys() & second.keys())
+            one, other = (side[common[0] if common else min(side)] for side in (first, second))
+            values += (one - other) / len(pairs)
+        bounds = over_images(values.sum(), (values**2).sum(), num_images, len(pairs))
+        return _interval(bounds, f"{num_images:,} test images, one seed")
+    if all(side.keys() == sides[0].keys() for side in sides):
+        by_seed = weights @ [[side[seed].mean() for seed in sides[0]] for side in sides]  # (seeds,)
+        bounds = over_seeds([by_seed], [1], 1 / (num_images * len(pairs)))
+        return _interval(bounds, f"{counts[0]} seeds, paired")
+    samples = [np.array([correct.mean() for correct in side.values()]) for side in sides]
+    span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    return _interval(over_seeds(samples, weights.tolist(), 1 / num_images), f"{span} seeds, unpaired")
+
+
+def _tested_together(comparisons: list[Comparison]) -> list[Comparison]:
+    adjusted = iter(holm([c.difference.p for c in comparisons if c.difference is not None]))
+    return [c if c.difference is None else replace(c, p=next(adjusted)) for c in comparisons]
+
+
+def _interval(bounds: Bounds, basis: str) -> Interval:
+    estimate, low, high, p = map(float, bounds)
+    return Interval(estimate, low, high, p, basis)
+
+
+def _correct(result: Result) -> Floats:
+    assert result.predictions is not None  # of every completed cell
+    return result.predictions.correct.astype(np.float64)  # (test images,)
+
+
+def _published(groups: list[Group], meta: Meta) -> list[Published]:
+    rows = []
     for group in groups:
-        accuracy = published_accuracy(source, group.architecture, group.optimizer)
-        if accuracy is not None and group.accuracy is not None:
-            found.append(Published(group=group, accuracy=accuracy, measured=group.accuracy))
-    return found
+        measured, published = group.accuracy, publication(group.results[0].cell, meta)
+        if measured and published:
+            differences = differing(group.completed[0].cell, meta, published)
+            rows.append(
+                Published(
+                    group=group, accuracy=published.accuracy, measured=measured, differences=differences
+                )
+            )
+    return rows
 
 
 # --- studies ----------------------------------------------------------------------------------------
 
 
-def _studies(results: list[Result], bootstrap: Bootstrap) -> list[Study]:
+def _studies(results: list[Result]) -> list[Study]:
     """Studies by what differs between their cells and the grid's cell of the same name and seed."""
     grid = {_kin(result.cell): result for result in results if result.cell.study is None}
     factors: dict[str, dict[tuple[str, str, int], list[Level]]] = {}
@@ -267,9 +351,9 @@ def _studies(results: list[Result], bootstrap: Bootstrap) -> list[Study]:
             factor = "approach"
         series = factors.setdefault(factor, {}).setdefault(kin, [])
         if base and not series:
-            series.append(_level(base, common.get(factor, "the grid's"), [], bootstrap))
+            series.append(_level(base, common.get(factor, "the grid's"), []))
         also = [f"{key} {_text(own.get(key))}" for key in differing if key != factor]
-        series.append(_level(result, own.get(factor, result.cell.study), also, bootstrap))
+        series.append(_level(result, own.get(factor, result.cell.study), also))
     return [
         Study(
             factor=factor.replace("_", " "),
@@ -297,13 +381,13 @@ def _settings(cell: Cell) -> dict[str, Any]:
     return flat
 
 
-def _level(result: Result, value: Any, also: list[str], bootstrap: Bootstrap) -> Level:
+def _level(result: Result, value: Any, also: list[str]) -> Level:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return Level(
         text=_text(value),
         value=float(value) if is_number else None,
         result=result,
-        accuracy=bootstrap.mean([result.cell.id]) if result.status == "completed" else None,
+        accuracy=mean_accuracy([result]) if result.status == "completed" else None,
         also=also,
     )
 
@@ -325,7 +409,7 @@ def _text(value: Any) -> str:
 
 def points(difference: Interval) -> str:
     """`+0.41 (+0.12 to +0.70)`, in percentage points."""
-    estimate, low, high = (f"{100 * value:+.2f}" for value in difference)
+    estimate, low, high = (f"{100 * value:+.2f}" for value in difference[:3])
     return f"{estimate} ({low} to {high})"
 
 
@@ -333,65 +417,64 @@ def conclusions(findings: Findings) -> list[str]:
     """What can and what cannot be concluded, a plain sentence each."""
     compared = [c for c in findings.optimizers + findings.depths if c.difference is not None]
     num_test = findings.meta.num_images["test"]
-    said = []
     if not findings.trained:
         return ["No cell of the grid has completed, so there is nothing to compare yet."]
+    sentences = []
     if not compared:
-        said.append(
+        sentences.append(
             "There is nothing to compare yet: no two optimizers have completed cells of one architecture, "
             "and no two depths of one family have them with one optimizer."
         )
-    else:
-        said.append(_on_seeds(min(c.num_seeds for c in compared)))
-        for what, comparisons in (("optimizers", findings.optimizers), ("depths", findings.depths)):
-            said += _on(what, [c for c in comparisons if c.difference is not None])
-        if len(compared) > 1:
-            said.append(
-                f"These are {len(compared)} intervals of 95 %: where nothing differs, one in twenty still "
-                "leaves out zero."
-            )
+    for comparisons in (findings.optimizers, findings.depths):
+        sentences += _of(comparisons)
+    if any(c.num_seeds > 1 for c in compared):
+        sentences.append(
+            "Intervals over seeds are Student's t: they say where the mean over other trainings lies, on "
+            "these test images."
+        )
+    if any(c.num_seeds == 1 for c in compared):
+        sentences.append(
+            "With one seed the intervals say how a difference between these trained models would move with "
+            "other test images, and nothing of another training. Whether the optimizers or depths behind "
+            "them differ cannot be concluded: add seeds to grid.seeds."
+        )
+    if len(compared) > 1:
+        sentences.append(
+            f"The {len(compared)} comparisons are tested together: by Holm's method the chance of any false "
+            "difference among them is at most 5 %. Each interval is of 95 % for itself, so it may leave out "
+            "0 where no difference can be told."
+        )
     left_out = [r.cell.id for g in findings.groups for r in g.results if r.status != "completed"]
     if left_out:
-        said.append(
+        sentences.append(
             f"{len(left_out)} of the grid's {sum(len(g.results) for g in findings.groups)} cells did not "
             "complete and are left out of the comparisons, which flatters whatever they belong to."
         )
-    said.append(f"One of the {num_test:,} test images is worth {100 / num_test:.2g} points.")
-    return said
+    sentences.append(f"One of the {num_test:,} test images is worth {100 / num_test:.2g} points.")
+    return sentences
 
 
-def _on_seeds(num_seeds: int) -> str:
-    if num_seeds == 1:
-        return (
-            "With one seed the intervals say how the figures would move with other test images, and not how "
-            "with another seed. So a difference is one between these trained weights; whether it is one "
-            "between the optimizers or depths behind them cannot be concluded: add seeds to grid.seeds."
+def _of(comparisons: list[Comparison]) -> list[str]:
+    """A sentence for each difference that can be told, and one for the others of each basis."""
+    sentences = []
+    others: dict[tuple[str, str], list[str]] = {}
+    for c in comparisons:
+        if c.difference is None:
+            continue
+        circumstances = f"{c.difference.basis}; {c.epochs} epochs"
+        if not c.is_told:
+            others.setdefault((c.verdict, circumstances), []).append(f"{c.first} and {c.second}")
+            continue
+        sign = 1 if c.difference.estimate > 0 else -1
+        behind = ("" if c.num_seeds > 1 else "those of ") + (c.second if sign > 0 else c.first)
+        low, estimate, high = sorted(100 * sign * value for value in c.difference[:3])
+        sentences.append(
+            f"Over {', '.join(c.over)} ({circumstances}) {c.verdict} of {behind} by {estimate:.2f} points "
+            f"({low:.2f} to {high:.2f})."
         )
-    text = f"With {num_seeds} seeds the intervals cover other test images and other seeds"
-    if num_seeds < ROUGH_SEEDS:
-        return (
-            f"{text}, but a spread over so few seeds is itself known roughly: take an interval that leaves "
-            "out zero by little as a hint, and not as proof."
-        )
-    return f"{text}: a difference whose interval leaves out zero is one between the optimizers or depths."
-
-
-def _on(what: str, comparisons: list[Comparison]) -> list[str]:
-    ahead = [c for c in comparisons if c.difference and c.difference.excludes_zero]
-    if not comparisons:
-        return []
-    if not ahead:
-        return [f"Between the {what} no difference can be told."]
-    told = []
-    for comparison in ahead:
-        assert comparison.difference is not None
-        first, second = comparison.first, comparison.second
-        if comparison.difference.estimate < 0:
-            first, second = second, first
-        told.append(f"{first} is ahead of {second} by {100 * abs(comparison.difference.estimate):.2f} points")
-    others = len(comparisons) - len(ahead)
-    rest = f"; for the other {others} no difference can be told" if others else ""
-    return [f"Of the {what}, on the mean over cells: {', '.join(told)}{rest}."]
+    for (verdict, circumstances), names in others.items():
+        sentences.append(f"Between {'; '.join(names)} {verdict} ({circumstances}).")
+    return sentences
 
 
 # --- how it was made --------------------------------------------------------------------------------

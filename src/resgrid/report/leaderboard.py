@@ -13,15 +13,17 @@ import pandas as pd
 from tabulate import tabulate
 
 from resgrid.config import FAMILIES, OptimizerName
+from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
 from resgrid.evaluation import Result
-from resgrid.report.published import published_accuracy
+from resgrid.grid import Cell
+from resgrid.report.published import differing, publication
 from resgrid.report.statistics import calibration_error
 
 
-def leaderboard(results: list[Result], source: str) -> pd.DataFrame:
+def leaderboard(results: list[Result], meta: Meta) -> pd.DataFrame:
     """A row a cell, best first: completed ones by test accuracy, then diverged, then missing ones."""
-    rows = [_row(result, source) for result in results]
+    rows = [_row(result, meta) for result in results]
     frame = pd.DataFrame(rows)
     order = frame["status"].map({"completed": 0, "diverged": 1, "missing": 2})
     ranked = frame.assign(order=order).sort_values(
@@ -30,9 +32,14 @@ def leaderboard(results: list[Result], source: str) -> pd.DataFrame:
     return ranked.drop(columns="order").reset_index(drop=True)
 
 
-def _row(result: Result, source: str) -> dict[str, Any]:
+def _row(result: Result, meta: Meta) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
-    published = None if cell.study else published_accuracy(source, cell.architecture, cell.optimizer.name)
+    published = publication(cell, meta)
+    differences = differing(cell, meta, published) if published else []
+    accuracy = published.accuracy if published and not differences else None
+    notes = remarks(cell)
+    if differences:
+        notes.append(f"not beside its published figure: {', '.join(differences)}")
     scores, said = result.scores, result.predictions
     return {
         "cell": cell.id,
@@ -51,8 +58,8 @@ def _row(result: Result, source: str) -> dict[str, Any]:
         "validation_loss": metrics.get("validation_loss"),
         "best_test_accuracy": metrics.get("best_test_accuracy"),
         "best_epoch": metrics.get("best_epoch"),
-        "published_accuracy": published,
-        "difference": scores.accuracy - published if scores and published else None,
+        "published_accuracy": accuracy,  # only where data and recipe agree with its own
+        "difference": scores.accuracy - accuracy if scores and accuracy else None,
         "study": cell.study,
         "approach": cell.recipe.approach,
         "initial_weights": metrics.get("initial_weights"),
@@ -67,7 +74,18 @@ def _row(result: Result, source: str) -> dict[str, Any]:
         "weights_sha256": metrics.get("weights_sha256"),
         "failed": result.failed,
         "calibration_error": said and calibration_error(said.confidence, said.correct),
+        "remark": "; ".join(notes) or None,
     }
+
+
+def remarks(cell: Cell) -> list[str]:
+    """What a reader has to know of `cell` before comparing it with others."""
+    if cell.recipe.approach == "frozen_base" and cell.recipe.initial_weights.name == "random":
+        return [
+            "a frozen base with random weights: its batch norms keep the mean 0 and variance 1 they start "
+            "with, so they do not normalise these images"
+        ]
+    return []
 
 
 def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
@@ -138,6 +156,8 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     if frame["published_accuracy"].notna().any():
         table["published %"] = percent("published_accuracy")
         table["difference"] = frame["difference"].map(lambda d: "" if pd.isna(d) else f"{d * 100:+.2f}")
+    if frame["remark"].notna().any():
+        table["remark"] = frame["remark"].fillna("")
     return table
 
 
@@ -174,4 +194,4 @@ def read_leaderboard(reports: Path) -> pd.DataFrame:
     path = reports / "leaderboard.csv"
     if not path.is_file():
         raise ResgridError(f"{path}: there is no comparison yet. `dvc repro` makes it.")
-    return pd.read_csv(path, dtype={"study": "string", "cause": "string", "device": "string"})
+    return pd.read_csv(path, dtype=dict.fromkeys(("study", "cause", "device", "remark"), "string"))

@@ -32,8 +32,8 @@ def markdown(findings: Findings) -> str:
         "\n".join(f"- {sentence}" for sentence in conclusions(findings)),
     ]
     sections = {
-        "Optimizers, paired": tables.comparisons(findings.optimizers),
-        "Depths, paired": tables.comparisons(findings.depths),
+        "Optimizers compared": tables.comparisons(findings.optimizers),
+        "Depths compared": tables.comparisons(findings.depths),
         "Accuracy and its cost": tables.costs(findings),
         "Generalisation and calibration": tables.trust(findings),
         "Studies": tables.studies(findings),

@@ -136,8 +136,8 @@ def _charts(findings: Findings) -> dict[str, Chart]:
     """Those of the whole grid, by id; none of what there is nothing of."""
     charts = []
     for id, title, comparisons in (
-        ("optimizers", "Optimizers, paired", findings.optimizers),
-        ("depths", "Depths, paired", findings.depths),
+        ("optimizers", "Optimizers compared", findings.optimizers),
+        ("depths", "Depths compared", findings.depths),
     ):
         if any(comparison.difference for comparison in comparisons):
             charts.append(Chart(id, title, figures.differences(comparisons)))
@@ -150,7 +150,7 @@ def _charts(findings: Findings) -> dict[str, Chart]:
             charts.append(Chart(id, f"Accuracy against {title.partition(',')[0]}", figure))
         charts.append(Chart("gap", "Generalisation gap", figures.gap(findings)))
         charts.append(Chart("calibration", "Calibration", figures.calibration(findings)))
-    if findings.published:
+    if not all(row.differences for row in findings.published):
         charts.append(Chart("published", "Published and measured", figures.published(findings.published)))
     for study in findings.studies:
         if any(level.accuracy for series in study.series for level in series.levels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from resgrid.report.findings import Comparison, Findings, points
+from resgrid.report.leaderboard import remarks
 from resgrid.report.statistics import Interval
 
 
@@ -14,8 +15,10 @@ def comparisons(rows: list[Comparison]) -> pd.DataFrame:
         {
             "compared": f"{row.first} − {row.second}",
             "difference (95 % interval), points": points(row.difference) if row.difference else "",
-            "over": ", ".join(row.over),
-            "seeds": str(row.num_seeds or ""),
+            "interval over": row.difference.basis if row.difference else "",
+            "mean of": ", ".join(row.over),
+            "epochs": row.epochs,
+            "p (Holm)": _p(row.p) if row.difference else "",
             "verdict": row.verdict,
         }
         for row in rows
@@ -33,6 +36,7 @@ def costs(findings: Findings) -> pd.DataFrame:
         {
             "architecture, optimizer": group.name,
             "test % (95 % interval)": accuracy(group.accuracy),
+            "interval over": group.accuracy.basis if group.accuracy else "",
             "parameters": f"{group.mean('num_parameters'):,.0f}",
             "training, s": f"{group.mean('train_seconds'):,.1f}",
             "on the front by": ", ".join(cost for cost, names in fronts.items() if group.name in names),
@@ -57,15 +61,16 @@ def trust(findings: Findings) -> pd.DataFrame:
 
 
 def published(findings: Findings) -> pd.DataFrame:
-    """A row a published figure, beside the measured one."""
+    """A row a published figure: beside the measured one where data and recipe agree, else what differs."""
     return pd.DataFrame(
         {
             "architecture, optimizer": row.group.name,
             "published %": f"{100 * row.accuracy:.2f}",
-            "measured % (95 % interval)": accuracy(row.measured),
-            "seeds": str(len(row.group.completed)),
-            "difference, points": f"{100 * row.difference:+.2f}",
-            "within the uncertainty": "yes" if row.within else "no",
+            "measured % (95 % interval)": "" if row.differences else accuracy(row.measured),
+            "interval over": "" if row.differences else row.measured.basis,
+            "difference, points": "" if row.differences else f"{100 * row.difference:+.2f}",
+            "within the interval": "" if row.differences else "yes" if row.within else "no",
+            "not comparable, for": ", ".join(row.differences),
         }
         for row in findings.published
     )
@@ -81,7 +86,9 @@ def studies(findings: Findings) -> pd.DataFrame:
             "cell": level.result.cell.id,
             "test % (95 % interval)": accuracy(level.accuracy)
             or ("failed" if level.result.failed else level.result.status),
+            "interval over": level.accuracy.basis if level.accuracy else "",
             "differs also in": "; ".join(level.also),
+            "remark": "; ".join(remarks(level.result.cell)),
         }
         for study in findings.studies
         for series in study.series
@@ -89,9 +96,13 @@ def studies(findings: Findings) -> pd.DataFrame:
     )
 
 
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
 def accuracy(interval: Interval | None) -> str:
     """`97.77 (96.10 to 99.16)`, in %."""
     if interval is None:
         return ""
-    estimate, low, high = (f"{100 * value:.2f}" for value in interval)
+    estimate, low, high = (f"{100 * value:.2f}" for value in interval[:3])
     return f"{estimate} ({low} to {high})"
