@@ -1,6 +1,6 @@
 """How soon MLflow's pages show a grid: the table of its runs, their charts, the comparison of all.
 
-    cd examples/budget && python ../../benchmarks/mlflow_pages.py --shots /tmp/shots
+    cd examples/digits && python ../../benchmarks/mlflow_pages.py --shots /tmp/shots
 
 Starts MLflow on the pipeline's store and a headless Chromium, and opens each page in a fresh tab: seconds
 from the address to what a person came for, the median of the rounds. With `--shots`, a picture of each.

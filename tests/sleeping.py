@@ -147,6 +147,11 @@ def sleeping(root: Path, architectures: str, optimizers: str, seeds: str = "0") 
     (root / "work.sh").write_text(WORK)
     (root / "trainer.py").write_text(TRAINER)
     (root / "code/net.py").write_text("depth = 20\n")
+    return repository_in(root)
+
+
+def repository_in(root: Path) -> Sleeping:
+    """Make `root`, which has a params.yaml and a dvc.yaml, a repository of git's and DVC's."""
     for name in (".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     pipeline = Sleeping(root)

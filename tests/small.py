@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from resgrid.edit import assign
+from resgrid.edit import assign, rewritten
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,14 +28,22 @@ RECIPE = """
     weight_decay: 0.0
     decay_norm_and_bias: false
     dropout: 0.0
-    augmentation: {{flip: false, crop_padding: 1, rotation_degrees: 5.0, shift_fraction: 0.0}}
+    augmentation:
+      flip: false
+      crop_padding: 1
+      rotation_degrees: 5.0
+      shift_fraction: 0.0
     normalization: {{name: scalar}}
     approach: end_to_end
     initial_weights: {{name: random}}"""
 PARAMS = """
 name: small
 data: {data}
-preprocess: {{resize: stretch, validation_fraction: {validation}, training_fraction: 1.0, seed: 0}}
+preprocess:
+  resize: stretch
+  validation_fraction: {validation}
+  training_fraction: 1.0
+  seed: 0
 grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}}}
 recipes:
   resnet20:{recipe}
@@ -49,7 +57,10 @@ optimizers:
   sgd: {{momentum: 0.9, nesterov: true}}
   adam: {{betas: [0.9, 0.999], eps: 1.0e-8}}
   rmsprop: {{alpha: 0.99, momentum: 0.0, eps: 1.0e-8}}
-  adagrad: {{lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10}}
+  adagrad:
+    lr_decay: 0.0
+    initial_accumulator_value: 0.0
+    eps: 1.0e-10
 studies: {studies}
 engine: {{precision: fp32, compile: never, scored_epochs: all}}
 """
@@ -59,9 +70,12 @@ STUDIES = """
     architecture: resnet20
     optimizer: sgd
     seed: 0
-    initial_weights: {name: file, path: absent.safetensors, checksum: "md5:00000000000000000000000000000000"}"""
+    initial_weights:
+      name: file
+      path: absent.safetensors
+      checksum: md5:00000000000000000000000000000000"""
 SMALL = PARAMS.format(
-    data="{source: image-folder, location: images, checksum: null}",
+    data="{source: image-folder, location: images}",
     validation=0.1,
     seeds="[0, 1]",
     recipe=RECIPE.format(epochs=2, batch_size=16),
@@ -160,7 +174,7 @@ def _checkout(root: Path, params: str) -> Project:
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
-    (root / "params.yaml").write_text(params)
+    (root / "params.yaml").write_text(rewritten(params))
     project = Project(root)
     for command in (
         "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",

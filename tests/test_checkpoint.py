@@ -32,13 +32,12 @@ from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, find_cell
 from resgrid.leftovers import (
-    CODE,
     checkpoint_folder,
     delete,
     find_leftovers,
     forget_recorded,
 )
-from resgrid.provenance import code_digest
+from resgrid.provenance import CODE, code_digest
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
 

@@ -142,10 +142,10 @@ def test_a_running_stage_is_shown_as_such_and_the_others_are_still_known(reposit
         )
         assert plan.by_title["evaluate"].why == ("train@resnet110-adam-0 runs before it",)
         assert "1 run now" in str(plan)
-        repository.edit("params.yaml", "adam: 1.0e-3, rms", "adam: 2.0e-3, rms")
+        repository.set("tuning.resnet20.adam.lr=0.002")
         assert list(why(repository)) == ["resnet20-adam-0"]
     finally:
-        repository.edit("params.yaml", "adam: 2.0e-3, rms", "adam: 1.0e-3, rms")
+        repository.set("tuning.resnet20.adam.lr=0.001")
         (repository.root / "behave/go").touch()
         by_hand.wait(60)
         repository.behave("resnet110-adam-0", "exit 1")

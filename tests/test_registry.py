@@ -40,38 +40,40 @@ pytestmark = [
 CPU = torch.device("cpu")
 
 
-def make_params(*seeds: int) -> Params:
+def raw_params(*seeds: int) -> dict[str, Any]:
     """A grid of ResNet-20 with SGD: one cell a seed."""
-    return parse_params(
-        {
-            "name": "small digits",
-            "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-            "preprocess": {
-                "resize": "stretch",
-                "validation_fraction": 0.0,
-                "training_fraction": 1.0,
-                "seed": 0,
-            },
-            "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
-            "recipes": {"resnet20": RECIPE | {"epochs": 1}},
-            "tuning": {
-                "resnet20": {
-                    "sgd": {"lr": 0.01},
-                    "adam": {"lr": 0.01},
-                    "rmsprop": {"lr": 0.01},
-                    "adagrad": {"lr": 0.01},
-                }
-            },
-            "optimizers": {
-                "sgd": {"momentum": 0.9, "nesterov": True},
-                "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
-                "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
-                "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
-            },
-            "studies": {},
-            "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
-        }
-    )
+    return {
+        "name": "small digits",
+        "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
+        "preprocess": {
+            "resize": "stretch",
+            "validation_fraction": 0.0,
+            "training_fraction": 1.0,
+            "seed": 0,
+        },
+        "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
+        "recipes": {"resnet20": RECIPE | {"epochs": 1}},
+        "tuning": {
+            "resnet20": {
+                "sgd": {"lr": 0.01},
+                "adam": {"lr": 0.01},
+                "rmsprop": {"lr": 0.01},
+                "adagrad": {"lr": 0.01},
+            }
+        },
+        "optimizers": {
+            "sgd": {"momentum": 0.9, "nesterov": True},
+            "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
+            "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
+            "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
+        },
+        "studies": {},
+        "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
+    }
+
+
+def make_params(*seeds: int) -> Params:
+    return parse_params(raw_params(*seeds))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def pipeline(trained: Path, empty_database: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / ".dvc").mkdir()
     shutil.copy(empty_database, tmp_path)
     shutil.copytree(trained / "data", tmp_path / "data")
-    (tmp_path / "params.yaml").write_text(make_params(0, 1, 2).model_dump_json())
+    (tmp_path / "params.yaml").write_text(json.dumps(raw_params(0, 1, 2)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

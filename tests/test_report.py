@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import json
 import os
@@ -266,7 +267,7 @@ def test_a_published_figure_stands_beside_a_measured_one_of_the_same_data_and_re
 def test_a_published_figure_of_other_circumstances_says_which_and_is_compared_with_nothing(
     recipe, data, differences
 ):
-    params = ROOT.model_dump(mode="json") | {"studies": {}}
+    params = copy.deepcopy(ROOT) | {"studies": {}}
     params["grid"] = {"architectures": ["vgg16"], "optimizers": ["sgd"], "seeds": [0]}
     params["recipes"]["vgg16"] |= recipe
     [cell] = expand(parse_params(params))
@@ -283,7 +284,7 @@ def test_a_published_figure_of_other_circumstances_says_which_and_is_compared_wi
 
 
 def test_the_recipe_of_the_published_resnets_can_be_given_in_params():
-    params = ROOT.model_dump(mode="json") | {"studies": {}}
+    params = copy.deepcopy(ROOT) | {"studies": {}}
     params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
     [before] = found([trained(expand(parse_params(params))[0], 3)], **CIFAR10).published
     assert before.differences == ["epochs 250 of 165", "other schedule", "other warmup"]
@@ -297,7 +298,7 @@ def test_the_recipe_of_the_published_resnets_can_be_given_in_params():
 
 
 def test_a_frozen_base_with_random_weights_says_so_in_its_rows():
-    findings = found([trained(cell, 4) for cell in expand(ROOT)])
+    findings = found([trained(cell, 4) for cell in expand(parse_params(ROOT))])
     remarks = findings.frame.set_index("cell")["remark"].dropna()
     assert list(remarks.index) == ["frozen-resnet20"]
     assert "random weights" in remarks["frozen-resnet20"]
@@ -479,7 +480,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recipes": {"resnet20": recipe},
         "tuning": {
             "resnet20": {
-                "sgd": {"lr": 0.05},
+                "sgd": {"lr": 0.05, "nesterov": True},
                 "adam": {"lr": 0.001},
                 "rmsprop": {"lr": 0.001},
                 "adagrad": {"lr": 0.01},

@@ -366,7 +366,7 @@ def test_a_trained_cell_is_one_complete_run(
     }
 
     files = pipeline / "runs" / "resnet20-sgd-0"
-    metrics, timing = (json.loads((files / f"{name}.json").read_text()) for name in ("metrics", "timing"))
+    metrics, timing = (json.loads((files / f"{name}.json").read_text()) for name in ("run", "timing"))
     expected_tags = {
         "cell": "resnet20-sgd-0",
         "dvc_stage": "train@resnet20-sgd-0",

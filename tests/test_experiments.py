@@ -1,0 +1,126 @@
+"""`dvc exp` does with the pipeline what its documentation says: with the real `dvc`, on a trained pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small import GRID, Project
+
+CELL = "resnet20-sgd-0"
+STAGE = f"train@{CELL}"
+
+
+@pytest.fixture
+def project(small: Project, tmp_path: Path) -> Project:
+    """A copy in which dvc.lock is committed."""
+    copy = small.copy(tmp_path / "a project")
+    commit(copy, "dvc.lock")
+    return copy
+
+
+def commit(project: Project, *paths: str) -> None:
+    for command in (["add", *paths], ["commit", "-qm", "record"]):
+        done = project.run("git", *command)
+        assert done.returncode == 0, done.stderr
+
+
+def epochs(project: Project, cell: str = CELL) -> int:
+    return int(json.loads((project.root / f"runs/{cell}/run.json").read_text())["epochs"])
+
+
+def experiments(project: Project) -> dict[str, str]:
+    """Names of the finished experiments, by their commits."""
+    lines = project.run("dvc", "exp", "list").stdout.splitlines()
+    return {line.split()[1].strip("[]"): line.split()[0] for line in lines if line.startswith("\t")}
+
+
+def test_a_number_set_in_the_workspace_changes_one_line_and_retrains_one_cell(project: Project) -> None:
+    done = project.run("dvc", "exp", "run", "-S", "recipes.resnet20.epochs=1", STAGE)
+    assert done.returncode == 0, done.stderr
+    stat = project.run("git", "diff", "--stat", "params.yaml").stdout
+    assert "1 insertion(+), 1 deletion(-)" in stat, stat
+    assert epochs(project) == 1
+    others = {f"train@{cell}" for cell in GRID if cell != CELL} | {"train-study@too-fast"}
+    assert project.stale() - {"train-study@no-weights", "evaluate"} == others
+    runs = project.runs().set_index("tags.cell").loc[CELL]
+    assert sorted(runs["tags.grid"]) == ["current", "superseded"]
+    assert "tags.dvc_experiment" not in runs  # what runs in the workspace is the workspace's
+
+
+def test_an_experiment_in_a_copy_has_its_run_and_leaves_the_workspaces_until_it_is_applied(
+    project: Project,
+) -> None:
+    before = project.runs().set_index("run_id")["tags.grid"]
+    done = project.run("dvc", "exp", "run", "--temp", "-S", "tuning.resnet20.sgd.lr=0.02", STAGE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = project.runs().set_index("run_id")
+    [made] = set(runs.index) - set(before.index)
+    assert runs.loc[made, ["tags.grid", "params.learning_rate"]].tolist() == ["experiment", "0.02"]
+    name = runs.loc[made, "tags.dvc_experiment"]
+    assert runs.loc[made, "tags.mlflow.runName"] == f"{name} {CELL}"
+    assert runs.loc[before.index, "tags.grid"].equals(before)
+    assert project.run("git", "status", "--porcelain", "--untracked-files=no").stdout == ""
+
+    assert project.run("resgrid", "sync").returncode == 0
+    assert project.runs().set_index("run_id").loc[made, "tags.grid"] == "experiment"
+    shown = project.run("dvc", "exp", "show", "--only-changed", "--no-pager").stdout
+    assert name in shown
+    assert max(map(len, shown.splitlines())) <= 160
+    compared = project.run("dvc", "metrics", "diff", name).stdout
+    assert f"small.{CELL}" in compared
+    assert max(map(len, compared.splitlines())) <= 160
+
+    lock = (project.root / "dvc.lock").read_text()
+    assert project.run("dvc", "exp", "apply", name).returncode == 0
+    assert len((project.root / "dvc.lock").read_text().splitlines()) == len(lock.splitlines())
+    assert project.run("resgrid", "sync").returncode == 0
+    of_cell = project.runs().set_index("run_id")
+    of_cell = of_cell[of_cell["tags.cell"] == CELL]
+    assert of_cell.loc[made, ["tags.grid", "tags.mlflow.runName"]].tolist() == ["current", CELL]
+    assert (of_cell["tags.grid"] == "current").sum() == 1
+
+
+def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(
+    small: Project, tmp_path: Path
+) -> None:
+    project = small.copy(tmp_path / "a project")
+    lock, runs = (project.root / "dvc.lock").read_text(), len(project.runs())
+    done = project.run("dvc", "exp", "run", "--temp", "-S", "tuning.resnet20.sgd.lr=0.02", STAGE)
+    assert done.returncode != 0
+    assert "dvc.lock is in no commit" in done.stdout + done.stderr
+    assert "git add dvc.lock" in done.stdout + done.stderr
+    assert (project.root / "dvc.lock").read_text() == lock
+    assert len(project.runs()) == runs
+
+
+@pytest.mark.long
+def test_queued_experiments_are_kept_apart_and_none_runs_other_code_than_dvc_records(
+    project: Project,
+) -> None:
+    code = {"PYTHONPATH": str(project.root / "src")}  # the workspace's is the installed one
+    for rate in ("0.01", "0.02", "0.03"):
+        assert (
+            project.run(
+                "dvc", "exp", "run", "--queue", "-S", f"tuning.resnet20.sgd.lr={rate}", STAGE
+            ).returncode
+            == 0
+        )
+    done = project.run("dvc", "exp", "run", "--run-all", **code)
+    assert done.returncode == 0, done.stderr
+    runs = project.runs()
+    made = runs[runs["tags.grid"] == "experiment"]
+    assert sorted(made["params.learning_rate"]) == ["0.01", "0.02", "0.03"]
+    assert set(made["tags.dvc_experiment"]) == set(experiments(project))
+
+    assert (
+        project.run("dvc", "exp", "run", "--queue", "-S", "tuning.resnet20.sgd.lr=0.04", STAGE).returncode
+        == 0
+    )
+    project.edit("src/resgrid/training/optimizers.py", '"""', '"""Edited. ')
+    project.run("dvc", "exp", "run", "--run-all", **code)
+    assert len(experiments(project)) == 3
+    said = project.run("dvc", "queue", "status").stdout
+    assert "Failed" in said
+    assert len(project.runs()) == len(runs)
