@@ -21,6 +21,7 @@ import torch
 from ruamel.yaml import YAML
 from scipy import stats
 
+from resgrid import evaluation
 from resgrid.cli import main
 from resgrid.config import Digits, Preprocess, load_params, parse_params
 from resgrid.convert import CIFAR10_CLASSES
@@ -28,7 +29,7 @@ from resgrid.data.dataset import Meta, Split, content_digest, load_meta, load_sp
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
-from resgrid.evaluation import Predictions, Result, evaluate_all
+from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, expand
 from resgrid.report.figures import MAX_CLASSES
 from resgrid.report.figures import confusion_matrix as confusion_chart
@@ -41,7 +42,7 @@ from resgrid.report.statistics import (
 )
 from resgrid.report.tables import published as published_table
 from resgrid.report.tables import studies as studies_table
-from resgrid.runs import noted_failure
+from resgrid.runs import find_runs, noted_failure
 from resgrid.train import train_cell
 
 ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
@@ -363,7 +364,7 @@ def test_a_grid_of_one_cell_gives_a_report_that_says_that_there_is_nothing_to_co
 def test_a_grid_of_failures_alone_shows_each_as_what_it_is():
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam", "rmsprop"])
     results = [
-        Result(cell=cells[0], status="missing", cause="out of <memory>", failed=True),
+        Result(cell=cells[0], status="failed", cause="out of <memory>"),
         trained(cells[1], 36, "diverged"),
         Result(cell=cells[2], status="missing"),
     ]
@@ -535,7 +536,8 @@ def evaluate(here: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Page]
 
 def test_the_predictions_are_those_of_the_scores_to_the_last_image(pipeline):
     test = load_split(pipeline / "data/processed", "test")
-    for result in evaluate_all(cells_of(pipeline), pipeline / "runs", test, CPU):
+    for run in find_runs(cells_of(pipeline), pipeline):
+        result = evaluation.evaluate(run, test, CPU)
         if result.metrics is None:
             continue
         assert result.scores is not None

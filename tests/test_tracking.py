@@ -938,7 +938,7 @@ def test_the_run_of_a_cell_that_left_the_grid_is_superseded(
 def test_files_of_other_params_make_no_run(pipeline: Path, trained: Trained) -> None:
     put(trained, pipeline)
     report = tracking.sync(make_params(lr=0.05), pipeline)
-    why = "trained with learning_rate 0.01, but params.yaml says 0.05: `dvc repro train@resnet20-sgd-0`"
+    why = "stale: trained with learning_rate 0.01 → 0.05 (params.yaml now)"
     assert report.stale == {"resnet20-sgd-0": why}
     assert all_runs() == []
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -390,10 +391,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     params = load_params()
 
     from resgrid.data.dataset import load_meta, load_split
-    from resgrid.evaluation import evaluate_all
+    from resgrid.evaluation import evaluate
     from resgrid.progress import Progress
     from resgrid.report.files import write_report
     from resgrid.report.findings import find
+    from resgrid.runs import find_runs
     from resgrid.training.device import choose_device, device_name
 
     meta = load_meta(PROCESSED)
@@ -402,8 +404,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
         results = []
-        for result in evaluate_all(cells, RUNS, test, device):
-            results.append(result)
+        for run in find_runs(cells, Path()):
+            results.append(evaluate(run, test, device))
             progress.update(len(results))
     findings = find(results, test, meta, params.name, device_name(device))
     write_report(findings, REPORTS)
@@ -412,9 +414,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from resgrid.report.leaderboard import read_leaderboard
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+    from resgrid.report.leaderboard import as_of_now, read_leaderboard
+    from resgrid.runs import find_runs
 
-    frame = read_leaderboard(REPORTS)
+    frame = as_of_now(read_leaderboard(REPORTS), find_runs(expand(load_params()), Path()))
     if options.json:
         print(frame.to_json(orient="records", indent=2))
     else:
@@ -528,11 +533,25 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
+    from resgrid.config import load_params
+    from resgrid.grid import expand
+    from resgrid.runs import STATUSES, find_runs
     from tasks.publish import status
     from tasks.reproduce import Pipeline
 
-    now = status(Pipeline.find(options.pipeline))
-    print(json.dumps(now.as_dict(), indent=2) if options.json else now)
+    pipeline = Pipeline.find(options.pipeline)
+    now = status(pipeline)
+    runs = find_runs(expand(load_params(pipeline.folder / "params.yaml")), pipeline.folder)
+    if options.json:
+        results = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
+        print(json.dumps(now.as_dict() | {"results": results}, indent=2))
+        return
+    counts = Counter(run.status for run in runs)
+    print(now)
+    print("Results: " + ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each]) + ".")
+    for run in runs:
+        if run.status in ("stale", "other data"):
+            print(f"  {run.cell.id}: {run.reason}")
 
 
 def _up(options: argparse.Namespace) -> int:

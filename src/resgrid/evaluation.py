@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +17,9 @@ from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.runs import FAILURE, WEIGHTS, read_history, read_json, verify_weights
+from resgrid.runs import WEIGHTS, Run, Status, read_history, read_json, verify_weights
 from resgrid.training.engine import Scores, score
 from resgrid.weights import load_model
-
-Status = Literal["completed", "diverged", "missing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +37,11 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One cell as the comparison sees it; without a finished run there is only the cell."""
+    """One cell as the comparison sees it; of one that is not current only what its folder says of itself."""
 
     cell: Cell
     status: Status
-    cause: str | None = None  # of a divergence, or why there is no result, as far as it is known
-    failed: bool = False  # its training ended with an error
+    cause: str | None = None  # of a divergence, or why there is no current result, as far as it is known
     scores: Scores | None = None  # of the last epoch's weights on the test split, in fp32
     predictions: Predictions | None = None  # of that scoring
     metrics: dict[str, Any] | None = None  # runs/<cell>/run.json
@@ -53,36 +49,22 @@ class Result:
     history: pd.DataFrame | None = None  # runs/<cell>/history.csv
 
 
-def evaluate_cell(cell: Cell, run_folder: Path, test: Split, device: torch.device) -> Result:
-    """Score the weights in `run_folder` on `test`.
+def evaluate(run: Run, test: Split, device: torch.device) -> Result:
+    """Score the weights of a current run on `test`; others are told as they are.
 
-    Without its weights a cell counts as missing. Raises ResgridError if another of its files is gone, or the
-    weights are not those that the metrics were written for.
+    Raises ResgridError for files of a current run that cannot be read or do not belong together.
     """
-    if not (run_folder / "run.json").is_file():
-        if not (run_folder / FAILURE).is_file():
-            return Result(cell=cell, status="missing")
-        cause = (run_folder / FAILURE).read_text(encoding="utf-8").strip()
-        return Result(cell=cell, status="missing", cause=cause, failed=True)
-    if not (run_folder / WEIGHTS).is_file():
-        cause = f"{run_folder / WEIGHTS} is gone: `dvc checkout --force` restores it."
-        return Result(cell=cell, status="missing", cause=cause)
-    metrics = read_json(run_folder / "run.json")
-    timing = read_json(run_folder / "timing.json")
-    history = read_history(run_folder / "history.csv")
-    verify_weights(run_folder, metrics, cell.stage)
-    model, info = load_model(run_folder / WEIGHTS)
+    result = Result(cell=run.cell, status=run.status, cause=run.reason, metrics=run.record)
+    if run.record is None:
+        return result
+    result = replace(result, timing=read_json(run.folder / "timing.json"))
+    if not run.is_current:
+        return result
+    verify_weights(run.folder, run.record, run.cell.stage)
+    model, info = load_model(run.folder / WEIGHTS)
     scores, predictions = predict(model, test, info.mean, info.std, device)
-    return Result(
-        cell=cell,
-        status=metrics["status"],
-        cause=metrics["cause"],
-        scores=scores,
-        predictions=predictions,
-        metrics=metrics,
-        timing=timing,
-        history=history,
-    )
+    history = read_history(run.folder / "history.csv")
+    return replace(result, scores=scores, predictions=predictions, history=history)
 
 
 def predict(
@@ -108,12 +90,6 @@ def predict(
         confidence=torch.cat(confidence).flatten().cpu().numpy(),
         correct=(predicted == split.labels.cpu()).numpy(),
     )
-
-
-def evaluate_all(cells: list[Cell], runs: Path, test: Split, device: torch.device) -> Iterator[Result]:
-    """Every cell of the grid and its studies, in order, scored on the split `test`."""
-    for cell in cells:
-        yield evaluate_cell(cell, runs / cell.id, test, device)
 
 
 def score_file(weights: Path, data: Path, split: str, device: torch.device) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from resgrid.config import FAMILIES, Architecture, Engine, Family, Optimizer, Params, Recipe, Strict
@@ -74,6 +75,29 @@ def expand(params: Params) -> list[Cell]:
     for name, study in params.studies.items():
         cells.append(Cell(id=name, study=name, engine=params.engine, **dict(study)))
     return cells
+
+
+def flat(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A cell's numbers each under a key of its own: `learning_rate`, `schedule`, `schedule.factor`."""
+    optimizer = numbers["optimizer"]
+    return {
+        "architecture": numbers["architecture"],
+        "optimizer": optimizer["name"],
+        "learning_rate": optimizer["lr"],
+        **optimizer["settings"],
+        "seed": numbers["seed"],
+        **dict(_leaves(numbers["recipe"])),
+        **numbers["engine"],
+    }
+
+
+def _leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        path = above if above and key == "name" else f"{above}.{key}" if above else key
+        if isinstance(value, dict):
+            yield from _leaves(value, path)
+        else:
+            yield path, value
 
 
 def find_cell(params: Params, cell_id: str) -> Cell:

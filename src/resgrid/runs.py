@@ -1,15 +1,22 @@
-"""A cell's folder `runs/<cell>/`, as training leaves it and everything else reads it."""
+"""A cell's folder `runs/<cell>/`, and the one answer to the question whose result lies there.
+
+DVC says what will run; `find_runs` says what a result is. It reads the folders alone, which hold the numbers,
+the data's digest and the code's that they were trained with, and compares them with those of today.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from resgrid.errors import ResgridError
+from resgrid.grid import Cell, flat
+from resgrid.provenance import code_digest, package_of
 
 if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wait for
     import pandas as pd
@@ -19,6 +26,85 @@ RUN = "run.json"  # written last: all about the run but its epochs and its times
 METRICS = "metrics.json"  # for DVC alone
 FILES = ("summary.txt", "history.csv", RUN, "timing.json", WEIGHTS)
 FAILURE = "failure.txt"  # why there are none of these: the message that the training ended with
+
+Status = Literal["completed", "diverged", "stale", "other data", "failed", "missing"]
+STATUSES: tuple[Status, ...] = get_args(Status)  # the best first
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a cell's folder holds: the result of the cell as it is now, another one, or none."""
+
+    cell: Cell
+    folder: Path
+    status: Status
+    reason: str | None = None  # why it is not `completed`, as far as it is known
+    record: dict[str, Any] | None = None  # its run.json, of whatever was trained there
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is what the cell's numbers, data and code give."""
+        return self.status in ("completed", "diverged")
+
+
+def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
+    """The run of each cell in a pipeline's folder, in order.
+
+    `completed` or `diverged`: trained with today's numbers, data and code. `stale`: with other numbers or
+    code; `other data`: on other images (where the data are not here, that is not asked). `failed`: the
+    training ended with an error. `missing`: there is no whole result.
+    """
+    data, code = data_digest(pipeline), code_digest(package_of(pipeline))
+    return [_run(cell, pipeline / "runs" / cell.id, data, code) for cell in cells]
+
+
+def data_digest(pipeline: Path) -> str | None:
+    """That of the processed data as they are here; None where there are none."""
+    try:
+        digest = json.loads((pipeline / "data/processed/meta.json").read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(digest)
+
+
+def _run(cell: Cell, folder: Path, data: str | None, code: str) -> Run:
+    if not (folder / RUN).is_file():
+        if not (folder / FAILURE).is_file():
+            return Run(cell, folder, "missing")
+        cause = (folder / FAILURE).read_text(encoding="utf-8", errors="replace").strip()
+        return Run(cell, folder, "failed", cause)
+    if gone := [name for name in FILES if not (folder / name).is_file()]:
+        reason = f"{folder / gone[0]} is gone: `dvc checkout --force` restores it."
+        return Run(cell, folder, "missing", reason)
+    try:
+        record = read_json(folder / RUN)
+        trained = flat(record["numbers"])
+        other_data = data is not None and record["data_digest"] != data
+        other_code = record["code_digest"] != code
+        outcome: Status = record["status"]
+    except ResgridError as error:
+        return Run(cell, folder, "missing", str(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{folder / RUN} is of another version (it lacks {error}): `dvc repro {cell.stage}`"
+        return Run(cell, folder, "missing", reason)
+    now = flat(cell.numbers)
+    changed = [
+        f"{key} {_text(trained.get(key))} → {_text(now.get(key))}"
+        for key in dict.fromkeys([*now, *trained])
+        if trained.get(key) != now.get(key)
+    ]
+    reasons = [f"trained with {', '.join(changed)} (params.yaml now)"] if changed else []
+    if other_code:
+        reasons.append("trained by other code in models/, training/ or data/batches.py")
+    if other_data:
+        reasons.insert(0, f"trained on other data than {data}: {record['data_digest']}")
+    if reasons:
+        return Run(cell, folder, "other data" if other_data else "stale", "; ".join(reasons), record)
+    return Run(cell, folder, outcome, record["cause"], record)
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from resgrid import __version__
 from resgrid.config import FAMILIES, Architecture, OptimizerName
 from resgrid.data.dataset import Meta, Split
 from resgrid.evaluation import Predictions, Result
-from resgrid.grid import Cell
+from resgrid.grid import Cell, flat
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
 from resgrid.report.leaderboard import leaderboard
@@ -342,9 +342,9 @@ def _studies(results: list[Result]) -> list[Study]:
     for result in results:
         if result.cell.study is None:
             continue
-        own, kin = _settings(result.cell), _kin(result.cell)
+        own, kin = flat(result.cell.numbers), _kin(result.cell)
         base = grid.get(kin)
-        common = _settings(base.cell) if base else own
+        common = flat(base.cell.numbers) if base else own
         differing = [key for key in common | own if common.get(key) != own.get(key)]
         factor = differing[0] if differing else "study"
         if "approach" in differing:  # a frozen base comes with weights and statistics of its own
@@ -368,17 +368,6 @@ def _studies(results: list[Result]) -> list[Study]:
 
 def _kin(cell: Cell) -> tuple[str, str, int]:
     return cell.architecture, cell.optimizer.name, cell.seed
-
-
-def _settings(cell: Cell) -> dict[str, Any]:
-    """What makes the cell, flat: `schedule.factor` and the like."""
-    flat: dict[str, Any] = {"learning_rate": cell.optimizer.lr}
-    for key, value in cell.recipe.model_dump().items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}".removesuffix(".name"): each for name, each in value.items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def _level(result: Result, value: Any, also: list[str]) -> Level:

@@ -6,6 +6,7 @@ stands beside it, marked as what it is: an epoch that was chosen by looking at t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,13 +20,19 @@ from resgrid.evaluation import Result
 from resgrid.grid import Cell
 from resgrid.report.published import differing, publication
 from resgrid.report.statistics import calibration_error
+from resgrid.runs import STATUSES, Run
 
 
 def leaderboard(results: list[Result], meta: Meta) -> pd.DataFrame:
-    """A row a cell, best first: completed ones by test accuracy, then diverged, then missing ones."""
-    rows = [_row(result, meta) for result in results]
-    frame = pd.DataFrame(rows)
-    order = frame["status"].map({"completed": 0, "diverged": 1, "missing": 2})
+    """A row a cell, best first: completed ones by test accuracy, then the others by their status.
+
+    A cell that is stale, or of other data, stands there with the numbers that it was trained with.
+    """
+    return _ranked(pd.DataFrame([_row(result, meta) for result in results]))
+
+
+def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    order = frame["status"].map(STATUSES.index)
     ranked = frame.assign(order=order).sort_values(
         ["order", "test_accuracy", "test_loss", "cell"], ascending=[True, False, True, True], kind="stable"
     )
@@ -45,10 +52,10 @@ def _row(result: Result, meta: Meta) -> dict[str, Any]:
         "cell": cell.id,
         "architecture": cell.architecture,
         "optimizer": cell.optimizer.name,
-        "seed": cell.seed,
+        "seed": metrics.get("seed", cell.seed),
         "status": result.status,
-        "test_accuracy": scores and scores.accuracy,
-        "test_loss": scores and scores.loss,
+        "test_accuracy": scores.accuracy if scores else metrics.get("test_accuracy"),
+        "test_loss": scores.loss if scores else metrics.get("test_loss"),
         "train_accuracy": metrics.get("train_accuracy"),
         "train_loss": metrics.get("train_loss"),
         "epochs": metrics.get("epochs"),
@@ -61,10 +68,10 @@ def _row(result: Result, meta: Meta) -> dict[str, Any]:
         "published_accuracy": accuracy,  # only where data and recipe agree with its own
         "difference": scores.accuracy - accuracy if scores and accuracy else None,
         "study": cell.study,
-        "approach": cell.recipe.approach,
+        "approach": metrics.get("approach", cell.recipe.approach),
         "initial_weights": metrics.get("initial_weights"),
-        "learning_rate": cell.optimizer.lr,
-        "batch_size": cell.recipe.batch_size,
+        "learning_rate": metrics.get("learning_rate", cell.optimizer.lr),
+        "batch_size": metrics.get("batch_size", cell.recipe.batch_size),
         "cause": result.cause,
         "train_seconds": timing.get("train_seconds"),
         "images_per_second": timing.get("images_per_second"),
@@ -72,7 +79,6 @@ def _row(result: Result, meta: Meta) -> dict[str, Any]:
         "precision": timing.get("precision"),
         "threads": timing.get("threads"),
         "weights_sha256": metrics.get("weights_sha256"),
-        "failed": result.failed,
         "calibration_error": said and calibration_error(said.confidence, said.correct),
         "remark": "; ".join(notes) or None,
     }
@@ -105,27 +111,46 @@ def spread(cells: pd.DataFrame) -> str:
     text = f"{completed.mean():.2f}" if len(completed) else ""
     if len(completed) > 1:
         text += f" ± {completed.std():.2f}"  # over seeds, with n - 1
-    for status in ("diverged", "failed", "missing"):
-        count = int((states(cells) == status).sum())
+    for status in STATUSES[1:]:
+        count = int((cells["status"] == status).sum())
         if count:
             text += f" ({count} {status})" if len(cells) > 1 else status
     return text.strip()
 
 
 def missing(frame: pd.DataFrame) -> list[str]:
-    """A line for each cell without a result, and why, as far as it is known."""
-    rows = frame[frame["status"] == "missing"]
-    if rows.empty:
-        return []
-    lines = [f"Missing: {len(rows)} of {len(frame)} cells have no result yet: {', '.join(rows['cell'])}"]
-    for cell, failed, cause in rows[["cell", "failed", "cause"]].dropna().itertuples(index=False):
-        lines.append(f"{cell}{' failed' if failed else ''}: {cause}")
+    """What is not in the comparisons: how much, and a line for each cell whose reason is known."""
+    without = frame[frame["status"].isin(["failed", "missing"])]
+    others = frame[frame["status"].isin(["stale", "other data"])]
+    lines = []
+    if len(without):
+        names = ", ".join(without["cell"])
+        lines.append(f"Missing: {len(without)} of {len(frame)} cells have no result yet: {names}")
+    if len(others):
+        names = ", ".join(others["cell"])
+        lines.append(f"Not today's: {len(others)} of {len(frame)} cells are left out of comparisons: {names}")
+    told = pd.concat([without, others]).dropna(subset="cause")
+    for cell, status, cause in told[["cell", "status", "cause"]].itertuples(index=False):
+        lines.append(f"{cell}{'' if status == 'missing' else f' {status}'}: {cause}")
     return lines
 
 
-def states(frame: pd.DataFrame) -> pd.Series[str]:
-    """The status of each row, but `failed` where its training ended with an error."""
-    return frame["status"].mask(frame["failed"].astype(bool), "failed")
+def as_of_now(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """The leaderboard that `evaluate` wrote, with the status that each cell has by now."""
+    rows = {row["cell"]: row for row in frame.to_dict(orient="records")}
+    now = []
+    for run in runs:
+        row = rows.get(run.cell.id, {})
+        trained = run.record["weights_sha256"] if run.record else None
+        state: dict[str, Any] = {"status": run.status, "cause": run.reason}
+        if trained is None or row.get("weights_sha256") != trained:  # the figures are not of these weights
+            cell = run.cell
+            row = {"cell": cell.id, "architecture": cell.architecture, "optimizer": cell.optimizer.name}
+            row |= {"seed": cell.seed, "study": cell.study}
+        if trained is not None and "test_accuracy" not in row:
+            state = {"status": "missing", "cause": "not compared yet: `dvc repro -s evaluate`"}
+        now.append(row | state)
+    return _ranked(pd.DataFrame(now, columns=list(frame.columns)))
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -141,7 +166,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "cell": frame["cell"],
-            "test %": percent("test_accuracy").where(frame["status"] == "completed", states(frame)),
+            "test %": percent("test_accuracy").where(frame["status"] == "completed", frame["status"]),
             "test loss": number("test_loss", ".4f"),
             "train %": percent("train_accuracy"),
             "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
@@ -176,7 +201,8 @@ def headline(frame: pd.DataFrame) -> dict[str, Any]:
         "cells": len(frame),
         "completed": int(counts.get("completed", 0)),
         "diverged": int(counts.get("diverged", 0)),
-        "missing": int(counts.get("missing", 0)),
+        "stale": int(counts.get("stale", 0) + counts.get("other data", 0)),
+        "missing": int(counts.get("missing", 0) + counts.get("failed", 0)),
     }
     if len(completed):
         best = completed.iloc[0]

@@ -28,7 +28,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.report import figures, tables
 from resgrid.report.figures import MAX_CLASSES, Chart
 from resgrid.report.findings import Findings, Group, conclusions
-from resgrid.report.leaderboard import as_csv, missing, readable, spread, states
+from resgrid.report.leaderboard import as_csv, missing, readable, spread
 from resgrid.report.statistics import confusion
 
 LINKS = "runs.html"
@@ -71,7 +71,7 @@ def page(findings: Findings) -> str:
         conclusions=conclusions(findings),
         missing=missing(frame),
         best=frame.iloc[0] if len(scored) and frame.iloc[0]["status"] == "completed" else None,
-        counts=[(state, int(n)) for state, n in states(frame).value_counts().items()],
+        counts=[(state, int(n)) for state, n in frame["status"].value_counts().items()],
         charts=charts,
         table=_table,
         tables=tables,
@@ -118,7 +118,7 @@ def _grid(findings: Findings) -> dict[str, Any]:
                 {
                     "id": r.cell.id,
                     "seed": r.cell.seed,
-                    "tried": r.metrics is not None or r.failed,
+                    "tried": r.status != "missing",
                     "cause": r.cause,
                 }
                 for r in group.results

@@ -84,8 +84,7 @@ def studies(findings: Findings) -> pd.DataFrame:
             "in": series.name,
             "level": level.text,
             "cell": level.result.cell.id,
-            "test % (95 % interval)": accuracy(level.accuracy)
-            or ("failed" if level.result.failed else level.result.status),
+            "test % (95 % interval)": accuracy(level.accuracy) or level.result.status,
             "interval over": level.accuracy.basis if level.accuracy else "",
             "differs also in": "; ".join(level.also),
             "remark": "; ".join(remarks(level.result.cell)),

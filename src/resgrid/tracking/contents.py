@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resgrid import __version__, watch
 from resgrid.errors import ResgridError
-from resgrid.grid import Cell
+from resgrid.grid import Cell, flat
 from resgrid.provenance import experiment, git_commit
 from resgrid.runs import FILES, WEIGHTS, read_json, verify_weights
 from resgrid.tracking.store import Store
@@ -42,32 +41,8 @@ COUNTS = ("num_parameters", "num_trainable", "num_non_trainable")
 
 def params_of(cell: Cell) -> dict[str, str]:
     """Every number that makes the cell, each under a key of its own, since MLflow compares single params."""
-    values = {
-        "architecture": cell.architecture,
-        "family": cell.family,
-        "depth": cell.depth,
-        "optimizer": cell.optimizer.name,
-        "learning_rate": cell.optimizer.lr,
-        **cell.optimizer.settings.model_dump(),
-        "seed": cell.seed,
-        **cell.recipe.model_dump(),
-        "precision": cell.engine.precision,
-        "compile": cell.engine.compile,
-        "scored_epochs": cell.engine.scored_epochs,
-    }
-    return dict(_flat(values))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`schedule: {name: drop, factor: 0.5}` as schedule = drop and schedule.factor = 0.5."""
-    for key, value in values.items():
-        path = prefix.removesuffix(".") if prefix and key == "name" else prefix + key
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}.")
-        elif isinstance(value, str):
-            yield path, value
-        else:
-            yield path, "none" if value is None else json.dumps(value)
+    values = flat(cell.numbers) | {"family": cell.family, "depth": cell.depth}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def create(

@@ -17,7 +17,8 @@ from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
-from resgrid.runs import FILES, read_json
+from resgrid.runs import Run as Result
+from resgrid.runs import find_runs, read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
@@ -43,9 +44,11 @@ class SyncReport:
     superseded: list[str] = field(default_factory=list)
     training: list[str] = field(default_factory=list)  # their own processes complete them
     missing: list[str] = field(default_factory=list)  # no whole folder runs/<cell>
-    stale: dict[str, str] = field(default_factory=dict)  # the files are of other params; which
+    stale: dict[str, str] = field(default_factory=dict)  # of other numbers, code or data than today's; why
     failed: dict[str, str] = field(default_factory=dict)  # why
-    champions: dict[str, str] = field(default_factory=dict)  # registered models that got another cell; which
+    champions: dict[str, str | None] = field(
+        default_factory=dict
+    )  # registered models that got another cell, or none
     summary: str | None = None  # the run that was made of the reports
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +67,8 @@ class SyncReport:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
-        lines += [f"  champion of models:/{name}: {cell}" for name, cell in self.champions.items()]
+        for name, cell in self.champions.items():
+            lines.append(f"  champion of models:/{name}: {cell or 'none, for no cell of it is current'}")
         if self.summary:
             lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
@@ -95,14 +99,14 @@ def sync(
             runs: dict[str, list[Run]] = {}
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
-            cells = expand(params)
+            results, meta = find_runs(expand(params), pipeline_folder), _meta(pipeline_folder)
             links: dict[str, str] = {}
-            for done, cell in enumerate(cells, start=1):
-                run_id = _sync_cell(store, cell, runs.pop(cell.id, []), pipeline_folder, report)
+            for done, result in enumerate(results, start=1):
+                run_id = _sync_cell(store, result, runs.pop(result.cell.id, []), meta, report)
                 if run_id:
-                    links[cell.id] = run_id
+                    links[result.cell.id] = run_id
                 if on_cell is not None:
-                    on_cell(done, len(cells))
+                    on_cell(done, len(results))
             for of_former_cell in runs.values():
                 report.superseded += retire(store, of_former_cell)
             pages = pages_of(store, links)
@@ -121,35 +125,39 @@ def sync(
 
 
 def _sync_cell(
-    store: Store, cell: Cell, runs: list[Run], pipeline_folder: Path, report: SyncReport
+    store: Store, found: Result, runs: list[Run], meta: Meta | None, report: SyncReport
 ) -> str | None:
-    """The id of the cell's run: without a result that of its last attempt, if there is one."""
+    """The id of the cell's run: without a current result that of its last attempt, if there is one."""
+    cell, record = found.cell, found.record
     last = max(runs, key=lambda run: run.info.start_time, default=None)
-    folder = pipeline_folder / "runs" / cell.id
-    if not all((folder / name).is_file() for name in FILES):
-        report.missing.append(cell.id)
+    if record is None or not found.is_current:
+        if record is None:
+            report.missing.append(cell.id)
+        else:
+            report.stale[cell.id] = f"{found.status}: {found.reason}"
         for each in runs:
-            if not is_live(each):
-                _end_killed(store, each)
+            if is_live(each):
+                continue
+            _end_killed(store, each)
+            tags = each.data.tags
+            is_of_it = record is not None and tags.get("weights_sha256") == record["weights_sha256"]
+            if tags.get("grid") == "current" or is_of_it:
+                _mark(store, each, "stale" if is_of_it else "superseded")
         return str(last.info.run_id) if last else None
     try:
-        metrics = read_json(folder / "run.json")
-        started = contents.started_at(read_json(folder / "timing.json"))
-        run = _find(runs, cell, metrics, started)
+        started = contents.started_at(read_json(found.folder / "timing.json"))
+        run = _find(runs, cell, record, started)
         if run and is_live(run, started):
             report.training.append(cell.id)
             return str(run.info.run_id)
-        if run and run.data.tags.get("synced") == f"{metrics['weights_sha256']}:{contents.FORMAT}":
+        if run and run.data.tags.get("synced") == f"{record['weights_sha256']}:{contents.FORMAT}":
             run_id, done = run.info.run_id, report.unchanged
             if run.data.tags.get("grid") != "current":
-                store.client.set_tag(run_id, "grid", "current")
+                _mark(store, run, "current")
                 store.client.update_run(run_id, name=cell.id)
-        elif not run and (why := _contradiction(cell, metrics)):
-            report.stale[cell.id] = why
-            return None
         else:
             known = run.info.run_id if run else None
-            run_id = contents.complete(store, known, cell, folder, _meta(pipeline_folder))
+            run_id = contents.complete(store, known, cell, found.folder, meta)
             done = report.completed if run else report.created
     except ResgridError as error:
         report.failed[cell.id] = str(error)
@@ -157,6 +165,11 @@ def _sync_cell(
     done.append(cell.id)
     report.superseded += retire(store, runs, run_id, started)
     return str(run_id)
+
+
+def _mark(store: Store, run: Run, grid: str) -> None:
+    if run.data.tags.get("grid") != grid:
+        store.client.set_tag(run.info.run_id, "grid", grid)
 
 
 def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:
@@ -190,27 +203,6 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
         ),
         default=None,
     )
-
-
-def _contradiction(cell: Cell, metrics: dict[str, Any]) -> str | None:
-    """Why the files cannot be of `cell` as it stands in params.yaml, as far as they tell."""
-    now = {
-        "architecture": cell.architecture,
-        "optimizer": cell.optimizer.name,
-        "learning_rate": cell.optimizer.lr,
-        "batch_size": cell.recipe.batch_size,
-        "seed": cell.seed,
-        "approach": cell.recipe.approach,
-        "epochs_planned": cell.recipe.epochs,
-    }
-    for key, value in now.items():
-        if metrics[key] != value:
-            return (
-                f"trained with {key} {metrics[key]}, but params.yaml says {value}: `dvc repro {cell.stage}`"
-            )
-    if metrics.get("cell_digest", cell.digest) != cell.digest:
-        return f"trained with other params than those in params.yaml: `dvc repro {cell.stage}`"
-    return None
 
 
 def _meta(pipeline_folder: Path) -> Meta | None:

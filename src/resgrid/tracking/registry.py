@@ -8,6 +8,7 @@ so that `models:/digits@champion` works in whatever reads MLflow's models.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
-from resgrid.runs import WEIGHTS, read_json, verify_weights
+from resgrid.runs import WEIGHTS, find_runs, verify_weights
 from resgrid.tracking.store import Store, fetch
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 
 
-def crown(store: Store, runs: Iterable[Run], data_digest: str) -> dict[str, str]:
+def crown(store: Store, runs: Iterable[Run], data_digest: str) -> dict[str, str | None]:
     """Put the alias of every registered model on the best of `runs`, which are those of the current cells.
 
     Compared are completed cells on the data of `data_digest`: by validation accuracy or, where there is no
     validation split, by the test accuracy of the last epoch; never by the best epoch. Among equals a champion
-    stays, then the lower loss wins. Returns, by registered model, the cells to which an alias moved.
+    stays, then the lower loss wins. Where there is none to compare, the alias goes. Returns, by registered
+    model, the cells to which an alias moved, and None where it went.
     """
     candidates: dict[str, list[Run]] = {}
     for run in runs:
@@ -39,7 +41,13 @@ def crown(store: Store, runs: Iterable[Run], data_digest: str) -> dict[str, str]
             for name in (store.name, f"{store.name}-{run.data.params['architecture']}"):
                 candidates.setdefault(name, []).append(run)
     moved = {name: _crown_one(store, name, compared) for name, compared in candidates.items()}
-    return {name: cell for name, cell in moved.items() if cell}
+    changed: dict[str, str | None] = {name: cell for name, cell in moved.items() if cell}
+    for model in store.client.search_registered_models(max_results=1000):
+        is_ours = model.tags.get("pipeline") == store.name and CHAMPION in model.aliases
+        if is_ours and model.name not in candidates:
+            store.client.delete_registered_model_alias(model.name, CHAMPION)
+            changed[model.name] = None
+    return changed
 
 
 def _crown_one(store: Store, name: str, runs: list[Run]) -> str | None:
@@ -131,8 +139,8 @@ def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
 def find_weights(model: str, runs: Path) -> Path:
     """The weights file meant by `champion`, a file's path, a `models:/` or `runs:/` URI, or a cell's id.
 
-    Of a cell it is the one in the folder `runs`, checked against the cell's metrics.
-    Raises ResgridError if there is no such thing.
+    Of a cell it is the one in the folder `runs`, checked against its record; one that is not the cell's as it
+    is now is used all the same, which stderr then tells. Raises ResgridError if there is no such thing.
     """
     if model.startswith(("models:/", "runs:/")):
         return fetch(model, f"--model {model}")
@@ -142,9 +150,13 @@ def find_weights(model: str, runs: Path) -> Path:
     path = Path(model)
     if path.is_file() or path.suffix == ".safetensors":
         return path
-    cell = find_cell(load_params(), model)
-    folder = runs / cell.id
-    if not (folder / "run.json").is_file():
-        raise ResgridError(f"{model}: this cell has no result yet. `dvc repro {cell.stage}` trains it.")
-    verify_weights(folder, read_json(folder / "run.json"), cell.stage)
-    return folder / WEIGHTS
+    [run] = find_runs([find_cell(load_params(), model)], runs.parent)
+    if run.record is None:
+        raise ResgridError(
+            f"{model}: this cell has no result ({run.reason or 'not trained yet'}). "
+            f"`dvc repro {run.cell.stage}` trains it."
+        )
+    if not run.is_current:
+        print(f"resgrid: {model} is {run.status}: {run.reason}", file=sys.stderr)
+    verify_weights(run.folder, run.record, run.cell.stage)
+    return run.folder / WEIGHTS
