@@ -9,8 +9,9 @@ anything, `sync` gives each current cell its run from the files in `runs/<cell>/
 `complete` (`contents`), which adds what is missing and leaves alone what is there.
 
 Three tags say what a run is: `weights_sha256` names the result that it records; `synced`, set last, says that
-it is complete; `grid` is `current` on one run a cell, `superseded` on those of replaced weights, and
-`experiment` on those that DVC's experiments have made, until `dvc exp apply` and `sync` make them current.
+it is complete; `grid` is `current` on one run a cell, `stale` on that of a cell that is another by now,
+`superseded` on those of replaced weights, and `experiment` on those that DVC's experiments have made, until
+`dvc exp apply` and `sync` make them current.
 """
 
 from resgrid.tracking.contents import complete

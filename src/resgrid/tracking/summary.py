@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resgrid.errors import ResgridError
+from resgrid.runs import STATUSES
 from resgrid.tracking.links import NAME as LINKS
 from resgrid.tracking.links import linked
 from resgrid.tracking.registry import CHAMPION
@@ -109,11 +110,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 def _headline(frame: pd.DataFrame, pages: Mapping[str, str]) -> str:
     """How much there is, and the first five of it, linked to their runs."""
     counts = frame["status"].value_counts()
-    known = [
-        f"{counts[status]} {status}"
-        for status in ("completed", "diverged", "failed", "missing")
-        if status in counts
-    ]
+    known = [f"{counts[status]} {status}" for status in STATUSES if status in counts]
 
     def link(cell: str) -> str:
         return f"[{cell}]({pages[cell][pages[cell].index('#') :]})" if cell in pages else cell
