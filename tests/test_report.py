@@ -233,7 +233,7 @@ def test_what_did_not_complete_is_left_out_and_that_is_said():
     cells = small_grid(architectures=["resnet20", "resnet32"], optimizers=["sgd", "adam"])
     results = [trained(cell, 4) for cell in cells[:3]] + [Result(cell=cells[3], status="missing")]
     assert any(
-        sentence.startswith("1 of the grid's 4 cells did not complete and are left out")
+        sentence.startswith("1 of the grid's 4 cells have no completed run")
         for sentence in conclusions(found(results))
     )
 

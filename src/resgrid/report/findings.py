@@ -436,8 +436,9 @@ def conclusions(findings: Findings) -> list[str]:
     left_out = [r.cell.id for g in findings.groups for r in g.results if r.status != "completed"]
     if left_out:
         sentences.append(
-            f"{len(left_out)} of the grid's {sum(len(g.results) for g in findings.groups)} cells did not "
-            "complete and are left out of the comparisons, which flatters whatever they belong to."
+            f"{len(left_out)} of the grid's {sum(len(g.results) for g in findings.groups)} cells have "
+            "no completed run of today's numbers, data and code. They are left out of the comparisons, which "
+            "flatters whatever they belong to."
         )
     sentences.append(f"One of the {num_test:,} test images is worth {100 / num_test:.2g} points.")
     return sentences

@@ -162,11 +162,14 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     def number(column: str, form: str) -> pd.Series[str]:
         return frame[column].map(lambda value: "" if pd.isna(value) else format(value, form))
 
+    is_other = frame["status"].isin(["stale", "other data"])  # its figures are those of its own numbers
+    marked = frame["status"].mask(is_other, percent("test_accuracy") + " " + frame["status"])
     best = percent("best_test_accuracy") + " @ " + number("best_epoch", ".0f")
     table = pd.DataFrame(
         {
             "cell": frame["cell"],
-            "test %": percent("test_accuracy").where(frame["status"] == "completed", frame["status"]),
+            "rate": number("learning_rate", "g"),
+            "test %": percent("test_accuracy").where(frame["status"] == "completed", marked),
             "test loss": number("test_loss", ".4f"),
             "train %": percent("train_accuracy"),
             "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
