@@ -613,9 +613,9 @@ def test_a_cell_whose_training_failed_is_shown_as_failed_and_why(here, capsys):
     assert "Missing: 2 of 6 cells have no result yet: no-weights, resnet20-adam-1" in said
     assert "no-weights failed: studies.no-weights.initial_weights.path: there is no file" in said
     [row] = [row for row in read.tables["Every cell"] if row[0] == "no-weights"]
-    assert row[1] == "failed"
+    assert row[1:3] == ["", "failed"]
     [row] = [row for row in read.tables["Every cell"] if row[0] == "resnet20-adam-1"]
-    assert row[1] == "missing"
+    assert row[2] == "missing"
 
 
 def test_a_training_that_succeeds_takes_the_note_of_an_earlier_failure_away(tmp_path):

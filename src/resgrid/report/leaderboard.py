@@ -168,7 +168,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "cell": frame["cell"],
-            "rate": number("learning_rate", "g"),
+            "rate": number("learning_rate", "g").where(frame["weights_sha256"].notna(), ""),
             "test %": percent("test_accuracy").where(frame["status"] == "completed", marked),
             "test loss": number("test_loss", ".4f"),
             "train %": percent("train_accuracy"),
