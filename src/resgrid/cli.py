@@ -10,6 +10,7 @@ import csv
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -23,9 +24,10 @@ from resgrid.errors import ResgridError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resgrid.config import Architecture, Params
+    from resgrid.config import Architecture, Params, Triple
     from resgrid.grid import Cell
     from resgrid.predict import Prediction
+    from resgrid.training.engine import Scores
 
 # The folders of a pipeline, beside its params.yaml.
 RAW = Path("data/raw")
@@ -189,9 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
-    for kind, suffix, run in (("keras", ".h5", _import_keras), ("torch", ".pt", _import_torch)):
-        sub = command(f"import-{kind}", run, f"Make a weights file of a {kind.capitalize()} {suffix} file")
-        sub.add_argument("file", type=Path, help=f"the {suffix} file")
+    for kind, files, run in (
+        ("keras", "a Keras file (.h5, .keras, .weights.h5)", _import_keras),
+        ("torch", "a PyTorch checkpoint or a safetensors file", _import_torch),
+    ):
+        sub = command(f"import-{kind}", run, f"Make a weights file of {files}")
+        sub.add_argument("file", type=Path, help=files)
         sub.add_argument("--model", required=True, help="its architecture, such as resnet20")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
@@ -200,6 +205,26 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="in the order of its outputs (default: CIFAR-10's)",
         )
+        sub.add_argument(
+            "--normalization",
+            metavar="NAME",
+            help="of its training images: keras, kuangliu, cifar10, cifar100, imagenet, half or none "
+            f"(default: {'keras' if kind == 'keras' else 'kuangliu'})",
+        )
+        for name in ("mean", "std"):
+            sub.add_argument(
+                f"--{name}",
+                nargs=3,
+                type=float,
+                metavar=("R", "G", "B"),
+                help="of the same, in place of a name, on the 0-1 scale",
+            )
+        if kind == "torch":
+            sub.add_argument(
+                "--key", help="which of several sets of weights in the file, such as state_dict_ema"
+            )
+        sub.add_argument("--data", type=Path, help="labelled images to score it on at once, as for `score`")
+        _device_option(sub)
 
     sub = command("score", _score, "Score a weights file on labelled images, in fp32")
     sub.add_argument("file", type=Path, help="a weights file (.safetensors)")
@@ -666,8 +691,9 @@ def _import_keras(options: argparse.Namespace) -> None:
 
     from resgrid.convert import import_keras
 
-    import_keras(options.file, architecture, options.out, options.class_names)
-    print(f"{options.out}: {architecture} from {options.file}")
+    mean, std = _normalization(options, "keras")
+    import_keras(options.file, architecture, options.out, options.class_names, mean, std)
+    _imported(options)
 
 
 def _import_torch(options: argparse.Namespace) -> None:
@@ -675,18 +701,75 @@ def _import_torch(options: argparse.Namespace) -> None:
 
     from resgrid.convert import import_torch
 
-    import_torch(options.file, architecture, options.out, options.class_names)
-    print(f"{options.out}: {architecture} from {options.file}")
+    mean, std = _normalization(options, "kuangliu")
+    import_torch(options.file, architecture, options.out, options.class_names, mean, std, options.key, print)
+    _imported(options)
+
+
+def _normalization(options: argparse.Namespace, default: str) -> tuple[Triple, Triple]:
+    """What the images of the training were normalised by, as given or as assumed."""
+    from resgrid.convert import NORMALIZATIONS
+    from resgrid.grid import suggest
+
+    if (options.mean is None) != (options.std is None):
+        raise ResgridError("--mean and --std: give both, three figures each on the 0-1 scale.")
+    if options.mean is not None:
+        if options.normalization is not None:
+            raise ResgridError("--normalization: give either a name, or --mean and --std.")
+        return tuple(options.mean), tuple(options.std)
+    name = options.normalization or default
+    if name not in NORMALIZATIONS:
+        raise ResgridError(
+            f"--normalization {name!r}: unknown{suggest(name, NORMALIZATIONS)} "
+            f"Known: {', '.join(NORMALIZATIONS)}; or give --mean and --std."
+        )
+    return NORMALIZATIONS[name]
+
+
+def _imported(options: argparse.Namespace) -> None:
+    """Say what an import has checked, what it had to assume, and how to find out whether that is right."""
+    from resgrid.weights import load_weights
+
+    info, tensors = load_weights(options.out)
+    assumed = options.normalization is None and options.mean is None
+    print(
+        f"{options.out}: {info.architecture} from {options.file}\n"
+        f"Checked: the names, shapes and types of its {len(tensors)} tensors. No file of weights says how "
+        "the network computes with them, in which order its classes are, or what normalised its images.\n"
+        f"Images will be normalised by mean {_figures(info.mean)} and deviation {_figures(info.std)}"
+        f"{', which is assumed: --normalization or --mean and --std name others' if assumed else ''}."
+    )
+    if options.data is None:
+        print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
+        return
+    scores = _print_score(options.out, options.data, "test", options.device)
+    if scores.accuracy < 2 / len(info.class_names):
+        print(
+            "That is about as good as guessing. The file may be of another network with the same shapes, or "
+            "of other classes or another order of them, or its images were normalised by other figures."
+        )
+
+
+def _figures(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
 def _score(options: argparse.Namespace) -> None:
+    if not options.json:
+        _print_score(options.file, options.data, options.split, options.device)
+        return
+
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
     scores = score_file(options.file, options.data, options.split, choose_device(options.device))
-    if options.json:
-        print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
-    else:
-        print(
-            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
-        )
+    print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
+
+
+def _print_score(weights: Path, data: Path, split: str, device: str | None) -> Scores:
+    from resgrid.evaluation import score_file
+    from resgrid.training.device import choose_device
+
+    scores = score_file(weights, data, split, choose_device(device))
+    print(f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images")
+    return scores
