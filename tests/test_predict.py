@@ -196,7 +196,9 @@ def test_a_broken_file_is_named_and_the_next_ones_go_on(
     assert ["error" in row for row in rows] == [True, False, True, True, False]
     assert "a.png cannot be read as an image" in rows[0]["error"]
     assert rows[1]["top"] == rows[4]["top"]
-    assert output.err == "resgrid: 3 of 5 pictures could not be read.\n"
+    assert output.err == (
+        "resgrid: 3 of 5 pictures could not be read.\nresgrid: passed over: 1 × a text file.\n"
+    )
 
     assert main(["predict", *paths, "--model", "resnet20-adam-0"]) == 1
     output = capsys.readouterr()

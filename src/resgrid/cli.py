@@ -182,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         type=Path,
-        help="train/<class>/<image> and test/<class>/<image> as PNG or JPEG, or an archive of that; or an "
-        "archive in CIFAR-10's layout",
+        help="pictures in train/<class>/ and test/<class>/, or in <class>/; CIFAR-10 or CIFAR-100; a folder "
+        "or an archive of that",
     )
 
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         type=Path,
-        help="a CIFAR archive, an image folder, an archive of one, or data/processed",
+        help="CIFAR-10 or CIFAR-100, pictures in <split>/<class>/, an archive of that, or data/processed",
     )
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     json_flag(sub)
@@ -307,7 +307,7 @@ def _download(options: argparse.Namespace) -> None:
     if num_train := known_num_train(params.data):
         announce(params, num_train)
     with Progress("download", None, "B") as progress:
-        download(params.data, RAW, progress.update)
+        download(params.data, RAW, progress.update, progress.say)
 
 
 def _preprocess(options: argparse.Namespace) -> None:
@@ -325,7 +325,7 @@ def _preprocess(options: argparse.Namespace) -> None:
             progress.note = split
             progress.update(done, total)
 
-        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image)
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image, progress.say)
     counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
     print(f"{counts} images of {len(meta.class_names)} classes: {', '.join(meta.class_names[:12])}")
     if not known_num_train(params.data):
@@ -607,7 +607,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.top < 1:
         raise ResgridError(f"--top {options.top}: there must be at least one class.")
-    files = find_pictures(options.pictures)
+    passed_over: Counter[str] = Counter()
+    files = find_pictures(options.pictures, passed_over)
     model, info = load_model(tracking.find_weights(options.model, RUNS))
     device = choose_device(options.device)
     if not (options.json or options.csv):
@@ -630,6 +631,8 @@ def _predict(options: argparse.Namespace) -> int:
         print("\n]")
     if failed:
         print(f"resgrid: {failed:,} of {count:,} pictures could not be read.", file=sys.stderr)
+    if kinds := ", ".join(f"{number:,} × {kind}" for kind, number in passed_over.items() if number):
+        print(f"resgrid: passed over: {kinds}.", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -762,14 +765,18 @@ def _score(options: argparse.Namespace) -> None:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(options.file, options.data, options.split, choose_device(options.device))
+    scores = score_file(options.file, options.data, options.split, choose_device(options.device), _note)
     print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
+
+
+def _note(text: str) -> None:
+    print(f"resgrid: {text}", file=sys.stderr)
 
 
 def _print_score(weights: Path, data: Path, split: str, device: str | None) -> Scores:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(weights, data, split, choose_device(device))
+    scores = score_file(weights, data, split, choose_device(device), _note)
     print(f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images")
     return scores

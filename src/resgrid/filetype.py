@@ -37,6 +37,8 @@ SAFETENSORS: Final = FileType("a safetensors file", "`resgrid import-torch` make
 ZIP: Final = FileType("a zip archive", "If it is packed weights, unpack it first.")
 HEIF: Final = FileType("a HEIC picture", "Pillow does not read HEIC: convert it to JPEG or PNG.")
 
+PDF: Final = FileType("a PDF document", "Save its pictures as PNG or JPEG.")
+
 # How files begin, looked for in this order; what Pillow reads comes between the two.
 _UNPACK: Final = "If it is packed weights, unpack it first."
 _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
@@ -53,7 +55,8 @@ _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     (rb"MATLAB 5", FileType("a MATLAB file", "Take the Python or the binary version of the data.")),
     (rb".{4}TFL3", FileType("a TensorFlow Lite model", "Save the Keras model that it was made of.")),
     (rb"GGUF", FileType("a GGUF file")),
-    (rb"%PDF", FileType("a PDF document")),
+    (rb"%PDF", PDF),
+    (rb"\xd0\xcf\x11\xe0", FileType("a file of Windows or an old Office document")),  # Thumbs.db
     (rb"SQLite format 3\0", FileType("an SQLite database")),
     (rb"\x80[\2-\5].?.{0,12}\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", TORCH),  # before torch 1.6
     (
@@ -76,6 +79,7 @@ _TEXTS: tuple[tuple[bytes, FileType], ...] = (
         FileType("a web page", "The download brought it in place of the file: fetch that again."),
     ),
     (rb"\s*(<.{0,1000})?<svg", FileType("an SVG drawing", "Export it as PNG.")),
+    (rb"%PDF", PDF),
     (rb"", FileType("a text file")),
 )
 
