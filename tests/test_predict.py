@@ -215,6 +215,28 @@ def test_other_formats_are_read_as_well(pipeline: Pipeline, tmp_path: Path, name
     assert len(prediction.top) == 2
 
 
+def test_pictures_of_a_folder_are_known_by_content_and_others_are_counted(
+    inside: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = min(inside.pictures.glob("0-*.png")).read_bytes()
+    for name in ("a.JFIF", "no suffix", "b.dat"):
+        (tmp_path / name).write_bytes(good)
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (tmp_path / ".hidden.png").write_bytes(good)
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to(inside.pictures)
+    assert main(["predict", str(tmp_path), "--model", str(inside.weights)]) == 1
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 3
+    assert "c.heic cannot be read as an image (it is a HEIC picture. Pillow does not read HEIC" in output.err
+    assert "gone.png: a link that leads nowhere (to nowhere)." in output.err
+    assert (
+        "resgrid: passed over: 1 × a link to a folder, 1 × a hidden file, "
+        "1 × a file of Windows or an old Office document.\n"
+    ) in output.err
+
+
 def _info(num_classes: int) -> WeightsInfo:
     names = tuple(f"class {i}" for i in range(num_classes))
     return WeightsInfo(architecture="resnet20", class_names=names, mean=(0.5,) * 3, std=(0.25,) * 3)
