@@ -235,6 +235,16 @@ def test_what_cannot_be_a_pipeline_is_refused_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_that_git_ignores_is_refused_before_anything_is_written(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("mine\n")
+    with pytest.raises(ResgridError, match=r"git ignores it, .*Name another one, or take the rule out"):
+        init(tmp_path / "mine", image_folder)
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "params.yaml").write_text("mine")

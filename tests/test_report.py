@@ -645,6 +645,14 @@ def test_a_weights_file_that_is_gone_is_named_and_the_other_cells_are_compared(h
     }
 
 
+def test_pictures_that_were_left_out_stand_in_the_report():
+    names = [f"train/one/{i}.png" for i in range(25)]
+    meta = make_meta().model_copy(update={"left_out": {"train": names, "test": ["test/two/x.png"]}})
+    said = find([], make_split(), meta, "small", "cpu").made["Left out"]
+    assert said.startswith("26 broken pictures: train/one/0.png, train/one/1.png")
+    assert said.endswith(", …")
+
+
 def test_the_report_tells_how_it_was_made(here, capsys):
     _, read = evaluate(here, capsys)
     made = Path("reports/report.md").read_text().partition("## How it was made")[2]

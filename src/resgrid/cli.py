@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import importlib.util
 import json
 import os
 import shlex
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A person's mistake ends with one message and status 1."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
+    _claim("tasks")
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         return run(options) or 0
@@ -62,6 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"resgrid: {place}{error.strerror}. Check the folder and its disk.", file=sys.stderr)
         return 1
+
+
+def _claim(name: str) -> None:
+    """Have `import name` find the package beside this one, whatever PYTHONPATH has under that name."""
+    places = (Path(__file__).parents[1], Path(__file__).parents[2])  # in an environment, in a checkout
+    found = next(
+        (place / name / "__init__.py" for place in places if (place / name / "__init__.py").is_file()), None
+    )
+    if name in sys.modules or found is None:
+        return
+    spec = importlib.util.spec_from_file_location(name, found, submodule_search_locations=[str(found.parent)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -503,6 +520,10 @@ def _gc(options: argparse.Namespace) -> None:
 
     params = load_params()
     root, pipeline = tracking.project_root(), Path.cwd().resolve()
+
+    def shown(path: Path) -> str:  # DVC's cache may be elsewhere
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
     digest = None
     if (PROCESSED / "meta.json").is_file():
         from resgrid.data.dataset import load_meta
@@ -517,8 +538,7 @@ def _gc(options: argparse.Namespace) -> None:
         content = {
             "deleted": not options.dry_run,
             "leftovers": [
-                {"path": str(each.path.relative_to(root)), "bytes": each.num_bytes, "why": each.why}
-                for each in found
+                {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
             ],
             "bytes": taken,
             "superseded_runs_bytes": old,
@@ -526,7 +546,7 @@ def _gc(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for each in found:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {each.path.relative_to(root)}: {each.why}")
+        print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
     total = amount(sum(each.num_bytes for each in found), "B")
     print(
         f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"

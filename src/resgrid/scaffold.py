@@ -80,6 +80,11 @@ def init(folder: Path, data: Path) -> str:
                 f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
                 f"such as {folder / 'images'}."
             )
+    if _ignored_by_git(folder):
+        raise ResgridError(
+            f"{folder}: git ignores it, and DVC keeps no pipeline in an ignored folder. Name another one, "
+            "or take the rule out of .gitignore."
+        )
     found = look_at(data)
     root = _repository(folder)
     try:
@@ -344,6 +349,16 @@ def _repository(folder: Path) -> Path | None:
     return next((each for each in (folder, *folder.parents) if (each / ".dvc").is_dir()), None)
 
 
+def _ignored_by_git(folder: Path) -> bool:
+    """False also where there is no git or no repository."""
+    above = next(each for each in folder.parents if each.is_dir())
+    try:
+        command = ["git", "check-ignore", "--quiet", str(folder)]
+        return subprocess.run(command, cwd=above, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def _make_repository(folder: Path) -> None:
     """`dvc init`, as part of a git repository if there is one."""
     in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
@@ -352,7 +367,7 @@ def _make_repository(folder: Path) -> None:
     for command in (["init", "--quiet", *kind], ["config", "core.analytics", "false"]):
         done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = (done.stderr + done.stdout).strip() or "no reason given"
             raise ResgridError(f"{folder}: `dvc {' '.join(command)}` failed: {reason}")
     (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
     if not (folder / ".gitignore").exists():
