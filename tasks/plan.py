@@ -53,8 +53,8 @@ WAYS_ON = {  # by what DVC says
     "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
     "work without git by `dvc config --local core.no_scm true`.",
     "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
-    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is this one's; "
-    "`git checkout` brings back the last file that was committed.",
+    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
+    "this one's; `git checkout` brings back the last file that was committed.",
     "validation failed": ". `dvc stage list` in that folder shows the line.",
     "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
 }

@@ -245,6 +245,12 @@ def test_a_folder_that_git_ignores_is_refused_before_anything_is_written(
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_name_that_params_cannot_hold_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    renamed = image_folder.rename(tmp_path / "caf\udce9")
+    with pytest.raises(ResgridError, match=r"this name is no UTF-8, and params\.yaml cannot hold it"):
+        init(tmp_path / "mine", renamed)
+
+
 def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "params.yaml").write_text("mine")

@@ -215,6 +215,16 @@ def test_other_formats_are_read_as_well(pipeline: Pipeline, tmp_path: Path, name
     assert len(prediction.top) == 2
 
 
+def test_a_file_whose_name_is_no_utf_8_is_printed_as_it_is(inside: Pipeline, tmp_path: Path) -> None:
+    picture = tmp_path / "caf\udce9.png"
+    picture.write_bytes(min(inside.pictures.glob("0-*.png")).read_bytes())
+    program = "import sys; from resgrid.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "predict", str(tmp_path), "--model", str(inside.weights)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(bytes(picture))
+
+
 def test_pictures_of_a_folder_are_known_by_content_and_others_are_counted(
     inside: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import argparse
 import csv
 import errno
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     _claim("tasks")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8: it is printed as it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         return run(options) or 0

@@ -80,6 +80,9 @@ def init(folder: Path, data: Path) -> str:
                 f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
                 f"such as {folder / 'images'}."
             )
+    for path in (folder, data):
+        if str(path).encode(errors="replace") != os.fsencode(path):
+            raise ResgridError(f"{path}: this name is no UTF-8, and params.yaml cannot hold it. Rename it.")
     if _ignored_by_git(folder):
         raise ResgridError(
             f"{folder}: git ignores it, and DVC keeps no pipeline in an ignored folder. Name another one, "
