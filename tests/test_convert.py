@@ -817,6 +817,15 @@ def test_a_pickle_that_runs_a_program_is_refused_unrun(zipped: bool, tmp_path: P
     assert not target.exists()
 
 
+def test_what_keeps_a_file_from_being_read_is_named(customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save({"net": customary.state_dict()}, tmp_path / "w.pt", pickle_protocol=4)
+    _torch_refused(tmp_path / "w.pt", "a newer pickle_protocol than torch.save's own")
+    headless = {name: tensor for name, tensor in customary.state_dict().items() if "linear" not in name}
+    torch.save(headless | {"neck.weight": torch.zeros(3, 3)}, tmp_path / "w.pt")
+    said = r"2 of its 62 tensors are missing, such as head\.classifier\.weight, and .* such as neck\.weight"
+    _torch_refused(tmp_path / "w.pt", said)
+
+
 def test_a_missing_torch_file_is_refused(tmp_path: Path) -> None:
     _torch_refused(tmp_path / "none.pt", "there is no such file")
 

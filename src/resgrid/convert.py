@@ -364,8 +364,10 @@ def _read_torch(source: Path) -> tuple[Any, list[str]]:
                     raise
     except Exception as error:  # a hostile or broken pickle can end in any exception
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = re.search(r"WeightsUnpickler error:\s*(.{1,100})", str(error))
-        what = f"it asks for {asked[1]}" if asked else reason[1] if reason else type(error).__name__
+        reason = re.search(r"WeightsUnpickler error:\s*(.{1,100})|^(.{1,100})", str(error))
+        what = f"it asks for {asked[1]}" if asked else reason[0] if reason else type(error).__name__
+        if "Unsupported operand" in what:
+            what = "it has a newer pickle_protocol than torch.save's own"
         raise ResgridError(
             f"{source}: no tensors can be read from this PyTorch file ({what}). If it is whole and you trust "
             "it, load it where it was made, and save the weights with torch.save(model.state_dict(), FILE)."
@@ -477,17 +479,19 @@ _CUSTOMARY = (
 )
 
 
+def _our_name(name: str) -> str:
+    for pattern, ours in _CUSTOMARY:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
 def _rename(
     tensors: dict[str, Tensor], info: WeightsInfo, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The same tensors by our names, or as they are where those cannot be told."""
     if FAMILIES[info.architecture] != "wide_resnet" or tensors.keys() == expected.keys():
         return tensors
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, ours in _CUSTOMARY:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
+    renamed = {_our_name(name): tensor for name, tensor in tensors.items()}
     if renamed.keys() == expected.keys():
         return renamed
     theirs = [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -575,19 +579,21 @@ def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
             "and networks that compute otherwise have the same ones. If it is this very network, save it "
             f"with the names of {call}.state_dict()."
         )
-    renamed = {name: tuple(tensor.shape) for name, tensor in _rename(dict(tensors), info, expected).items()}
+    wide = FAMILIES[architecture] == "wide_resnet"
+    renamed = {_our_name(name) if wide else name: shape for name, shape in shapes.items()}
     for name, shape in renamed.items():
         if name in expected and shape != expected[name]:
             return (
                 f"{name} has the shape {shape}, where {architecture} with {len(info.class_names)} classes "
                 f"has {expected[name]}: it is another network of that name, perhaps for larger images."
             )
-    lacks = Counter(expected.values()) - Counter(renamed.values())
-    has = Counter(renamed.values()) - Counter(expected.values())
+    lacks = [name for name in expected if name not in renamed]
+    has = [name for name in renamed if name not in expected]
+    wrong = [f"{len(lacks)} of its {len(expected)} tensors are missing, such as {lacks[0]}"] if lacks else []
+    wrong += [f"there are {len(has)} that it has not, such as {has[0]}"] if has else []
     return (
-        f"these are not the weights of {architecture}, nor of any architecture here: {lacks.total()} of its "
-        f"{len(expected)} tensors are missing, the first of the shape {next(iter(lacks), 'of none')}, and "
-        f"there are {has.total()} others. `resgrid summary {architecture}` shows what is wanted."
+        f"these are not the weights of {architecture}, nor of any architecture here: {', and '.join(wrong)}. "
+        f"`resgrid summary {architecture}` shows what is wanted."
     )
 
 
