@@ -735,7 +735,7 @@ def _import_torch(options: argparse.Namespace) -> None:
 def _normalization(options: argparse.Namespace, default: str) -> tuple[Triple, Triple]:
     """What the images of the training were normalised by, as given or as assumed."""
     from resgrid.convert import NORMALIZATIONS
-    from resgrid.grid import suggest
+    from resgrid.errors import suggest
 
     if (options.mean is None) != (options.std is None):
         raise ResgridError("--mean and --std: give both, three figures each on the 0-1 scale.")
