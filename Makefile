@@ -1,11 +1,11 @@
 # `make demo` and `make test` set up everything; `make` alone lists what there is.
 
-VENV := $(CURDIR)/.venv
+VENV := .venv# not absolute, for make splits a path at its spaces
 SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUITS)' 2>/dev/null && echo $$p && break; done)
 
-export PATH := $(VENV)/bin:$(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := 1
@@ -15,14 +15,14 @@ export DO_NOT_TRACK := 1
 .PHONY: help install demo up worker ui test test-long check audit format repro bench bench-gpu lock clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 install: $(VENV)/installed  ## Make .venv with the locked dependencies and this package
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "ResGrid needs Python 3.11, 3.12 or 3.13; none was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@echo "Setting up .venv: about 3 GB to fetch the first time, most of it torch"
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
 	$(VENV)/bin/uv pip install --python $(VENV) --compile-bytecode --require-hashes -r requirements.lock
 	$(VENV)/bin/uv pip install --python $(VENV) --quiet --no-deps --editable .
@@ -39,11 +39,11 @@ up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them
 
 POOL ?= pool
 worker: install  ## Train cells of a work pool on this machine (POOL=pool SLOTS=4)
-	@resgrid worker --pool $(POOL) $(if $(SLOTS),--slots $(SLOTS))
+	@resgrid worker --pool "$(POOL)" $(if $(SLOTS),--slots $(SLOTS))
 
 PIPELINE ?= .
 ui: install  ## Serve MLflow's pages (PIPELINE=examples/digits for the demo's)
-	cd $(PIPELINE) && resgrid ui
+	cd "$(PIPELINE)" && resgrid ui
 
 repro: install  ## Run the whole grid on CIFAR-10: weeks without a GPU
 	dvc repro

@@ -26,6 +26,7 @@ import psutil
 from resgrid.config import Architecture, Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
+from resgrid.leftovers import cache_folder
 from resgrid.progress import duration
 from tasks.reproduce import Pipeline
 from tasks.slots import Slot, share
@@ -47,6 +48,16 @@ COPIES = 4  # of a cell's weights: workspace, DVC's cache, and MLflow's artifact
 CIFAR10_BYTES = {"download": 171_000_000, "preprocess": 185_000_000}
 # Images/s grow with the threads to this power: 1,572 with two against 958.5 with one (ResNet-20).
 THREADS_POWER = 0.71
+
+WAYS_ON = {  # by what DVC says
+    "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
+    "work without git by `dvc config --local core.no_scm true`.",
+    "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
+    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
+    "this one's; `git checkout` brings back the last file that was committed.",
+    "validation failed": ". `dvc stage list` in that folder shows the line.",
+    "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
+}
 
 State = Literal["up to date", "stale", "after", "running"]
 
@@ -76,7 +87,8 @@ class Plan:
     steps: tuple[Step, ...]
     slots: tuple[Slot, ...]
     disk_needed: int  # bytes
-    disk_free: int
+    disk_free: int  # on the fuller one of the disks that take them
+    cache: Path  # DVC's
 
     @cached_property
     def by_title(self) -> dict[str, Step]:
@@ -129,6 +141,7 @@ class Plan:
         if len(self.slots) == 1:
             slots = f"One at a time ({self.slots[0].name}; {each})"
         takes = "unknown until a cell has been trained" if self.seconds is None else duration(self.seconds)
+        elsewhere = not self.cache.is_relative_to(self.pipeline.root)
         if not num["stale"] and not num["running"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
         return "\n".join(
@@ -137,7 +150,8 @@ class Plan:
                 "",
                 f"{total}.",
                 f"{slots}. Expected time: {takes}.",
-                f"Disk: {_bytes(self.disk_needed)} needed, {_bytes(self.disk_free)} free.",
+                f"Disk: {_bytes(self.disk_needed)} needed, {_bytes(self.disk_free)} free"
+                + (f" (DVC's cache is {self.cache})." if elsewhere else "."),
             ]
         )
 
@@ -160,13 +174,17 @@ def make_plan(pipeline: Pipeline, slots: int | None = None) -> Plan:
     stale = [step.cell for step in steps if step.cell and step.state == "stale"]
     shares = slots_for(pipeline, params, stale or list(cells.values()), slots)
     seconds = expect(pipeline, params, steps, shares[0])
+    cache = cache_folder(pipeline.root)
     return Plan(
         pipeline=pipeline,
         params=params,
         steps=tuple(replace(step, seconds=seconds.get(step.stage)) for step in steps),
         slots=tuple(shares),
         disk_needed=sum(_needs(step, params, stage) for step, stage in zip(steps, found, strict=True)),
-        disk_free=shutil.disk_usage(pipeline.folder).free,
+        disk_free=min(
+            shutil.disk_usage(folder).free for folder in (pipeline.folder, cache) if folder.is_dir()
+        ),
+        cache=cache,
     )
 
 
@@ -199,9 +217,9 @@ def _ask_dvc(pipeline: Pipeline) -> list[dict[str, Any]]:
     command = [sys.executable, "-P", str(Path(__file__).with_name("stages.py")), str(pipeline.folder)]
     done = subprocess.run(command, cwd=pipeline.folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ResgridError(
-            f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {done.stderr.strip()[-2000:]}"
-        )
+        said = done.stderr.strip()[-2000:]
+        way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
+        raise ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said}{way_on}")
     stages: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return stages
 

@@ -82,5 +82,6 @@ def _address() -> str | None:
 
 def _direct() -> dict[str, str]:
     """No proxy on the way to this machine itself."""
-    names = ",".join(name for name in (os.environ.get("NO_PROXY"), "127.0.0.1") if name)
+    given = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+    names = ",".join(dict.fromkeys(name for name in (*given, "127.0.0.1") if name))
     return {"NO_PROXY": names, "no_proxy": names}

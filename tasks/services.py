@@ -17,6 +17,7 @@ What Prefect 3.8.8 does with a worker that is told to end, read in its sources a
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -175,6 +177,11 @@ class _Child:
 
     def fail(self, what: str) -> NoReturn:
         lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-12:]
+        if any("Can't locate revision" in line for line in lines):
+            raise ResgridError(
+                ".resgrid/prefect/prefect.db: a newer version of Prefect made the database. Move prefect.db* "
+                f"aside and a new one is made; no result is lost with it. All of the log: {self.log}"
+            )
         shown = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
         raise ResgridError(f"{what}. The end of its log:\n{shown}\n    All of it: {self.log}")
 
@@ -314,9 +321,17 @@ class _Services:
         """The first true answer; a server that is starting, or whose database is busy, gives none at all."""
         deadline = time.monotonic() + START_SECONDS
         while True:
-            with suppress(OSError):
+            try:
                 if answer := ask():
                     return answer
+            except urllib.error.HTTPError as error:
+                if error.code == HTTPStatus.UNAUTHORIZED:
+                    raise ResgridError(
+                        f"{what} was started with PREFECT_SERVER_API_AUTH_STRING and refuses requests "
+                        "without it. Set PREFECT_API_AUTH_STRING to the same user:password, or unset it."
+                    ) from None
+            except OSError:
+                pass
             child.check()
             if time.monotonic() > deadline:
                 child.fail(f"{what} did not answer within {START_SECONDS:.0f} seconds")
@@ -325,10 +340,13 @@ class _Services:
 
 def _environment(root: Path, prefect: str) -> dict[str, str]:
     """Of every service, and so of the flows and trainers that the worker starts."""
-    names = [name for name in (os.environ.get("NO_PROXY"), HOST, "localhost") if name]
+    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
+    names = [name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name]
     return os.environ | {
         # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        # Before whatever else has a module called tasks or flows.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
         "PREFECT_HOME": str(root / ".resgrid/prefect"),
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -485,7 +503,10 @@ def _post(prefect: str, path: str, content: dict[str, Any]) -> Any:
 
 
 def _get(url: str, content: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    request = urllib.request.Request(url, content, headers)
     with _OPENER.open(request, timeout=10) as response:
         body: bytes = response.read()
         return body

@@ -151,7 +151,10 @@ def cards() -> list[Card]:
             names = names[int(device.partition(":")[2]) :][:1]
         return [Card(name, pynvml.nvmlDeviceGetMemoryInfo(_handle(name)).free) for name in names]
     except pynvml.NVMLError as error:
-        raise ResgridError(f"CUDA_VISIBLE_DEVICES={visible}: the driver has no such GPUs: {error}") from None
+        raise ResgridError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the driver has no such GPUs: {error}. Give numbers, or names "
+            "as `nvidia-smi -L` lists them; nothing (`CUDA_VISIBLE_DEVICES=`) means the CPU."
+        ) from None
     finally:
         pynvml.nvmlShutdown()
 

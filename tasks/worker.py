@@ -289,13 +289,18 @@ def _make_queues(pool: str, queues: list[str], environment: Mapping[str, str]) -
     url = environment["PREFECT_API_URL"]
     try:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch()
             make_pool(client, pool)
             for queue in queues:
                 with suppress(ObjectAlreadyExists):
                     client.create_work_queue(queue, work_pool_name=pool)
     except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+        way_on = ""
+        if "401" in str(error):
+            way_on = " Set PREFECT_API_AUTH_STRING to the user:password that the server was started with."
         raise ResgridError(
-            f"{url}: Prefect's server cannot be used ({type(error).__name__}: {tracking.shown(str(error))})."
+            f"{url}: Prefect's server cannot be used ({type(error).__name__}: "
+            f"{tracking.shown(str(error)).partition(' - ')[0]}).{way_on}"
         ) from None
 
 

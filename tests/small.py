@@ -75,7 +75,7 @@ STUDIES = """
       path: absent.safetensors
       checksum: md5:00000000000000000000000000000000"""
 SMALL = PARAMS.format(
-    data="{source: image-folder, location: images}",
+    data="{source: image-folder, location: images, test_fraction: 0.0, on_broken: refuse}",
     validation=0.1,
     seeds="[0, 1]",
     recipe=RECIPE.format(epochs=2, batch_size=16),

@@ -114,7 +114,7 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("recipes/resnet10/normalization/mean", [[]], "recipes.resnet10.normalization.mean.0: must be a valid"),
         ("data", {"source": "cifar100"}, "data.source: must be one of 'cifar10'"),
         ("data", {"source": "archive", "location": "x", "checksum": "md5:12"}, "data.checksum: String should match"),
-        ("data", {"source": "archive", "location": "x"}, "data.checksum: this key is missing"),
+        ("data", {"source": "image-folder", "location": "x"}, "data.on_broken: this key is missing"),
         ("preprocess/validation_fraction", 1.0, "preprocess.validation_fraction: must be less than 1"),
         ("optimizers/sgd/momentum", 0.0, "optimizers.sgd: nesterov needs a momentum above 0"),
         ("name", "a/b", "name: String should match pattern"),

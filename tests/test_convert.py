@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import io
 import os
 import pickle
+import re
 import tarfile
-from collections import OrderedDict
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from resgrid.cli import main
 from resgrid.config import Architecture
 from resgrid.convert import CIFAR10_CLASSES, import_keras, import_torch
 from resgrid.errors import ResgridError
@@ -300,6 +307,47 @@ def test_the_published_resnet20_scores_as_its_authors_say(reference_data: Path, 
     np.testing.assert_allclose(logits[:2], expected, atol=1e-4)
 
 
+# --- Keras 3, whose files number the arrays of a layer ----------------------------------------------
+
+
+def _write_keras3(file: h5py.File, layers: list[tuple[str, list[tuple[str, str]]]], model: nn.Module) -> None:
+    """As Keras 3.15 writes them: `layers/sequential/layers/res_net_unit/conv1/vars/0`."""
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for layer, parts in layers:
+        file.create_group(f"layers/{layer}/vars")
+        for part, ours in parts:
+            weight = state[f"{ours}.weight"]
+            arrays = [weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T]
+            arrays += [
+                state[f"{ours}.{kind}"]
+                for kind in ("bias", "running_mean", "running_var")
+                if f"{ours}.{kind}" in state
+            ]
+            for number, array in enumerate(arrays):
+                within = part.replace("/", "/layers/", 1) if "res_net_unit" in part else part
+                file[f"layers/{layer}{within}/vars/{number}"] = array
+    file["layers/dropout/seed_generator/vars/0"] = np.array([1, 2], np.uint32)
+    file["optimizer/vars/0"] = np.int64(5)
+
+
+@pytest.mark.parametrize("architecture", ["resnet20", "vgg16"])
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+def test_keras_3_weights_compute_the_same_here(
+    architecture: Architecture, suffix: str, tmp_path: Path
+) -> None:
+    model = _random_model(architecture)
+    layers = _flat_vgg16_layers() if architecture == "vgg16" else _resnet_layers(3)
+    source = tmp_path / f"model{suffix}"
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        _write_keras3(file, layers, model)
+    if suffix == ".keras":
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.writestr("config.json", "{}")
+            archive.write(tmp_path / "model.weights.h5", "model.weights.h5")
+    import_keras(source, architecture, tmp_path / "out")
+    _computes_the_same(tmp_path / "out", model)
+
+
 # --- Keras files that are refused -----------------------------------------------------------------
 
 
@@ -319,24 +367,24 @@ def _keras_refused(
 
 
 def test_a_missing_keras_file_is_refused(tmp_path: Path) -> None:
-    _keras_refused(tmp_path / "none.h5", "no such file to convert")
+    _keras_refused(tmp_path / "none.h5", "there is no such file")
 
 
 def test_what_is_not_hdf5_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("not HDF5")
-    _keras_refused(tmp_path / "text.h5", "cannot be read as HDF5")
+    _keras_refused(tmp_path / "text.h5", "this is a text file, not a Keras file")
 
 
 @pytest.mark.parametrize("kept", [100, 5_000, 500_000])
 def test_a_cut_keras_file_is_refused(keras20: Path, kept: int) -> None:
     keras20.write_bytes(keras20.read_bytes()[:kept])
-    _keras_refused(keras20, "cannot be read as HDF5")
+    _keras_refused(keras20, "is cut or damaged .* Copy or save it again")
 
 
 def test_hdf5_of_something_else_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["measurements"] = np.arange(10)
-    _keras_refused(tmp_path / "other.h5", "no layer_names")
+    _keras_refused(tmp_path / "other.h5", "holds no layers as Keras writes them")
 
 
 def test_keras_weights_of_another_depth_name_the_right_one(keras20: Path) -> None:
@@ -560,6 +608,184 @@ def test_our_own_names_are_read_for_every_family(architecture: Architecture, tmp
     _scores_alike(tmp_path / "out", model.float())
 
 
+# --- PyTorch checkpoints as people have them -------------------------------------------------------
+
+
+def _prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+class Settings(dict[str, Any]):
+    """A dictionary of a class of its own, as configurations are."""
+
+
+def _checkpoint(form: str, model: nn.Module) -> Any:
+    """What tutorials, Lightning, compilers and profilers put around a state dict."""
+    state = model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    match form:
+        case "tutorial":
+            optimized = optimizer.state_dict()
+            return {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": optimized, "loss": 0.3}
+        case "lightning":
+            return {
+                "pytorch-lightning_version": "2.5.0",
+                "state_dict": _prefixed(state, "model.") | {"criterion.weight": torch.ones(10)},
+                "optimizer_states": [optimizer.state_dict()],
+                "hyper_parameters": argparse.Namespace(lr=0.1),
+                "callbacks": {},
+            }
+        case "several prefixes":
+            return {"weights": {"net": _prefixed(state, "module._orig_mod.model.")}}
+        case "unusual name":
+            return {"best": {"generator": state}, "acc": 91.0}
+        case "list":
+            return [state, optimizer.state_dict()]
+        case "within":
+            return {name.replace("stage2.", "stage2.module."): tensor for name, tensor in state.items()}
+        case "averaged":
+            return torch.optim.swa_utils.AveragedModel(model).state_dict()
+        case "profiled":
+            return state | {"total_ops": torch.zeros(1), "base.stage1.0.total_params": torch.zeros(1)}
+        case "foreign objects":
+            return {
+                "net": state,
+                "acc": np.float64(0.9),
+                "random": np.random.RandomState(0).get_state(),
+                "args": argparse.Namespace(lr=0.1, out=Path("runs")),
+                "date": datetime.datetime(2026, 1, 1),
+                "settings": Settings(a=1),
+                "history": defaultdict(list, loss=[1.0]),
+                "done": {1, 2},
+            }
+        case "whole model":
+            return model
+    raise AssertionError(form)
+
+
+FORMS = (
+    "tutorial",
+    "lightning",
+    "several prefixes",
+    "unusual name",
+    "list",
+    "within",
+    "averaged",
+    "profiled",
+    "foreign objects",
+    "whole model",
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "zipped"), [*((form, True) for form in FORMS), ("tutorial", False), ("foreign objects", False)]
+)
+def test_weights_are_found_in_whatever_a_checkpoint_puts_around_them(
+    form: str, zipped: bool, tmp_path: Path
+) -> None:
+    model = _random_model("resnet20")
+    torch.save(_checkpoint(form, model), tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    import_torch(tmp_path / "w.pt", "resnet20", tmp_path / "out")
+    _scores_alike(tmp_path / "out", model)
+
+
+def test_a_bare_safetensors_file_is_read(customary: CustomaryResNet, tmp_path: Path) -> None:
+    save_file(customary.state_dict(), tmp_path / "model.safetensors")
+    import_torch(tmp_path / "model.safetensors", "resnet10", tmp_path / "out")
+    _scores_alike(tmp_path / "out", customary)
+
+
+def test_of_several_sets_of_weights_one_is_chosen_by_its_key(
+    customary: CustomaryResNet, tmp_path: Path
+) -> None:
+    state = customary.state_dict()
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": state, "ema": {"model": other}}, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"2 sets of weights .* differ: state_dict, ema\.model\. .*--key")
+    said: list[str] = []
+    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out", key="state_dict", say=said.append)
+    _scores_alike(tmp_path / "out", customary)
+    assert said == ["Taken: the 62 tensors below state_dict."]
+    (tmp_path / "out").unlink()
+    _torch_refused(tmp_path / "w.pt", "no tensor below --key best", key="best")
+    torch.save({"a": state, "b": state}, tmp_path / "w.pt")  # the same twice is no question
+    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+
+
+def test_a_resnet_that_normalises_after_its_convolutions_is_told_from_ours(tmp_path: Path) -> None:
+    """The much copied ResNet-20 of He et al. 2015: the shapes are ours, in another order."""
+    state = {"conv1.weight": torch.zeros(16, 3, 3, 3)} | _norm("bn1", 16)
+    inputs = 16
+    for stage, outputs in enumerate((16, 32, 64), start=1):
+        for unit in range(3):
+            name = f"layer{stage}.{unit}"
+            state[f"{name}.conv1.weight"] = torch.zeros(outputs, inputs, 3, 3)
+            state |= _norm(f"{name}.bn1", outputs)
+            state[f"{name}.conv2.weight"] = torch.zeros(outputs, outputs, 3, 3)
+            state |= _norm(f"{name}.bn2", outputs)
+            inputs = outputs
+    state |= {"linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}
+    torch.save({"state_dict": _prefixed(state, "module.")}, tmp_path / "w.th")
+    said = r"it normalises after each convolution, where resnet20 here does so before it.* train it here"
+    _torch_refused(tmp_path / "w.th", said, "resnet20")
+    _torch_refused(tmp_path / "w.th", "These look like the weights of resnet20", "resnet32")
+
+
+def _norm(name: str, width: int) -> dict[str, Tensor]:
+    kinds = ("weight", "bias", "running_mean", "running_var")
+    return {f"{name}.{kind}": torch.ones(width) for kind in kinds} | {
+        f"{name}.num_batches_tracked": torch.tensor(5)
+    }
+
+
+def test_an_import_says_what_it_checked_and_assumed_and_scores_at_once(
+    cifar_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(build_model("resnet20", 4).state_dict(), tmp_path / "w.pt")
+    out = tmp_path / "out.safetensors"
+    command = ["import-torch", str(tmp_path / "w.pt"), "--model", "resnet20", "--out", str(out)]
+    command += ["--class-names", "ant", "bee", "cow", "dog"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "Checked: the names, shapes and types of its 97 tensors. No file of weights says how" in said
+    assert "deviation (0.2023, 0.1994, 0.201), which is assumed: --normalization" in said
+    assert "resgrid score" in said
+    assert main([*command, "--normalization", "imagenet", "--data", str(cifar_archive)]) == 0
+    said = capsys.readouterr().out
+    assert "assumed" not in said
+    assert re.search(r"accuracy \d+\.\d+ %", said)
+    assert "about as good as guessing" in said  # these weights are random
+    assert load_model(out)[1].std == (0.229, 0.224, 0.225)
+    figures = ["--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6"]
+    assert main([*command, *figures]) == 0
+    assert load_model(out)[1].mean == (0.1, 0.2, 0.3)
+    for wrong, message in (
+        (["--normalization", "imagnet"], "did you mean imagenet?"),
+        (figures[:4], "give both"),
+        ([*figures, "--normalization", "none"], "either a name, or"),
+    ):
+        assert main([*command, *wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["score", "predict"])
+def test_a_reader_of_weights_files_says_what_it_was_given_and_who_reads_that(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "w.pt")
+    save_file({"a": torch.zeros(3)}, tmp_path / "bare.safetensors")
+    for name, said in (
+        ("w.pt", "this is a PyTorch file, not a weights file of ResGrid. `resgrid import-torch` makes"),
+        ("bare.safetensors", "metadata have no 'resgrid', .*`resgrid import-torch` makes a weights file"),
+    ):
+        file = str(tmp_path / name)
+        arguments = [file, "--data", str(tmp_path)] if command == "score" else ["x.png", "--model", file]
+        assert main([command, *arguments]) == 1
+        assert re.search(said, capsys.readouterr().err)
+
+
 # --- PyTorch files that are refused ---------------------------------------------------------------
 
 
@@ -591,48 +817,82 @@ def test_a_pickle_that_runs_a_program_is_refused_unrun(zipped: bool, tmp_path: P
     assert not target.exists()
 
 
-def test_a_whole_pickled_model_is_refused(customary: CustomaryResNet, tmp_path: Path) -> None:
-    torch.save(customary, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", "it asks for .*CustomaryResNet")
+def test_what_keeps_a_file_from_being_read_is_named(customary: CustomaryResNet, tmp_path: Path) -> None:
+    torch.save({"net": customary.state_dict()}, tmp_path / "w.pt", pickle_protocol=4)
+    _torch_refused(tmp_path / "w.pt", "a newer pickle_protocol than torch.save's own")
+    headless = {name: tensor for name, tensor in customary.state_dict().items() if "linear" not in name}
+    torch.save(headless | {"neck.weight": torch.zeros(3, 3)}, tmp_path / "w.pt")
+    said = r"2 of its 62 tensors are missing, such as head\.classifier\.weight, and .* such as neck\.weight"
+    _torch_refused(tmp_path / "w.pt", said)
 
 
 def test_a_missing_torch_file_is_refused(tmp_path: Path) -> None:
-    _torch_refused(tmp_path / "none.pt", "no such file to convert")
+    _torch_refused(tmp_path / "none.pt", "there is no such file")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 not a zip", b"\x80\x02."])
-def test_what_is_no_torch_file_is_refused(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "an empty file, not a PyTorch file. Copy or fetch it again"),
+        (b"text", "a text file"),
+        (b"<!DOCTYPE html><html>Not found</html>", "a web page, .*in place of the file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer .*`git lfs pull`"),
+        (b"PK\x03\x04 not a zip", "a zip archive .* cut or damaged"),
+        (b"\x80\x02.", "a pickle, .*torch.save"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file, .*import-keras"),
+        (b"\x93NUMPY\x01\x00", "a NumPy array"),
+        (b"\x00\x00\x00\x1cTFL3", "a TensorFlow Lite model"),
+    ],
+)
+def test_what_is_no_torch_file_is_named_for_what_it_is(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(content)
-    _torch_refused(tmp_path / "w.pt", "no file of tensors alone")
+    _torch_refused(tmp_path / "w.pt", f"this is {said}")
+
+
+def test_torchscript_and_packed_arrays_are_told_from_checkpoints(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for name in ("model/data.pkl", "model/constants.pkl", "model/code/__torch__.py"):
+            archive.writestr(name, b"")
+    _torch_refused(tmp_path / "w.pt", r"a TorchScript program, .*torch\.jit\.load\(FILE\)\.state_dict\(\)")
+    np.savez(tmp_path / "w.npz", a=np.zeros(3))
+    _torch_refused(tmp_path / "w.npz", "an archive of NumPy arrays")
 
 
 def test_a_cut_torch_file_is_refused(customary: CustomaryResNet, tmp_path: Path) -> None:
     torch.save(customary.state_dict(), tmp_path / "w.pt")
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:1_000_000])
-    _torch_refused(tmp_path / "w.pt", "no file of tensors alone")
+    _torch_refused(tmp_path / "w.pt", "cut or damaged")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, torch.zeros(3)])
-def test_what_is_no_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [[1, 2], {}, {"a": torch.tensor(3.0)}, {"a": np.zeros(3)}])
+def test_what_holds_no_weights_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", "not a state dict")
+    _torch_refused(tmp_path / "w.pt", "there is no tensor of weights in it")
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize(
-    "value", [3.0, torch.zeros(3, dtype=torch.int32), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")]
+    "change",
+    [
+        lambda tensor: tensor.to(torch.int32),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+    ],
 )
-def test_what_is_no_weight_is_refused(value: Any, customary: CustomaryResNet, tmp_path: Path) -> None:
-    torch.save({**customary.state_dict(), "conv1.weight": value}, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", r"'conv1\.weight' is no dense tensor of floats")
+def test_what_is_no_weight_is_refused(change: Any, customary: CustomaryResNet, tmp_path: Path) -> None:
+    state = customary.state_dict()
+    torch.save({**state, "conv1.weight": change(state["conv1.weight"])}, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"'base\.stem\.weight' is no dense tensor of floats")
 
 
 def test_torch_weights_of_another_model_name_the_right_one(
     customary: CustomaryResNet, tmp_path: Path
 ) -> None:
     torch.save(customary.state_dict(), tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", r"is missing.*These look like the weights of resnet10", "resnet18")
-    _torch_refused(tmp_path / "w.pt", r"shape \(10, 512\), where resnet10 with 2", class_names=["a", "b"])
+    _torch_refused(tmp_path / "w.pt", r"These look like the weights of resnet10", "resnet18")
+    _torch_refused(tmp_path / "w.pt", r"10 classes, not 2: .*--class-names", class_names=["a", "b"])
+    torch.save({**customary.state_dict(), "conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "w.pt")
+    _torch_refused(tmp_path / "w.pt", r"shape \(64, 3, 7, 7\), where .* for larger images")
 
 
 def test_a_cifar_resnet_of_foreign_names_is_refused_though_its_shapes_fit(tmp_path: Path) -> None:
@@ -642,4 +902,6 @@ def test_a_cifar_resnet_of_foreign_names_is_refused_though_its_shapes_fit(tmp_pa
         for i, (n, t) in enumerate(build_model("resnet20", 10).state_dict().items())
     }
     torch.save(state, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", r"base\.stem\.weight is missing", "resnet20")
+    _torch_refused(
+        tmp_path / "w.pt", r"its convolutions are those of resnet20, but the names are not \(x0", "resnet20"
+    )

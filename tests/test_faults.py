@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SmallDisks
 from ruamel.yaml import YAML
-from small import ALWAYS, Project
+from small import ALWAYS, ROOT, Project
 
 from resgrid import tracking
 
@@ -45,6 +45,38 @@ def flip(path: Path) -> None:
 
 
 # --- another folder ---------------------------------------------------------------------------------
+
+
+def test_the_makefile_holds_in_a_folder_of_any_name_and_deletes_nothing_beside_it(tmp_path: Path) -> None:
+    """Its programs are looked for in the folder's own .venv, where one stands here that says which it is."""
+    folder = tmp_path / "my own \"dir\" $HOME 'größer' #1 %"
+    (folder / ".venv/bin").mkdir(parents=True)
+    neighbours = [tmp_path / "my", tmp_path / "own"]
+    for neighbour in neighbours:
+        neighbour.mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, folder)
+    own = folder / ".venv/bin/resgrid"
+    own.write_text('#!/bin/sh\necho "ours: $@ in $PWD"\n')
+    own.chmod(0o755)
+    (folder / ".venv/installed").touch()
+    (folder / "a pipeline").mkdir()
+
+    def make(*arguments: str) -> str:
+        done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "Run the tests" in make("help")
+    assert f"ours: ui in {folder}/a pipeline" in make("ui", "PIPELINE=a pipeline")
+    assert "ours: worker --pool a pool" in make("worker", "POOL=a pool")
+    targets = ("install", "demo", "up", "test", "check", "audit", "format", "repro", "bench", "lock")
+    for target in targets:
+        lines = make("--dry-run", "--always-make", target)
+        assert subprocess.run(["sh", "-n"], input=lines, text=True, check=False).returncode == 0, target
+    make("clean")
+    assert not (folder / ".venv").exists()
+    assert all(neighbour.is_dir() for neighbour in neighbours)
 
 
 def test_in_a_copy_elsewhere_nothing_is_stale_and_mlflow_leads_to_the_files_that_stand_there(

@@ -317,7 +317,7 @@ def test_the_official_checksum_and_size_are_those_of_the_official_page():
     [
         ({"location": "absent.tar.gz"}, r"data\.location: absent\.tar\.gz: no such file"),
         ({"location": "s3://bucket/a.tar.gz"}, "http, https or file"),
-        ({"location": "."}, "is a folder, but"),
+        ({"location": "."}, "is a folder, which has none"),
         ({"source": "image-folder", "location": "."}, "is a folder, which has none"),
         ({"source": "image-folder", "location": "http://a.invalid/b", "checksum": None}, "must have one"),
     ],
@@ -325,7 +325,9 @@ def test_the_official_checksum_and_size_are_those_of_the_official_page():
 def test_a_location_that_cannot_be_used_is_named(data, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"source": "archive", "checksum": MD5} | data
-    kind = config.Archive if given["source"] == "archive" else config.ImageFolder
+    kind = config.Archive
+    if given["source"] != "archive":
+        kind, given = config.ImageFolder, given | {"test_fraction": 0.0, "on_broken": "refuse"}
     with pytest.raises(ResgridError, match=message):
         download(kind(**given), Path("raw"))
     assert not Path("raw").exists()
@@ -336,7 +338,13 @@ def test_the_images_of_a_folder_are_copied_and_nothing_else(image_folder, tmp_pa
     (image_folder / "train/one/.hidden.png").write_bytes(b"x")
     (image_folder / "notes.txt").write_text("mine")
     seen = []
-    data = config.ImageFolder(source="image-folder", location=str(image_folder), checksum=None)
+    data = config.ImageFolder(
+        source="image-folder",
+        location=str(image_folder),
+        checksum=None,
+        test_fraction=0.0,
+        on_broken="refuse",
+    )
     download(data, tmp_path / "raw", lambda done, total: seen.append((done, total)))
     copied = sorted(
         path.relative_to(tmp_path / "raw") for path in (tmp_path / "raw").rglob("*") if path.is_file()
@@ -353,7 +361,13 @@ def test_the_images_of_a_folder_are_copied_and_nothing_else(image_folder, tmp_pa
 
 def test_a_folder_with_a_class_missing_is_refused_before_it_is_copied(image_folder, tmp_path):
     shutil.rmtree(image_folder / "test/two")
-    data = config.ImageFolder(source="image-folder", location=str(image_folder), checksum=None)
+    data = config.ImageFolder(
+        source="image-folder",
+        location=str(image_folder),
+        checksum=None,
+        test_fraction=0.0,
+        on_broken="refuse",
+    )
     with pytest.raises(ResgridError, match="class 'two' has no image in test/"):
         download(data, tmp_path / "raw")
     assert not (tmp_path / "raw").exists()

@@ -17,6 +17,8 @@ from sklearn.datasets import load_digits
 
 from resgrid.cli import main
 from resgrid.config import load_params
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import preprocess
 from resgrid.data.sources import ImageFolder, open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
@@ -148,12 +150,61 @@ def test_an_archive_in_cifars_layout_is_one(cifar_archive: Path) -> None:
     assert seen.smallest_class == 10
 
 
-def test_a_folder_without_splits_is_explained(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ResgridError, match=r"a folder a class \(one, three, two, …\) and no splits. Put a fifth"
-    ):
-        init(tmp_path / "mine", image_folder / "train")
-    assert not (tmp_path / "mine").exists()
+def test_a_folder_without_splits_has_a_test_split_drawn_and_says_so(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = init(tmp_path / "mine", image_folder / "train")
+    assert "There is no test split: data.test_fraction: 0.2 of each class is drawn for it." in said
+    assert "9 training and 3 test images" in said
+    monkeypatch.chdir(tmp_path / "mine")
+    params = load_params()
+    download(params.data, Path("data/raw"))
+    meta = preprocess(params.data, params.preprocess, Path("data/raw"), Path("data/processed"))
+    assert meta.num_images == {"train": 9, "test": 3}
+
+
+def test_data_of_a_few_images_gets_batches_that_fit(image_folder: Path, tmp_path: Path) -> None:
+    for path in sorted(image_folder.glob("train/*/*"))[:-1]:
+        if path.name != "0.jpg":
+            path.unlink()
+    said = init(tmp_path / "mine", image_folder)
+    assert "A class has a single training image" in said
+    params = load_params(tmp_path / "mine" / "params.yaml")
+    assert {cell.recipe.batch_size for cell in expand(params)} == {2}  # of 4 images
+
+
+def test_init_says_what_it_passed_over_and_which_pictures_are_broken(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    (image_folder / "train/one/notes.txt").write_text("mine")
+    (image_folder / "train/one/9.png").write_bytes(b"<html>")
+    (image_folder / "train/one/gone.png").symlink_to("nowhere")
+    said = init(tmp_path / "mine", image_folder)
+    assert "1 × a link that leads nowhere (train/one/gone.png)" in said
+    assert "1 × a text file (train/one/notes.txt)" in said
+    assert "1 of 13 pictures looked at are broken (train/one/9.png): mend or remove them, or write" in said
+    params = load_params(tmp_path / "mine" / "params.yaml")
+    assert params.data.on_broken == "refuse"  # type: ignore[union-attr]
+
+
+def test_a_validation_folder_is_used_as_it_is(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "test", image_folder / "val")
+    said = init(tmp_path / "mine", image_folder)
+    assert "12 training and 6 test images" in said
+    assert load_params(tmp_path / "mine" / "params.yaml").preprocess.validation_fraction == 0.0
+    shutil.rmtree(image_folder / "test")
+    said = init(tmp_path / "other", image_folder)
+    assert "There is no test split: the validation images stand for it." in said
+
+
+def test_an_unpacked_cifar_folder_is_a_source(cifar_archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(cifar_archive) as archive:
+        archive.extractall(tmp_path, filter="data")
+    init(tmp_path / "mine", tmp_path / "cifar-10-batches-py")
+    data = load_params(tmp_path / "mine" / "params.yaml").data
+    assert (data.source, data.checksum) == ("archive", None)  # type: ignore[union-attr]
+    download(data, tmp_path / "raw")
+    assert open_source(tmp_path / "raw", "stretch").class_names == ("ant", "bee", "cow", "dog")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +233,22 @@ def test_what_cannot_be_a_pipeline_is_refused_and_nothing_is_written(
     with pytest.raises(ResgridError, match=said):
         init(Path(folder), Path(data))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_git_ignores_is_refused_before_anything_is_written(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("mine\n")
+    with pytest.raises(ResgridError, match=r"git ignores it, .*Name another one, or take the rule out"):
+        init(tmp_path / "mine", image_folder)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_name_that_params_cannot_hold_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    renamed = image_folder.rename(tmp_path / "caf\udce9")
+    with pytest.raises(ResgridError, match=r"this name is no UTF-8, and params\.yaml cannot hold it"):
+        init(tmp_path / "mine", renamed)
 
 
 def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: Path) -> None:

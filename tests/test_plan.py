@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sleeping import Sleeping, sleeping
+from small import DIGITS, ROOT
 
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
+from resgrid.leftovers import find_leftovers, usage
 from tasks import slots
 from tasks.plan import Step, longest_first, make_plan, makespan
 from tasks.publish import status
@@ -190,6 +195,93 @@ def test_a_dvc_yaml_that_cannot_be_read_is_told_with_dvcs_words(repository):
         repository.edit("dvc.yaml", "grid.sedes", "grid.seeds")
 
 
+def git_repository(folder: Path) -> Path:
+    """A git and DVC repository, as `git clone` leaves one, with a pipeline in the folder `ignored/own`."""
+    for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
+        subprocess.run(
+            command.split(),
+            cwd=folder,
+            check=True,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
+    own = folder / "ignored/own"
+    own.mkdir(parents=True)
+    (own / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls}\n")
+    (own / "params.yaml").write_text(DIGITS)
+    return own
+
+
+def test_a_pipeline_in_a_folder_that_git_ignores_is_explained(tmp_path):
+    own = git_repository(tmp_path)
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    with pytest.raises(ResgridError, match=r"git-ignored\. .*take the rule out of \.gitignore, or move it"):
+        make_plan(Pipeline.find(own))
+
+
+def test_a_checkout_without_git_is_explained_and_the_way_that_it_names_works(tmp_path):
+    own = git_repository(tmp_path)
+    shutil.rmtree(tmp_path / ".git")  # as in a ZIP of the project
+    with pytest.raises(ResgridError, match=r"not a git repository\. .*`git init` .*core\.no_scm true`"):
+        make_plan(Pipeline.find(own))
+    (tmp_path / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    with pytest.raises(ResgridError, match="has no stage for resnet20-sgd-0"):  # as it should: DVC was asked
+        make_plan(Pipeline.find(own))
+
+
+def test_what_another_version_of_dvc_wrote_is_named(tmp_path):
+    own = git_repository(tmp_path)
+    (own / "dvc.lock").write_text("schema: '9.0'\nstages: {}\n")
+    with pytest.raises(ResgridError, match=r"dvc\.lock' validation failed\. Another version of DVC may have"):
+        make_plan(Pipeline.find(own))
+
+
+def test_a_dvc_yaml_that_is_none_of_dvcs_says_who_shows_the_line(tmp_path):
+    own = git_repository(tmp_path)
+    (own / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls, dep: [x]}\n")
+    with pytest.raises(ResgridError, match=r"dvc\.yaml' validation failed\. `dvc stage list`"):
+        make_plan(Pipeline.find(own))
+    command = [sys.executable, "-m", "dvc", "stage", "list"]
+    done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
+    assert "extra keys not allowed" in done.stdout + done.stderr
+
+
+def test_params_without_a_dvc_yaml_say_how_to_get_one(tmp_path):
+    (tmp_path / "params.yaml").write_text(DIGITS)
+    with pytest.raises(
+        ResgridError, match=r"a params\.yaml but no dvc\.yaml here\. `git checkout dvc\.yaml`"
+    ):
+        Pipeline.find(tmp_path)
+
+
+def test_a_cache_that_is_elsewhere_is_what_the_plan_and_gc_look_at(repository, tmp_path):
+    cache = tmp_path / "shared cache"
+    (cache / "files/md5/ab").mkdir(parents=True)
+    (cache / "files/md5/ab" / ("0" * 30)).write_bytes(b"not what its name says")
+    assert repository.run("dvc", "config", "--local", "cache.dir", str(cache)).returncode == 0
+    try:
+        assert plan_of(repository).cache == cache
+        assert f"(DVC's cache is {cache})" in str(plan_of(repository))
+        found = find_leftovers(repository.root, repository.root, [], None)
+        assert [each.path for each in found] == [cache / "files/md5/ab" / ("0" * 30)]
+        assert str(cache) in usage(repository.root, repository.root)
+    finally:
+        (repository.root / ".dvc/config.local").unlink()
+    assert plan_of(repository).cache == repository.root / ".dvc/cache"
+
+
+@pytest.mark.parametrize("name", ["tasks", "flows"])
+def test_a_module_of_a_persons_own_may_be_called_as_ours_is(name, repository, tmp_path):
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    (repository.root / f"{name}.py").write_text("raise SystemExit('not ours')")
+    try:
+        program = "import sys; from resgrid.cli import main; sys.exit(main())"
+        done = repository.run(sys.executable, "-c", program, "plan", PYTHONPATH=f"{tmp_path}:{ROOT / 'src'}")
+        assert done.returncode == 0, done.stderr
+        assert "resnet20-sgd-0" in done.stdout
+    finally:
+        (repository.root / f"{name}.py").unlink()
+
+
 def test_without_a_flow_there_is_no_status(repository):
     assert str(status(Pipeline.find(repository.root))) == "Nothing has been run here by a flow."
 
@@ -267,6 +359,33 @@ def test_a_device_that_there_is_not_leaves_no_cards(monkeypatch):
     for name in ("cpu", "cuda:x", "gpu"):
         monkeypatch.setenv("RESGRID_DEVICE", name)
         assert slots.cards() == []
+
+
+@pytest.mark.parametrize("visible", ["foo", "GPU-00000000", "0,9"])
+def test_gpus_that_the_driver_does_not_have_are_named_with_the_way_on(visible, monkeypatch):
+    """A driver with one card, as NVML shows it; this machine may have none."""
+    import pynvml
+
+    def handle(index: int) -> int:
+        if index != 0:
+            raise pynvml.NVMLError_InvalidArgument
+        return index
+
+    def handle_by_name(name: str) -> int:
+        raise pynvml.NVMLError_NotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_by_name)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: Card("0", 1))
+    monkeypatch.setattr(Card, "free", 1, raising=False)
+    monkeypatch.delenv("RESGRID_DEVICE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ResgridError, match=f"CUDA_VISIBLE_DEVICES={visible}: .*`nvidia-smi -L`"):
+        slots.cards()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert slots.cards() == []
 
 
 @pytest.mark.long

@@ -196,7 +196,9 @@ def test_a_broken_file_is_named_and_the_next_ones_go_on(
     assert ["error" in row for row in rows] == [True, False, True, True, False]
     assert "a.png cannot be read as an image" in rows[0]["error"]
     assert rows[1]["top"] == rows[4]["top"]
-    assert output.err == "resgrid: 3 of 5 pictures could not be read.\n"
+    assert output.err == (
+        "resgrid: 3 of 5 pictures could not be read.\nresgrid: passed over: 1 × a text file.\n"
+    )
 
     assert main(["predict", *paths, "--model", "resnet20-adam-0"]) == 1
     output = capsys.readouterr()
@@ -211,6 +213,38 @@ def test_other_formats_are_read_as_well(pipeline: Pipeline, tmp_path: Path, name
     [prediction] = predict(model, info, find_pictures([tmp_path]), CPU)
     assert prediction.error is None
     assert len(prediction.top) == 2
+
+
+def test_a_file_whose_name_is_no_utf_8_is_printed_as_it_is(inside: Pipeline, tmp_path: Path) -> None:
+    picture = tmp_path / "caf\udce9.png"
+    picture.write_bytes(min(inside.pictures.glob("0-*.png")).read_bytes())
+    program = "import sys; from resgrid.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "predict", str(tmp_path), "--model", str(inside.weights)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(bytes(picture))
+
+
+def test_pictures_of_a_folder_are_known_by_content_and_others_are_counted(
+    inside: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = min(inside.pictures.glob("0-*.png")).read_bytes()
+    for name in ("a.JFIF", "no suffix", "b.dat"):
+        (tmp_path / name).write_bytes(good)
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (tmp_path / ".hidden.png").write_bytes(good)
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to(inside.pictures)
+    assert main(["predict", str(tmp_path), "--model", str(inside.weights)]) == 1
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 3
+    assert "c.heic cannot be read as an image (it is a HEIC picture. Pillow does not read HEIC" in output.err
+    assert "gone.png: a link that leads nowhere (to nowhere)." in output.err
+    assert (
+        "resgrid: passed over: 1 × a link to a folder, 1 × a hidden file, "
+        "1 × a file of Windows or an old Office document.\n"
+    ) in output.err
 
 
 def _info(num_classes: int) -> WeightsInfo:
@@ -263,8 +297,8 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
     ("arguments", "said"),
     [
         (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
-        (["--model", "absent.safetensors"], "there is no such weights file"),
-        (["--model", "params.yaml"], "no whole safetensors file"),
+        (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
+        (["--model", "params.yaml"], "this is a text file, not a weights file"),
         (["--top", "0"], "--top 0: there must be at least one class"),
     ],
 )

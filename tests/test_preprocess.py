@@ -28,7 +28,7 @@ from resgrid.data.batches import statistics
 from resgrid.data.dataset import Meta, load_meta, load_split
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import histograms, moments, preprocess
-from resgrid.data.sources import Digits, draw, open_source, to_square
+from resgrid.data.sources import Digits, decode, draw, large_pictures, open_source, to_square
 from resgrid.errors import ResgridError
 
 PLAIN = config.Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
@@ -47,9 +47,15 @@ def archive(path: Path) -> config.Archive:
     return config.Archive(source="archive", location=str(path), checksum=sha256(path))
 
 
-def images(path: Path) -> config.ImageFolder:
+def images(path: Path, test_fraction: float = 0.0, on_broken: str = "refuse") -> config.ImageFolder:
     checksum = sha256(path) if path.is_file() else None
-    return config.ImageFolder(source="image-folder", location=str(path), checksum=checksum)
+    return config.ImageFolder(
+        source="image-folder",
+        location=str(path),
+        checksum=checksum,
+        test_fraction=test_fraction,
+        on_broken=on_broken,
+    )
 
 
 def process(data: config.Data, folder: Path, settings: config.Preprocess = PLAIN) -> Meta:
@@ -176,6 +182,62 @@ def test_raw_data_that_was_altered_after_its_download_is_noticed(cifar_archive, 
         preprocess(data, PLAIN, tmp_path / "absent", tmp_path / "processed")
 
 
+def cifar_forms(folder: Path) -> dict[str, Path]:
+    """The same 6 training and 4 test images of 3 classes in every form that the authors publish."""
+    values = np.random.default_rng(0)
+    names = ["ant", "bee", "cow"]
+    parts = {}
+    for part, count in (("train", 6), ("test", 4)):
+        rows = values.integers(0, 256, (count, 3072), dtype=np.uint8)
+        parts[part] = rows, [i % 3 for i in range(count)]
+    written: dict[str, dict[str, bytes]] = {"py100": {}, "bin10": {}, "bin100": {}, "py10": {}}
+    for part, (rows, labels) in parts.items():
+        coarse = [1 - label % 2 for label in labels]
+        python100 = {b"data": rows, b"fine_labels": labels, b"coarse_labels": coarse, b"filenames": [b"x"]}
+        written["py100"][part] = pickle.dumps(python100, protocol=2)
+        batch = "data_batch_1" if part == "train" else "test_batch"
+        written["py10"][batch] = pickle.dumps({b"data": rows, b"labels": labels}, protocol=2)
+        column = np.array(labels, np.uint8)[:, None]
+        written["bin10"][f"{batch}.bin"] = np.hstack([column, rows]).tobytes()
+        wide = np.hstack([np.array(coarse, np.uint8)[:, None], column, rows])
+        written["bin100"][f"{part}.bin"] = wide.tobytes()
+    fine = {b"fine_label_names": [name.encode() for name in names], b"coarse_label_names": [b"a", b"b"]}
+    written["py100"]["meta"] = pickle.dumps(fine, protocol=2)
+    written["py10"]["batches.meta"] = pickle.dumps(
+        {b"label_names": [name.encode() for name in names]}, protocol=2
+    )
+    written["bin10"]["batches.meta.txt"] = "\n".join([*names, ""]).encode()
+    written["bin100"]["fine_label_names.txt"] = "\n".join(names).encode()
+    written["bin100"]["coarse_label_names.txt"] = b"a\nb"
+    made = {}
+    for form, files in written.items():
+        (folder / form / "cifar").mkdir(parents=True)
+        for name, content in files.items():
+            (folder / form / "cifar" / name).write_bytes(content)
+        made[form] = folder / form
+        made[f"{form}.tar.gz"] = pack(folder / form, folder / f"{form}.tar.gz", "cifar")
+    return made
+
+
+def test_every_form_of_cifar_gives_the_same_images(tmp_path):
+    forms = cifar_forms(tmp_path)
+    first = open_source(forms["py10"], "stretch")
+    for path in forms.values():
+        source = open_source(path, "stretch")
+        assert source.class_names == ("ant", "bee", "cow")
+        for split in ("train", "test"):
+            assert torch.equal(source.load(split).images, first.load(split).images)
+            assert torch.equal(source.load(split).labels, first.load(split).labels)
+    data = config.Archive(source="archive", location=str(forms["bin100"]), checksum=None)  # a folder
+    assert process(data, tmp_path / "out").num_images == {"train": 6, "test": 4}
+    batch = forms["bin10"] / "cifar/test_batch.bin"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    with pytest.raises(
+        ResgridError, match=r"test_batch\.bin: must have a multiple of 3073 bytes, not 12,291"
+    ):
+        open_source(forms["bin10"], "stretch").load("test")
+
+
 # --- image folders ----------------------------------------------------------------------------------
 
 
@@ -234,11 +296,16 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
 def huge_png() -> bytes:
     """20,000 x 20,000 pixels in its header, and next to nothing behind it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
     return (
@@ -265,12 +332,13 @@ BAD_FOLDERS = {
     "empty image": (add(b"", "train/one/x.jpg"), r"train/one/x\.jpg cannot be read as an image"),
     "cut image": (add(encoded(NOISE)[:6000], "test/one/x.png"), r"test/one/x\.png cannot .*truncated"),
     "cut JPEG": (add(encoded(NOISE, "JPEG")[:2000], "test/one/x.jpg"), r"test/one/x\.jpg cannot .*truncated"),
-    "a bomb": (add(huge_png(), "train/one/x.png"), r"x\.png cannot be read .*400000000 pixels"),
+    "a bomb": (add(huge_png(), "train/one/x.png"), r"x\.png cannot be read .*400000000 pixels\) .*RESGRID_MAX_PIXELS"),
     "16 bits": (
         add(encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "train/one/x.png"),
         "pixels of type I;16.*8 bits",
     ),
-    "another format": (add(encoded(RED, "BMP"), "train/one/x.bmp"), r"x\.bmp is neither PNG nor JPEG"),
+    "HEIC": (add(b"\0\0\0\x18ftypheic\0\0", "train/one/x.heic"), r"x\.heic .*HEIC: convert it"),
+    "a page": (add(b"<html>Not found", "train/one/x.jpg"), r"x\.jpg .*it is a web page.*fetch that again"),
     "too deep": (add(encoded(RED), "train/one/more/x.png"), r"train/one/more/x\.png lies in the wrong place"),
     "too shallow": (add(encoded(RED), "train/x.png"), r"train/x\.png lies in the wrong place"),
     "two of them": (add(encoded(RED), "other/train/one/x.png"), "holds more than one image folder"),
@@ -292,11 +360,106 @@ def test_what_is_no_image_or_hidden_is_passed_over(image_folder, tmp_path):
     before = process(images(image_folder), tmp_path / "a")
     for name in (
         "train/one/Thumbs.db", "train/one/.DS_Store", "__MACOSX/train/one/x.png", "train/one/._1.png",
-        "test/.ipynb_checkpoints/x.png", "README.md", "valid/one/x.png",
+        "test/.ipynb_checkpoints/x.png", "README.md", "other/one/x.png",
     ):  # fmt: skip
         add(b"nothing", name)(image_folder)
     after = process(images(pack(image_folder, tmp_path / "b.zip")), tmp_path / "b")
     assert after == before
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_all_broken_pictures_are_reported_at_once_or_left_out(form, image_folder, tmp_path):
+    add(b"", "train/one/x.jpg")(image_folder)
+    add(encoded(NOISE)[:6000], "test/two/y.png")(image_folder)
+    path = image_folder if form == "folder" else pack(image_folder, tmp_path / "images.zip")
+    with pytest.raises(ResgridError, match="2 of 20 pictures are broken") as caught:
+        process(images(path), tmp_path)
+    for part in ("train/one/x.jpg cannot", "it is an empty file", "test/two/y.png cannot", "on_broken: skip"):
+        assert part in str(caught.value)
+    said = []
+    data = images(path, on_broken="skip")
+    download(data, tmp_path / "raw")
+    meta = preprocess(data, PLAIN, tmp_path / "raw", tmp_path / "processed", say=said.append)
+    assert meta.num_images == {"train": 12, "test": 6}
+    assert meta.left_out == {"train": ["train/one/x.jpg"], "test": ["test/two/y.png"]}
+    assert load_meta(tmp_path / "processed") == meta
+    assert "1 broken pictures of train are left out: train/one/x.jpg" in said
+    assert load_split(tmp_path / "processed", "train").labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_class_of_broken_pictures_alone_is_named(image_folder, tmp_path):
+    for path in (image_folder / "test/two").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ResgridError, match="class 'two' has no picture in test that can be read"):
+        process(images(image_folder, on_broken="skip"), tmp_path)
+
+
+def test_pictures_are_known_by_content_and_what_is_none_is_counted_by_kind(image_folder, tmp_path):
+    for i, (name, form) in enumerate(
+        [("a.JFIF", "JPEG"), ("b.JPG", "JPEG"), ("c.jpeg", "PNG"), ("d", "PNG"), ("e.dat", "WEBP"), ("f.avif", "AVIF"),
+         ("g.tif", "TIFF"), ("h.gif", "GIF"), ("i.bmp", "BMP"), ("j.tga", "TGA")]
+    ):  # fmt: skip
+        add(encoded(Image.new("RGB", (32, 32), (20 * i, 0, 0)), form), f"train/one/{name}")(image_folder)
+    add(b"notes", "train/one/n.txt")(image_folder)
+    add(b"%PDF-1.7", "train/one/scan.pdf")(image_folder)
+    add(b"x", "train/.DS_Store")(image_folder)
+    (image_folder / "train/one/gone.png").symlink_to("nowhere")
+    (image_folder / "train/circle").symlink_to(image_folder)
+    add(encoded(RED), "cover.png")(image_folder)
+    source = open_source(image_folder, "stretch")
+    assert len(source.load("train").labels) == 12 + 10
+    assert source.notes == [
+        "passed over: 1 × a hidden file (train/.DS_Store); 1 × a link that leads nowhere (train/one/gone.png); "
+        "1 × a text file (train/one/n.txt); 1 × a PDF document (train/one/scan.pdf); "
+        "1 × a picture outside of the splits and classes (cover.png)"
+    ]
+
+
+METADATA = {
+    "a long text": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))),
+    "a long international text": chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(3_000_000))),
+    "a text with a wrong checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"x",
+    "a large profile": chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(3_000_000))),
+    "a text packed in an unknown way": chunk(b"zTXt", b"a\0\7x"),
+    "no EXIF": chunk(b"eXIf", b"garbage"),
+    "a short gamma": chunk(b"gAMA", b"1"),
+    "a short animation": chunk(b"acTL", b"1"),
+    "EXIF that is none": segment(0xE1, b"Exif\0\0garbage!"),
+    "a cut profile": segment(0xE2, b"ICC_PROFILE\0\1\5x"),
+    "a cut JFIF": segment(0xE0, b"JFIF\0"),
+    "a cut Adobe": segment(0xEE, b"Adobe\0"),
+    "an orientation in words": segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\4\0\0\0abc\0\0\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("what", METADATA)
+def test_broken_metadata_does_not_stop_sound_pixels(what):
+    added = METADATA[what]
+    jpeg = added[:1] == b"\xff"
+    sound = encoded(NOISE, "JPEG" if jpeg else "PNG")
+    at = 2 if jpeg else 33  # behind SOI, behind IHDR
+    content = sound[:at] + added + sound[at:]
+    with large_pictures():
+        expected = decode(io.BytesIO(sound), "sound", "stretch")
+        np.testing.assert_array_equal(decode(io.BytesIO(content), "x", "stretch"), expected)
+
+
+def test_a_photograph_of_108_megapixels_is_read_and_the_limit_is_a_setting(
+    image_folder, tmp_path, monkeypatch
+):
+    Image.new("L", (12_000, 9_000), 99).save(image_folder / "train/one/large.png", compress_level=1)
+    monkeypatch.setenv("RESGRID_MAX_PIXELS", "108000000")
+    source = open_source(image_folder, "stretch")
+    assert source.load("train").images[-1].shape == (32, 32, 3)
+    assert source.notes == [
+        "pictures of more than 54,000,000 pixels, each of which takes much memory: 1 (RESGRID_MAX_PIXELS=108000000 is the limit)"
+    ]
+    monkeypatch.setenv("RESGRID_MAX_PIXELS", "107999999")
+    with pytest.raises(ResgridError, match=r"large\.png .*108000000 pixels\) .*RESGRID_MAX_PIXELS sets"):
+        open_source(image_folder, "stretch").load("train")
+    monkeypatch.setenv("RESGRID_MAX_PIXELS", "many")
+    with pytest.raises(ResgridError, match="RESGRID_MAX_PIXELS=many: give a number"):
+        open_source(image_folder, "stretch").load("train")
 
 
 TRANSPARENT_PALETTE = Image.new("P", (32, 32), 1)
@@ -335,6 +498,78 @@ def test_a_photograph_stands_as_its_exif_tag_says(image_folder, tmp_path):
     process(images(image_folder), tmp_path)
     image = load_split(tmp_path / "processed", "train").images[1]  # after 0.jpg
     assert image[5, :, 0].tolist() == [0] * 16 + [255] * 16
+
+
+# --- splits as people call them ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("renamed", "splits"),
+    [
+        ({"train": "Training", "test": "testing"}, {"train": 12, "test": 6}),
+        ({"test": "val"}, {"train": 12, "test": 6}),
+        ({"test": "Validation"}, {"train": 12, "test": 6}),
+    ],
+)
+def test_a_split_may_have_another_usual_name(renamed, splits, image_folder, tmp_path):
+    before = process(images(image_folder), tmp_path / "a")
+    for old, new in renamed.items():
+        (image_folder / old).rename(image_folder / new)
+    assert process(images(image_folder), tmp_path / "b") == before
+    assert before.num_images == splits
+
+
+def test_a_validation_folder_beside_a_test_folder_is_the_validation_split(image_folder, tmp_path):
+    shutil.copytree(image_folder / "test", image_folder / "val")
+    assert process(images(image_folder), tmp_path).num_images == {"train": 12, "validation": 6, "test": 6}
+    with pytest.raises(ResgridError, match=r"validation_fraction: 0\.25, but .* of their own\. Write 0\.0"):
+        process(images(image_folder), tmp_path, with_validation(0.25))
+    shutil.copytree(image_folder / "test", image_folder / "valid")
+    with pytest.raises(ResgridError, match=r"holds both val(id)?/ and val(id)?/"):
+        process(images(image_folder), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["train alone", "a folder a class", "packed"])
+def test_without_a_test_split_one_is_drawn_or_offered(form, image_folder, tmp_path):
+    shutil.rmtree(image_folder / "test")
+    path = image_folder if form == "train alone" else image_folder / "train"
+    if form == "packed":
+        path = pack(path, tmp_path / "a.zip", "my data/")
+    with pytest.raises(
+        ResgridError, match=r"no image in test/.* have data\.test_fraction of each class drawn"
+    ):
+        process(images(path), tmp_path / "refused")
+    meta = process(images(path, test_fraction=0.25), tmp_path)
+    assert meta.num_images == {"train": 9, "test": 3}
+    train, test = (load_split(tmp_path / "processed", split) for split in ("train", "test"))
+    assert torch.bincount(test.labels).tolist() == [1, 1, 1]
+    assert not any((train.images == image).all(dim=(1, 2, 3)).any() for image in test.images)
+
+
+def test_a_test_split_is_not_drawn_where_there_is_one(image_folder, tmp_path):
+    with pytest.raises(ResgridError, match=r"data\.test_fraction: 0\.2, but .* test images of its own"):
+        process(images(image_folder, test_fraction=0.2), tmp_path)
+
+
+def test_a_class_that_is_spelt_otherwise_in_a_split_is_pointed_at(image_folder, tmp_path):
+    (image_folder / "test/three").rename(image_folder / "test/Three")
+    with pytest.raises(
+        ResgridError, match=r"class 'three' has no image in test/.*Is it 'Three' there\? Then"
+    ):
+        process(images(image_folder), tmp_path)
+
+
+def test_names_that_are_no_utf_8_are_stored_escaped_and_said(image_folder, tmp_path):
+    for split in ("train", "test"):
+        (image_folder / split / "two").rename(image_folder / split / "caf\udce9")
+    said = []
+    data = images(image_folder)
+    download(data, tmp_path / "raw", say=said.append)
+    assert said == [
+        "6 names are not UTF-8 and are written with % signs: test/caf%E9/4.jpg, test/caf%E9/5.png, train/caf%E9/0.jpg, …"
+    ]
+    meta = preprocess(data, PLAIN, tmp_path / "raw", tmp_path / "processed")
+    assert meta.class_names == ("caf%E9", "one", "three")
 
 
 # --- sizes ------------------------------------------------------------------------------------------
@@ -612,7 +847,7 @@ def test_what_is_missing_or_changed_is_named_with_the_way_to_make_it(tmp_path):
     with pytest.raises(ResgridError, match=r"meta\.json: cannot be read .*`dvc repro preprocess`"):
         load_meta(folder)
     (folder / "meta.json").write_text(meta)
-    assert load_meta(folder).model_dump(mode="json") == json.loads(meta)
+    assert load_meta(folder).model_dump(mode="json", exclude_defaults=True) == json.loads(meta)
     (folder / "train.safetensors").unlink()
     with pytest.raises(ResgridError, match=r"train\.safetensors: no such file.*`dvc repro preprocess`"):
         load_split(folder, "train")

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,34 @@ def test_the_champion_is_the_best_of_the_last_epoch_and_carries_its_lineage(
     second = tracking.sync(make_params(0, 1, 2), pipeline)
     assert second.champions == {}
     assert versions() == ["resnet20-sgd-1"]
+
+
+def test_a_registry_apart_from_the_runs_is_named_and_takes_its_own_blame(
+    trained: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(trained, pipeline, 0)
+    (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/broken.db")
+    with pytest.raises(ResgridError, match=r"broken\.db: .*MLFLOW_REGISTRY_URI names another one"):
+        tracking.sync(make_params(0), pipeline)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/registry.db")
+    report = tracking.sync(make_params(0), pipeline)
+    assert f"registered in sqlite:///{tmp_path}/registry.db, as MLFLOW_REGISTRY_URI says" in str(report)
+    assert report.champions["small digits"] == "resnet20-sgd-0"
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI")
+    assert "MLFLOW_REGISTRY_URI" not in str(tracking.sync(make_params(0), pipeline))
+
+
+@pytest.mark.parametrize("revision", ["451aebb31d03", "ffffffffffff"])  # older, and not known yet
+def test_a_database_of_another_mlflow_is_named_and_stays_as_it_is(pipeline: Path, revision: str) -> None:
+    with closing(sqlite3.connect(pipeline / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    with pytest.raises(
+        ResgridError, match=r"another version of MLflow .*`mlflow db upgrade sqlite:.*newer one"
+    ):
+        tracking.sync(make_params(0), pipeline)
+    with closing(sqlite3.connect(pipeline / "mlflow.db")) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(revision,)]
 
 
 def test_the_alias_moves_only_to_something_better_and_back_without_a_new_version(

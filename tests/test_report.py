@@ -33,7 +33,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, expand
 from resgrid.report.figures import MAX_CLASSES
 from resgrid.report.figures import confusion_matrix as confusion_chart
-from resgrid.report.findings import Findings, conclusions, find, points
+from resgrid.report.findings import Findings, _made, conclusions, find, points
 from resgrid.report.leaderboard import by_optimizer, read_leaderboard, readable
 from resgrid.report.markdown import markdown
 from resgrid.report.page import most_confident_mistakes, page
@@ -643,6 +643,14 @@ def test_a_weights_file_that_is_gone_is_named_and_the_other_cells_are_compared(h
         "resnet20-adam-0",
         "too-fast",
     }
+
+
+def test_pictures_that_were_left_out_stand_in_the_report():
+    names = [f"train/one/{i}.png" for i in range(25)]
+    meta = make_meta().model_copy(update={"left_out": {"train": names, "test": ["test/two/x.png"]}})
+    said = _made([], meta, "cpu")["Left out"]
+    assert said.startswith("26 broken pictures: train/one/0.png, train/one/1.png")
+    assert said.endswith(", …")
 
 
 def test_the_report_tells_how_it_was_made(here, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -21,7 +23,10 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from resgrid.errors import ResgridError
+from tasks import services
 from tasks.prefect_plugin import DEPLOYMENTS, _complete
+from tasks.worker import _make_queues
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 240  # 15 on two idle cores
@@ -327,6 +332,49 @@ def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
 
 
 # --- without any service ------------------------------------------------------------------------------
+
+
+def test_a_server_that_wants_a_password_says_so_at_once(tmp_path, monkeypatch):
+    """The 401 is a real one, of a server that knows nothing but to refuse."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        running = services._Services(tmp_path, services._Stop())
+        child = services._Child("prefect", tmp_path / "log", subprocess.Popen(["sleep", "60"]))
+        began = time.monotonic()
+        with pytest.raises(ResgridError, match=r"refuses requests .*PREFECT_API_AUTH_STRING"):
+            running._until(child, "Prefect's server", lambda: services._get(f"{address}/api/health"))
+        assert time.monotonic() - began < 5
+        with pytest.raises(ResgridError, match=r"401.* Set PREFECT_API_AUTH_STRING"):
+            _make_queues("pool", [], {"PREFECT_API_URL": f"{address}/api"})
+        child.process.kill()
+        child.process.wait()
+        server.shutdown()
+
+
+def test_a_database_of_a_newer_prefect_is_named_in_one_sentence(tmp_path):
+    (tmp_path / "log").write_text("Traceback\nCommandError: Can't locate revision identified by 'f'\n")
+    child = services._Child("prefect", tmp_path / "log", subprocess.Popen(["false"]))
+    child.process.wait()
+    with pytest.raises(ResgridError, match=r"prefect\.db: a newer version of Prefect made") as caught:
+        child.check()
+    assert "Traceback" not in str(caught.value)
+
+
+def test_no_proxy_keeps_what_it_has_in_either_spelling(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "one.example, both.example")
+    monkeypatch.setenv("no_proxy", "two.example,both.example")
+    environment = services._environment(tmp_path, "http://127.0.0.1:1")
+    expected = "one.example,both.example,two.example,127.0.0.1,localhost"
+    assert environment["NO_PROXY"] == environment["no_proxy"] == expected
 
 
 def test_without_a_server_the_message_says_to_start_one(tmp_path):

@@ -117,8 +117,8 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    _refused(tmp_path / "none.safetensors", "no such weights file")
-    _refused(tmp_path, "no such weights file")
+    _refused(tmp_path / "none.safetensors", "there is no such file")
+    _refused(tmp_path, "this is a folder, not a weights file")
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 )
 def test_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(content)
-    _refused(tmp_path / "w", "no whole safetensors file")
+    _refused(tmp_path / "w", "this is an? .*, not a weights file of ResGrid")
 
 
 @pytest.mark.parametrize("kept", [4, 100, 50_000, -1])
 def test_a_cut_file_is_refused(kept: int, saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
-    _refused(saved, "no whole safetensors file")
+    _refused(saved, "no whole safetensors file|not a weights file of ResGrid")
 
 
 def test_a_file_without_our_metadata_is_refused(saved: Path) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import importlib.util
+import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -23,9 +26,10 @@ from resgrid.errors import ResgridError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resgrid.config import Architecture, Params
+    from resgrid.config import Architecture, Params, Triple
     from resgrid.grid import Cell
     from resgrid.predict import Prediction
+    from resgrid.training.engine import Scores
 
 # The folders of a pipeline, beside its params.yaml.
 RAW = Path("data/raw")
@@ -42,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A person's mistake ends with one message and status 1."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
+    _claim("tasks")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8: it is printed as it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         return run(options) or 0
@@ -60,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"resgrid: {place}{error.strerror}. Check the folder and its disk.", file=sys.stderr)
         return 1
+
+
+def _claim(name: str) -> None:
+    """Have `import name` find the package beside this one, whatever PYTHONPATH has under that name."""
+    places = (Path(__file__).parents[1], Path(__file__).parents[2])  # in an environment, in a checkout
+    found = next(
+        (place / name / "__init__.py" for place in places if (place / name / "__init__.py").is_file()), None
+    )
+    if name in sys.modules or found is None:
+        return
+    spec = importlib.util.spec_from_file_location(name, found, submodule_search_locations=[str(found.parent)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -180,8 +202,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         type=Path,
-        help="train/<class>/<image> and test/<class>/<image> as PNG or JPEG, or an archive of that; or an "
-        "archive in CIFAR-10's layout",
+        help="pictures in train/<class>/ and test/<class>/, or in <class>/; CIFAR-10 or CIFAR-100; a folder "
+        "or an archive of that",
     )
 
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
@@ -189,9 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
-    for kind, suffix, run in (("keras", ".h5", _import_keras), ("torch", ".pt", _import_torch)):
-        sub = command(f"import-{kind}", run, f"Make a weights file of a {kind.capitalize()} {suffix} file")
-        sub.add_argument("file", type=Path, help=f"the {suffix} file")
+    for kind, files, run in (
+        ("keras", "a Keras file (.h5, .keras, .weights.h5)", _import_keras),
+        ("torch", "a PyTorch checkpoint or a safetensors file", _import_torch),
+    ):
+        sub = command(f"import-{kind}", run, f"Make a weights file of {files}")
+        sub.add_argument("file", type=Path, help=files)
         sub.add_argument("--model", required=True, help="its architecture, such as resnet20")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
@@ -200,6 +225,26 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="in the order of its outputs (default: CIFAR-10's)",
         )
+        sub.add_argument(
+            "--normalization",
+            metavar="NAME",
+            help="of its training images: keras, kuangliu, cifar10, cifar100, imagenet, half or none "
+            f"(default: {'keras' if kind == 'keras' else 'kuangliu'})",
+        )
+        for name in ("mean", "std"):
+            sub.add_argument(
+                f"--{name}",
+                nargs=3,
+                type=float,
+                metavar=("R", "G", "B"),
+                help="of the same, in place of a name, on the 0-1 scale",
+            )
+        if kind == "torch":
+            sub.add_argument(
+                "--key", help="which of several sets of weights in the file, such as state_dict_ema"
+            )
+        sub.add_argument("--data", type=Path, help="labelled images to score it on at once, as for `score`")
+        _device_option(sub)
 
     sub = command("score", _score, "Score a weights file on labelled images, in fp32")
     sub.add_argument("file", type=Path, help="a weights file (.safetensors)")
@@ -207,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         type=Path,
-        help="a CIFAR archive, an image folder, an archive of one, or data/processed",
+        help="CIFAR-10 or CIFAR-100, pictures in <split>/<class>/, an archive of that, or data/processed",
     )
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     json_flag(sub)
@@ -282,7 +327,7 @@ def _download(options: argparse.Namespace) -> None:
     if num_train := known_num_train(params.data):
         announce(params, num_train)
     with Progress("download", None, "B") as progress:
-        download(params.data, RAW, progress.update)
+        download(params.data, RAW, progress.update, progress.say)
 
 
 def _preprocess(options: argparse.Namespace) -> None:
@@ -300,7 +345,7 @@ def _preprocess(options: argparse.Namespace) -> None:
             progress.note = split
             progress.update(done, total)
 
-        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image)
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image, progress.say)
     counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
     print(f"{counts} images of {len(meta.class_names)} classes: {', '.join(meta.class_names[:12])}")
     if not known_num_train(params.data):
@@ -478,6 +523,10 @@ def _gc(options: argparse.Namespace) -> None:
 
     params = load_params()
     root, pipeline = tracking.project_root(), Path.cwd().resolve()
+
+    def shown(path: Path) -> str:  # DVC's cache may be elsewhere
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
     digest = None
     if (PROCESSED / "meta.json").is_file():
         from resgrid.data.dataset import load_meta
@@ -492,8 +541,7 @@ def _gc(options: argparse.Namespace) -> None:
         content = {
             "deleted": not options.dry_run,
             "leftovers": [
-                {"path": str(each.path.relative_to(root)), "bytes": each.num_bytes, "why": each.why}
-                for each in found
+                {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
             ],
             "bytes": taken,
             "superseded_runs_bytes": old,
@@ -501,7 +549,7 @@ def _gc(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for each in found:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {each.path.relative_to(root)}: {each.why}")
+        print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
     total = amount(sum(each.num_bytes for each in found), "B")
     print(
         f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
@@ -582,7 +630,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.top < 1:
         raise ResgridError(f"--top {options.top}: there must be at least one class.")
-    files = find_pictures(options.pictures)
+    passed_over: Counter[str] = Counter()
+    files = find_pictures(options.pictures, passed_over)
     model, info = load_model(tracking.find_weights(options.model, RUNS))
     device = choose_device(options.device)
     if not (options.json or options.csv):
@@ -605,6 +654,8 @@ def _predict(options: argparse.Namespace) -> int:
         print("\n]")
     if failed:
         print(f"resgrid: {failed:,} of {count:,} pictures could not be read.", file=sys.stderr)
+    if kinds := ", ".join(f"{number:,} × {kind}" for kind, number in passed_over.items() if number):
+        print(f"resgrid: passed over: {kinds}.", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -666,8 +717,9 @@ def _import_keras(options: argparse.Namespace) -> None:
 
     from resgrid.convert import import_keras
 
-    import_keras(options.file, architecture, options.out, options.class_names)
-    print(f"{options.out}: {architecture} from {options.file}")
+    mean, std = _normalization(options, "keras")
+    import_keras(options.file, architecture, options.out, options.class_names, mean, std)
+    _imported(options)
 
 
 def _import_torch(options: argparse.Namespace) -> None:
@@ -675,18 +727,79 @@ def _import_torch(options: argparse.Namespace) -> None:
 
     from resgrid.convert import import_torch
 
-    import_torch(options.file, architecture, options.out, options.class_names)
-    print(f"{options.out}: {architecture} from {options.file}")
+    mean, std = _normalization(options, "kuangliu")
+    import_torch(options.file, architecture, options.out, options.class_names, mean, std, options.key, print)
+    _imported(options)
+
+
+def _normalization(options: argparse.Namespace, default: str) -> tuple[Triple, Triple]:
+    """What the images of the training were normalised by, as given or as assumed."""
+    from resgrid.convert import NORMALIZATIONS
+    from resgrid.errors import suggest
+
+    if (options.mean is None) != (options.std is None):
+        raise ResgridError("--mean and --std: give both, three figures each on the 0-1 scale.")
+    if options.mean is not None:
+        if options.normalization is not None:
+            raise ResgridError("--normalization: give either a name, or --mean and --std.")
+        return tuple(options.mean), tuple(options.std)
+    name = options.normalization or default
+    if name not in NORMALIZATIONS:
+        raise ResgridError(
+            f"--normalization {name!r}: unknown{suggest(name, NORMALIZATIONS)} "
+            f"Known: {', '.join(NORMALIZATIONS)}; or give --mean and --std."
+        )
+    return NORMALIZATIONS[name]
+
+
+def _imported(options: argparse.Namespace) -> None:
+    """Say what an import has checked, what it had to assume, and how to find out whether that is right."""
+    from resgrid.weights import load_weights
+
+    info, tensors = load_weights(options.out)
+    assumed = options.normalization is None and options.mean is None
+    print(
+        f"{options.out}: {info.architecture} from {options.file}\n"
+        f"Checked: the names, shapes and types of its {len(tensors)} tensors. No file of weights says how "
+        "the network computes with them, in which order its classes are, or what normalised its images.\n"
+        f"Images will be normalised by mean {_figures(info.mean)} and deviation {_figures(info.std)}"
+        f"{', which is assumed: --normalization or --mean and --std name others' if assumed else ''}."
+    )
+    if options.data is None:
+        print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
+        return
+    scores = _print_score(options.out, options.data, "test", options.device)
+    if scores.accuracy < 2 / len(info.class_names):
+        print(
+            "That is about as good as guessing. The file may be of another network with the same shapes, or "
+            "of other classes or another order of them, or its images were normalised by other figures."
+        )
+
+
+def _figures(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
 def _score(options: argparse.Namespace) -> None:
+    if not options.json:
+        _print_score(options.file, options.data, options.split, options.device)
+        return
+
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(options.file, options.data, options.split, choose_device(options.device))
-    if options.json:
-        print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
-    else:
-        print(
-            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
-        )
+    scores = score_file(options.file, options.data, options.split, choose_device(options.device), _note)
+    print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
+
+
+def _note(text: str) -> None:
+    print(f"resgrid: {text}", file=sys.stderr)
+
+
+def _print_score(weights: Path, data: Path, split: str, device: str | None) -> Scores:
+    from resgrid.evaluation import score_file
+    from resgrid.training.device import choose_device
+
+    scores = score_file(weights, data, split, choose_device(device), _note)
+    print(f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images")
+    return scores

@@ -65,19 +65,21 @@ class Cifar10(Strict):
 
 
 class Archive(Strict):
-    """An archive in the layout of CIFAR-10's Python version, at a path or a URL."""
+    """CIFAR-10 or CIFAR-100 in the Python or the binary version, or other images in one of these forms."""
 
     source: Literal["archive"]
-    location: str
-    checksum: Checksum
+    location: str  # of an archive, or of the folder that is in one
+    checksum: Checksum | None = None  # of an archive; a URL must have one, a folder has none
 
 
 class ImageFolder(Strict):
-    """`train/<class>/*` and `test/<class>/*` of PNG or JPEG: a folder, or a tar or zip of one."""
+    """`train/<class>/*` and `test/<class>/*`, or `<class>/*`, of pictures: a folder, a tar or a zip."""
 
     source: Literal["image-folder"]
     location: str
     checksum: Checksum | None = None  # of an archive; a URL must have one, a folder has none
+    test_fraction: Fraction  # of each class, drawn with preprocess.seed; 0: the images have a test split
+    on_broken: Literal["refuse", "skip"]  # what cannot be read: end with a list of it, or leave it out
 
 
 class Digits(Strict):

@@ -1,14 +1,20 @@
-"""Weights of other programs as weights files of this project: Keras's HDF5, and PyTorch's state dicts.
+"""Weights of other programs as weights files of this project: Keras's files, and PyTorch's checkpoints.
 
 Both formats can do harm: an HDF5 file can point at other files and declare arrays of any size, and a pickle
-can run a program. So shapes are checked before a value is read, and nothing but arrays is read.
+can run a program. So shapes are checked before a value is read, and nothing but arrays is read: every other
+object of a checkpoint becomes an inert placeholder.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +22,13 @@ import h5py
 import numpy as np
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from resgrid.config import FAMILIES, Architecture, Triple
 from resgrid.errors import ResgridError
+from resgrid.filetype import HDF5, KERAS, SAFETENSORS, TORCH, identify, refuse
 from resgrid.models import build_model
 from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, save_weights
 
@@ -27,11 +36,24 @@ CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 
-# What the originals normalised CIFAR-10 by: one figure for all channels, on the 0-255 scale; and by channel.
-KERAS_MEAN: Triple = (120.7076 / 255,) * 3
-KERAS_STD: Triple = (64.1501 / 255,) * 3
-TORCH_MEAN: Triple = (0.4914, 0.4822, 0.4465)
-TORCH_STD: Triple = (0.2023, 0.1994, 0.2010)
+# Means and deviations by which images are normalised elsewhere, on the 0-1 scale, by the name to give them.
+NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
+    "keras": ((120.7076 / 255,) * 3, (64.1501 / 255,) * 3),  # the Keras original of the CIFAR ResNets
+    "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # kuangliu/pytorch-cifar
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # the deviation over all pixels
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
+    "half": ((0.5,) * 3, (0.5,) * 3),  # from -1 to 1
+    "none": ((0.0,) * 3, (1.0,) * 3),  # from 0 to 1
+}
+KERAS_MEAN, KERAS_STD = NORMALIZATIONS["keras"]
+TORCH_MEAN, TORCH_STD = NORMALIZATIONS["kuangliu"]
+
+Say = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 # --- Keras ----------------------------------------------------------------------------------------
@@ -45,11 +67,11 @@ def import_keras(
     mean: Triple = KERAS_MEAN,
     std: Triple = KERAS_STD,
 ) -> WeightsInfo:
-    """Convert what Keras's `save_weights` or `save` wrote (`.h5`) for a CIFAR ResNet or VGG-16.
+    """Convert Keras's weights for a CIFAR ResNet or VGG-16: `.h5` of Keras 2, `.keras` or `.weights.h5` of 3.
 
     Without `class_names` they are CIFAR-10's; `mean` and `std` are what the training normalised by.
 
-    Raises ResgridError: for a file that is missing, not HDF5, not self-contained, or of another model.
+    Raises ResgridError: for a file that is missing, of another kind, not self-contained, or of another model.
     """
     info = _info(architecture, class_names, mean, std)
     if FAMILIES[architecture] == "wide_resnet":
@@ -57,23 +79,50 @@ def import_keras(
             f"{source}: the Keras original has no {architecture}. Name one of "
             f"{', '.join(name for name, family in FAMILIES.items() if family != 'wide_resnet')}."
         )
-    _must_exist(source)
+    kind = identify(source)
+    if kind not in (HDF5, KERAS):
+        raise refuse(source, kind, "a Keras file (.h5, .keras or .weights.h5)")
     try:
-        with h5py.File(source, "r") as file:
-            root = _member(source, file, "model_weights") if "model_weights" in list(file) else file
-            if not isinstance(root, h5py.Group) or "layer_names" not in root.attrs:
-                raise ResgridError(
-                    f"{source}: this HDF5 file holds no weights as Keras 2 writes them (no layer_names). "
-                    "Save it with model.save_weights(FILE, save_format='h5')."
-                )
-            arrays = _match(source, _layers(source, root, set()), info)
+        with h5py.File(_weights_member(source) if kind is KERAS else source, "r") as file:
+            arrays = _match(source, _layers(source, _weights_group(source, file), set()), info)
             check_shapes(source, {name: _torch_shape(array.shape) for name, array in arrays.items()}, info)
             tensors = {name: _read(source, array) for name, array in arrays.items()}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ResgridError(
-            f"{source}: cannot be read as HDF5 ({error}). Take a whole .h5 file of Keras weights."
+            f"{source}: the Keras file is cut or damaged ({error}). Copy or save it again."
         ) from None
     return _save(tensors, info, out)
+
+
+MAX_WEIGHTS_BYTES = 2**30  # of the weights in a .keras file: eighteen times VGG-16's
+
+
+def _weights_member(source: Path) -> io.BytesIO:
+    """The HDF5 file in a `.keras` archive."""
+    with zipfile.ZipFile(source) as archive:
+        member = archive.getinfo("model.weights.h5")
+        if member.file_size > MAX_WEIGHTS_BYTES:
+            raise ResgridError(
+                f"{source}: its weights have {member.file_size:,} bytes, too many for a model."
+            )
+        return io.BytesIO(archive.read(member))
+
+
+def _weights_group(source: Path, file: h5py.File) -> h5py.Group:
+    """The group below which a Keras file has its layers."""
+    for name in (
+        "model_weights",
+        "layers",
+        "_layer_checkpoint_dependencies",
+    ):  # Keras 2, and 3 in two versions
+        if name in list(file):
+            return _member(source, file, name)
+    if "layer_names" not in file.attrs:
+        raise ResgridError(
+            f"{source}: this HDF5 file holds no layers as Keras writes them. "
+            "Save the model with model.save_weights('FILE.weights.h5')."
+        )
+    return file
 
 
 @dataclass(frozen=True)
@@ -91,6 +140,12 @@ _NAMES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+
+# What Keras 3 numbers in a convolution or dense layer, and in a batch norm.
+_NUMBERED = (
+    {"0": "kernel", "1": "bias"},
+    {"0": "gamma", "1": "beta", "2": "moving_mean", "3": "moving_variance"},
+)
 
 
 def _layers(source: Path, group: h5py.Group, seen: set[int]) -> list[_Layer]:
@@ -114,6 +169,10 @@ def _layers(source: Path, group: h5py.Group, seen: set[int]) -> list[_Layer]:
             arrays[name.partition(":")[0]] = member
     if any(len(part) > 1 for part in parts):
         parts.sort(key=_rank)
+    if group.name.endswith("/vars"):  # Keras 3 numbers them; a state of random numbers is of integers
+        arrays = {number: array for number, array in arrays.items() if array.dtype.kind not in "iu"}
+        numbered = _NUMBERED["0" in arrays and arrays["0"].ndim == 1]
+        arrays = {numbered.get(number, number): array for number, array in arrays.items()}
     own = [_Layer(group.name, arrays)] if arrays else []
     return own + [layer for part in parts for layer in part]
 
@@ -161,10 +220,11 @@ def _match(source: Path, layers: list[_Layer], info: WeightsInfo) -> dict[str, h
         name for name, module in modules.items() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
     ]
     if (len(kernels), len(norms)) != (len(kernel_names), len(norm_names)):
-        shapes = [_torch_shape(layer.arrays["kernel"].shape) for layer in kernels]
+        shapes = [_bare(_torch_shape(layer.arrays["kernel"].shape)) for layer in kernels]
         raise ResgridError(
             f"{source}: it holds {len(kernels)} convolutions or dense layers and {len(norms)} batch norms, "
-            f"where {info.architecture} has {len(kernel_names)} and {len(norm_names)}." + _hint(shapes, info)
+            f"where {info.architecture} has {len(kernel_names)} and {len(norm_names)}. "
+            + _look_alike(shapes, info)
         )
     return {
         f"{name}.{_NAMES[kind]}": array
@@ -201,62 +261,203 @@ def import_torch(
     class_names: Sequence[str] | None = None,
     mean: Triple = TORCH_MEAN,
     std: Triple = TORCH_STD,
+    key: str | None = None,
+    say: Say = _silent,
 ) -> WeightsInfo:
-    """Convert a state dict that `torch.save` wrote, bare or under `state_dict`, `net` or `model`.
+    """Convert the one set of weights in `source` that is the architecture's, wherever it is nested there.
 
-    Taken are this project's own names, and for the wide ResNets also the customary ones (`conv1`,
-    `layer1.0.bn1`, `linear`) and any others whose tensors are the same in the same order. Elsewhere order
-    proves nothing: the twins that normalise before the ReLU or after it have the same shapes.
+    `source` is what `torch.save` wrote (a state dict, a checkpoint around one, a whole model) or
+    safetensors. Taken are this project's own names, and for the wide ResNets also the customary
+    ones (`conv1`, `layer1.0.bn1`, `linear`) and any others whose tensors are the same in the same order.
+    Elsewhere order proves nothing: the twins that normalise before the ReLU or after it have the same
+    shapes. `key` picks among several sets; `say` gets a sentence about which one was taken.
 
-    Raises ResgridError: for a file that is missing, cut, holds more than tensors, or of another model.
+    Raises ResgridError: for a file that is missing, cut, of another kind or of another model, and for several
+    sets of weights that differ.
     """
     info = _info(architecture, class_names, mean, std)
-    _must_exist(source)
-    tensors = _rename(_state_dict(source), info)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    try:
-        check_shapes(source, shapes, info)
-    except ResgridError as error:
-        raise ResgridError(f"{error}{_hint(list(shapes.values()), info)}") from None
-    return _save({name: tensor.float() for name, tensor in tensors.items()}, info, out)
-
-
-def _state_dict(source: Path) -> dict[str, Tensor]:
-    """The floating-point tensors of `source` by name, unwrapped, less the batch norms' counters."""
-    try:
-        content: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile or broken pickle can end in any exception
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {asked[1]}" if asked else f"{type(error).__name__} while reading it"
+    content, foreign = _read_torch(source)
+    sets = _weight_sets(content)
+    if key is not None:
+        sets = {name: weights for name, weights in sets.items() if f"{name}.".startswith(f"{key}.")}
+        if not sets:
+            raise ResgridError(f"{source}: there is no tensor below --key {key}.")
+    if not sets:
+        holds = f", only what {', '.join(sorted(foreign)[:3])} makes" if foreign else ""
         raise ResgridError(
-            f"{source}: this is no file of tensors alone ({what}), and nothing else is read, since a pickle "
-            "can run programs. Save it with torch.save(model.state_dict(), FILE)."
-        ) from None
-    for key in ("state_dict", "net", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ResgridError(
-            f"{source}: it holds a {type(content).__name__}, not a state dict. "
-            "Save it with torch.save(model.state_dict(), FILE)."
+            f"{source}: there is no tensor of weights in it{holds}. "
+            "Save the weights with torch.save(model.state_dict(), FILE)."
         )
-    tensors = {}
-    for key, value in content.items():
-        name = str(key)
-        if name.endswith("num_batches_tracked"):
-            continue
-        if not _is_plain(value):
+    expected = expected_shapes(info.architecture, len(info.class_names))
+    fitting = {}
+    for name, weights in sets.items():
+        renamed = _rename(weights, info, expected)
+        if {each: tuple(tensor.shape) for each, tensor in renamed.items()} == expected:
+            fitting[name] = renamed
+    if not fitting:
+        raise ResgridError(f"{source}: {_difference(_nearest(sets, expected), info)}")
+    names = _innermost(fitting)
+    tensors = fitting[names[0]]
+    for each, tensor in tensors.items():
+        if not _is_plain(tensor):
             raise ResgridError(
-                f"{source}: {name!r} is no dense tensor of floats, so this is no state dict of weights. "
+                f"{source}: {each!r} is no dense tensor of floats, so this is no state dict of weights. "
                 "Save it with torch.save(model.state_dict(), FILE)."
             )
-        tensors[name] = value
-    if all(name.startswith("module.") for name in tensors):  # as DataParallel saves it
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
+    if any(not _equal(tensors, other) for other in fitting.values()):
+        raise ResgridError(
+            f"{source}: it holds {len(names)} sets of weights for {architecture}, which differ: "
+            f"{', '.join(names)}. Choose one with --key."
+        )
+    if names[0]:
+        say(f"Taken: the {len(tensors)} tensors below {names[0]}.")
+    return _save({each: tensor.float() for each, tensor in tensors.items()}, info, out)
 
 
-def _is_plain(value: Any) -> bool:
+class _Foreign:
+    """What stands for an object of any class that a checkpoint names: nothing of that class is run."""
+
+    state: object = None
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _ForeignDict(_Foreign):
+    """The same for a class that is filled as a dictionary; a plain one is all that torch will fill."""
+
+    def __new__(cls, *arguments: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _ForeignList(_Foreign):
+    """The same for a class that is filled as a list."""
+
+    def __new__(cls, *arguments: object) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+def _read_torch(source: Path) -> tuple[Any, list[str]]:
+    """The content of `source`, and the classes of the objects that are `_Foreign` in it."""
+    kind = identify(source)
+    if kind is SAFETENSORS:
+        try:
+            return load_file(source), []
+        except (OSError, SafetensorError) as error:
+            raise ResgridError(f"{source}: the safetensors file is cut or damaged ({error}).") from None
+    if kind is not TORCH:
+        raise refuse(source, kind, "a PyTorch file")
+    stand_ins: dict[str, Any] = {}
+    try:
+        if zipfile.is_zipfile(source):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
+            stand_ins = {name: type(name, (_Foreign,), {}) for name in names}
+        while True:
+            try:
+                with torch.serialization.safe_globals([(each, name) for name, each in stand_ins.items()]):
+                    return torch.load(source, map_location="cpu", weights_only=True), list(stand_ins)
+            except pickle.UnpicklingError as error:
+                if not _adapted(stand_ins, str(error)):
+                    raise
+    except Exception as error:  # a hostile or broken pickle can end in any exception
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = re.search(r"WeightsUnpickler error:\s*(.{1,100})|^(.{1,100})", str(error))
+        what = f"it asks for {asked[1]}" if asked else reason[0] if reason else type(error).__name__
+        if "Unsupported operand" in what:
+            what = "it has a newer pickle_protocol than torch.save's own"
+        raise ResgridError(
+            f"{source}: no tensors can be read from this PyTorch file ({what}). If it is whole and you trust "
+            "it, load it where it was made, and save the weights with torch.save(model.state_dict(), FILE)."
+        ) from None
+
+
+def _adapted(stand_ins: dict[str, Any], error: str) -> bool:
+    """Whether another attempt may go further: with one more class, or with one that is filled as it must be.
+
+    Before torch 1.6 the names in a file could not be listed.
+    """
+    if asked := re.search(r"Unsupported global: GLOBAL (\S+)", error):
+        names = {asked[1], f"builtins.{asked[1]}"}  # that module is left out of the message
+        fresh = {name: type(name, (_Foreign,), {}) for name in names - stand_ins.keys()}
+        stand_ins.update(fresh)
+        return bool(fresh)
+    filled = re.search(r"Can only (\w+) .*<class 'resgrid\.convert\.(.+?)'>", error)
+    if not filled:
+        return False
+    stand_ins[filled[2]] = _ForeignDict if filled[1].startswith("SETITEM") else _ForeignList
+    return True
+
+
+MAX_CLASSES = 100_000  # that are looked for in a foreign file
+MAX_TENSORS = 50_000  # a ResNet-110 with its optimizer has 2,000
+MAX_DEPTH = 40
+# What wraps a module within a model, and where a module keeps its parts: neither is in a state dict's names.
+_TRANSPARENT = {
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+    "_parameters", "_buffers", "_modules",
+}  # fmt: skip
+
+
+def _tensors(
+    value: Any, path: tuple[str, ...], seen: set[int], depth: int = 0
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor below `value`, whatever holds it, with the parts of its name; each holder once."""
+    if isinstance(value, Tensor):
+        yield path, value
+    if id(value) in seen or depth > MAX_DEPTH:
+        return
+    seen.add(id(value))
+    inner = value.state if isinstance(value, _Foreign) else value
+    if isinstance(inner, list | tuple):
+        inner = dict(enumerate(inner))
+    if isinstance(inner, Mapping):
+        for key, item in inner.items():
+            parts = tuple(part for part in str(key).split(".") if part not in _TRANSPARENT)
+            yield from _tensors(item, path + parts, seen, depth + 1)
+
+
+def _weight_sets(content: Any) -> dict[str, dict[str, Tensor]]:
+    """The tensors below each name in `content` by the rest of their names, less what only counts.
+
+    A counter is a single number: `num_batches_tracked`, `n_averaged`, `total_ops`.
+    """
+    sets: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in islice(_tensors(content, (), set()), MAX_TENSORS):
+        if tensor.numel() == 1:
+            continue
+        for depth in range(len(path)):
+            sets.setdefault(".".join(path[:depth]), {})[".".join(path[depth:])] = tensor
+    return sets
+
+
+def _nearest(sets: dict[str, dict[str, Tensor]], expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Of several sets the one with most shapes in common, and least beside them."""
+
+    def rank(weights: dict[str, Tensor]) -> tuple[int, int]:
+        common = _shapes(weights) & Counter(expected.values())
+        return common.total(), -len(weights)
+
+    return max(sets.values(), key=rank)
+
+
+def _innermost(names: Iterable[str]) -> list[str]:
+    """`names` less those that only hold another one."""
+    listed = list(names)
+    return [
+        name
+        for name in listed
+        if not any(each.startswith(f"{name}.".lstrip(".")) for each in listed if each != name)
+    ]
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def _is_plain(value: Tensor) -> bool:
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
@@ -278,16 +479,19 @@ _CUSTOMARY = (
 )
 
 
-def _rename(tensors: dict[str, Tensor], info: WeightsInfo) -> dict[str, Tensor]:
+def _our_name(name: str) -> str:
+    for pattern, ours in _CUSTOMARY:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _rename(
+    tensors: dict[str, Tensor], info: WeightsInfo, expected: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """The same tensors by our names, or as they are where those cannot be told."""
-    expected = expected_shapes(info.architecture, len(info.class_names))
     if FAMILIES[info.architecture] != "wide_resnet" or tensors.keys() == expected.keys():
         return tensors
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, ours in _CUSTOMARY:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
+    renamed = {_our_name(name): tensor for name, tensor in tensors.items()}
     if renamed.keys() == expected.keys():
         return renamed
     theirs = [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -311,19 +515,86 @@ def _info(
         raise ResgridError(f"{key}: {problem['msg']} (it is {problem['input']!r})") from None
 
 
-def _must_exist(source: Path) -> None:
-    if not source.is_file():
-        raise ResgridError(f"{source}: there is no such file to convert.")
+def _shapes(tensors: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(tensor.shape) for tensor in tensors.values())
 
 
-def _hint(shapes: Sequence[tuple[int, ...]], info: WeightsInfo) -> str:
-    """Which architecture's kernels have these shapes, if one has."""
-    kernels = sorted(shape for shape in shapes if len(shape) > 1)
-    for architecture in FAMILIES:
-        expected = expected_shapes(architecture, len(info.class_names)).values()
-        if architecture != info.architecture and kernels == sorted(s for s in expected if len(s) > 1):
-            return f" These look like the weights of {architecture}."
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution as the dense layer that it equals."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _kernels(shapes: Iterable[tuple[int, ...]]) -> Counter[tuple[int, ...]]:
+    return Counter(shape for shape in map(_bare, shapes) if len(shape) > 1)
+
+
+def _look_alike(kernels: list[tuple[int, ...]], info: WeightsInfo) -> str:
+    """Which other architecture, or number of classes, has convolutions and dense layers of these shapes."""
+    num_classes = kernels[-1][0] if kernels else 0
+    for architecture in (info.architecture, *FAMILIES) if 0 < num_classes <= MAX_CLASSES else ():
+        if _kernels(kernels) != _kernels(expected_shapes(architecture, num_classes).values()):
+            continue
+        if architecture != info.architecture:
+            return f"These look like the weights of {architecture}."
+        if num_classes != len(info.class_names):
+            return (
+                f"They have {num_classes} classes, not {len(info.class_names)}: name them with --class-names."
+            )
     return ""
+
+
+def _normalises(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Whether a network has its batch norms `before` or `after` its convolutions, by the width of the first
+    one in a unit that changes the width.
+    """
+    units: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        units.setdefault(".".join(name.split(".")[:-2]), []).append(shape)
+    for unit in units.values():
+        kernel = next((shape for shape in unit if len(shape) == 4 and shape[2] > 1), None)
+        norm = next((shape for shape in unit if len(shape) == 1), None)
+        if kernel and norm and kernel[0] == 2 * kernel[1]:
+            return "after" if norm[0] == kernel[0] else "before"
+    return None
+
+
+def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
+    """Why `tensors`, by their names in the file and in its order, are not the weights of `info`."""
+    architecture = info.architecture
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if alike := _look_alike([_bare(shape) for shape in shapes.values() if len(shape) > 1], info):
+        return f"these are not the weights of {architecture} that are wanted. {alike}"
+    expected = expected_shapes(architecture, len(info.class_names))
+    if _kernels(shapes.values()) == _kernels(expected.values()):
+        theirs, own = _normalises(shapes), _normalises(expected)
+        if theirs and own and theirs != own:
+            return (
+                f"it normalises {theirs} each convolution, where {architecture} here does so {own} it. All "
+                "else is the same, but such weights compute nothing useful here and cannot be converted: "
+                "train it here."
+            )
+        call = f"build_model({architecture!r}, {len(info.class_names)})"
+        return (
+            f"its convolutions are those of {architecture}, but the names are not ({next(iter(shapes))}, …), "
+            "and networks that compute otherwise have the same ones. If it is this very network, save it "
+            f"with the names of {call}.state_dict()."
+        )
+    wide = FAMILIES[architecture] == "wide_resnet"
+    renamed = {_our_name(name) if wide else name: shape for name, shape in shapes.items()}
+    for name, shape in renamed.items():
+        if name in expected and shape != expected[name]:
+            return (
+                f"{name} has the shape {shape}, where {architecture} with {len(info.class_names)} classes "
+                f"has {expected[name]}: it is another network of that name, perhaps for larger images."
+            )
+    lacks = [name for name in expected if name not in renamed]
+    has = [name for name in renamed if name not in expected]
+    wrong = [f"{len(lacks)} of its {len(expected)} tensors are missing, such as {lacks[0]}"] if lacks else []
+    wrong += [f"there are {len(has)} that it has not, such as {has[0]}"] if has else []
+    return (
+        f"these are not the weights of {architecture}, nor of any architecture here: {', and '.join(wrong)}. "
+        f"`resgrid summary {architecture}` shows what is wanted."
+    )
 
 
 def _save(tensors: dict[str, Tensor], info: WeightsInfo, out: Path) -> WeightsInfo:

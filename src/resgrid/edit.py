@@ -136,9 +136,11 @@ def _migrated(old: dict[str, Any]) -> dict[str, Any]:
         rate = rates.setdefault(study["architecture"], dict.fromkeys(old["optimizers"], lr))
         studies[name] = head | ({"lr": lr} if lr != rate[study["optimizer"]] else {})
         studies[name] |= {key: value for key, value in whole.items() if value != base[key]}
+    is_folder = old["data"]["source"] == "image-folder"
+    added = {"test_fraction": 0.0, "on_broken": "refuse"} if is_folder else {}
     return {
         "name": old["name"],
-        "data": {key: value for key, value in old["data"].items() if value is not None},
+        "data": {key: value for key, value in old["data"].items() if value is not None} | added,
         "preprocess": old["preprocess"],
         "engine": old["engine"],
         "grid": old["grid"],

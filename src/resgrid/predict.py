@@ -8,6 +8,7 @@ number of them.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,18 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from resgrid.config import Resize
 from resgrid.data.batches import in_order
 from resgrid.data.dataset import Split
-from resgrid.data.sources import OTHER_SUFFIXES, decode, no_bombs
+from resgrid.data.sources import decode, large_pictures, picture_suffixes
 from resgrid.errors import ResgridError
+from resgrid.filetype import identify
 from resgrid.weights import WeightsInfo
 
 BATCH = 64  # pictures in memory at once, at 3 kB each
-NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # what Pillow leaves to other programs
 
 
 class Predictor(nn.Module):
@@ -70,11 +70,10 @@ def predict(
     Files are opened as late as their batch is asked for. One that cannot be read has its reason in place of
     classes, and the next ones go on.
     """
-    formats = _formats()
     waiting = iter(files)
     while batch := list(islice(waiting, BATCH)):
-        with no_bombs():
-            read = [_read(file, info.resize, formats) for file in batch]
+        with large_pictures():
+            read = [_read(file, info.resize) for file in batch]
         images = [each for each in read if not isinstance(each, str)]
         rows = iter(probabilities(model, info, np.stack(images), device) if images else ())
         for file, each in zip(batch, read, strict=True):
@@ -106,44 +105,51 @@ def probabilities(
         ])  # fmt: skip
 
 
-def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files that `paths` name, and of a folder all that have a picture's suffix, ordered by name.
+def find_pictures(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """The files that `paths` name, and of a folder all pictures by suffix or content, ordered by name.
 
-    Hidden files are passed over, and links to folders are not followed. A folder without pictures stands for
-    itself, as what is not there does: `predict` says so.
+    Hidden files and links to folders are passed over, and counted by kind as all others are. A folder without
+    pictures stands for itself, as what is not there does: `predict` says so.
     """
     for path in paths:
-        found = _in_folder(path) if path.is_dir() else iter((path,))
+        found = (
+            _in_folder(path, Counter() if passed_over is None else passed_over)
+            if path.is_dir()
+            else iter((path,))
+        )
         yield next(found, path)
         yield from found
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    suffixes = _suffixes()
+def _in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[Path]:
+    suffixes = picture_suffixes()
     for place, subfolders, files in os.walk(folder):
+        passed_over["a link to a folder"] += sum(Path(place, name).is_symlink() for name in subfolders)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield Path(place, name)
+            file = Path(place, name)
+            if name.startswith("."):
+                passed_over["a hidden file"] += 1
+            elif file.suffix.lower() in suffixes:
+                yield file
+            else:
+                try:
+                    kind = identify(file)
+                except ResgridError:  # a link that leads nowhere, a pipe, a file of somebody else
+                    passed_over["a file that cannot be read"] += 1
+                    continue
+                if kind.is_picture:
+                    yield file
+                else:
+                    passed_over[kind.name] += 1
 
 
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in Image.OPEN if name not in NO_PICTURES)
-
-
-def _suffixes() -> set[str]:
-    formats = _formats()
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-    return known.union(OTHER_SUFFIXES)  # HEIC as well: better refused by name than passed over
-
-
-def _read(file: Path, resize: Resize, formats: tuple[str, ...]) -> NDArray[np.uint8] | str:
+def _read(file: Path, resize: Resize) -> NDArray[np.uint8] | str:
     if file.is_dir():
         return f"{file}: there is no picture in this folder, nor below it."
-    if not file.is_file():  # a pipe would never end
-        return f"{file}: there is no such file."
     try:
-        return decode(file, str(file), resize, formats)
+        identify(file)
+        with file.open("rb") as opened:
+            return decode(opened, str(file), resize)
     except ResgridError as error:
         return str(error)

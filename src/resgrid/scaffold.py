@@ -17,20 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 import resgrid
 from resgrid.config import Resize, load_params
 from resgrid.data import archives
 from resgrid.data.dataset import SIDE
 from resgrid.data.fetch import digest
-from resgrid.data.sources import Cifar, ImageFolder, no_bombs, open_source
+from resgrid.data.sources import Cifar, ImageFolder, large_pictures, open_picture, open_source
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 
 PACKAGE = Path(resgrid.__file__).parent
 NUM_SIZED = 200  # images whose size is looked at
+DRAWN_FOR_TEST = 0.2
 MIN_FOR_VALIDATION = 20  # training images in the smallest class
 
 IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
@@ -56,6 +55,9 @@ class Found:
     num_test: int
     smallest_class: int  # its training images
     sizes: tuple[tuple[int, int], ...]  # width and height of some of them
+    test_fraction: float = 0.0  # to be drawn, where there is no test split
+    own_validation: bool = False
+    notes: tuple[str, ...] = ()  # what a person should know
 
 
 def init(folder: Path, data: Path) -> str:
@@ -78,6 +80,14 @@ def init(folder: Path, data: Path) -> str:
                 f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
                 f"such as {folder / 'images'}."
             )
+    for path in (folder, data):
+        if str(path).encode(errors="replace") != os.fsencode(path):
+            raise ResgridError(f"{path}: this name is no UTF-8, and params.yaml cannot hold it. Rename it.")
+    if _ignored_by_git(folder):
+        raise ResgridError(
+            f"{folder}: git ignores it, and DVC keeps no pipeline in an ignored folder. Name another one, "
+            "or take the rule out of .gitignore."
+        )
     found = look_at(data)
     root = _repository(folder)
     try:
@@ -91,72 +101,78 @@ def init(folder: Path, data: Path) -> str:
         raise ResgridError(f"{folder}: cannot be written: {error.strerror}.") from None
     cells = expand(load_params(folder / "params.yaml"))
     repository = "" if root else f"\n{folder} was in no DVC repository, so it is one now."
+    notes = "".join(f"\n{note[0].upper()}{note[1:]}." for note in found.notes)
     return (
-        f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
+        f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{notes}{repository}\n"
         f"Look at {folder / 'params.yaml'}, then:\n"
         f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid sync && resgrid compare"
     )
 
 
 def look_at(data: Path) -> Found:
-    """Raises ResgridError for what is neither an image folder nor CIFAR's layout, or has a broken image."""
-    try:
-        source = open_source(data, "stretch")
-        if isinstance(source, ImageFolder):
-            source = ImageFolder(data, "stretch")  # both splits must be there
-    except ResgridError as error:
-        if data.is_dir() and (advice := _without_splits(data)):
-            raise ResgridError(f"{error}\n{advice}") from None
-        raise
+    """Raises ResgridError for what is neither an image folder nor one of CIFAR's forms."""
+    source = open_source(data, "stretch")
+    test_fraction, notes = 0.0, list(source.notes)
     if isinstance(source, ImageFolder):
+        if "test" not in source.images:
+            test_fraction = DRAWN_FOR_TEST
+            notes.append(
+                f"there is no test split: data.test_fraction: {test_fraction} of each class is drawn for it"
+            )
+        source = ImageFolder(data, "stretch", test_fraction=test_fraction)  # both splits must be there now
         labels = {split: [name for _, name in images] for split, images in source.images.items()}
         train = source.images["train"]
         step = max(1, len(train) // NUM_SIZED)
-        sizes = _measure(data, [name for name, _ in train[::step][:NUM_SIZED]])
+        sizes, broken = _measure(data, [name for name, _ in train[::step][:NUM_SIZED]])
+        if broken:
+            names = ", ".join(broken[:3]) + ", …" * (len(broken) > 3)
+            notes.append(
+                f"{len(broken)} of {len(broken) + len(sizes)} pictures looked at are broken ({names}): mend "
+                "or remove them, or write on_broken: skip to leave them out"
+            )
         kind = "image-folder"
-    elif isinstance(source, Cifar) and data.is_file():
+    elif isinstance(source, Cifar):
         labels = {
             split: [source.class_names[label] for label in source.load(split).labels.tolist()]
             for split in ("train", "test")
         }
         sizes, kind = ((SIDE, SIDE),), "archive"
     else:
-        raise ResgridError(f"{data}: give an image folder, or an archive of one or of CIFAR-10's layout.")
+        raise ResgridError(f"{data}: give pictures, or CIFAR-10 or CIFAR-100, in a folder or an archive.")
+    smallest = min(labels["train"].count(name) for name in source.class_names)
+    if smallest < 2:
+        notes.append("a class has a single training image: such a class is learnt badly, if at all")
     return Found(
         source=kind,
         class_names=source.class_names,
         num_train=len(labels["train"]),
         num_test=len(labels["test"]),
-        smallest_class=min(labels["train"].count(name) for name in source.class_names),
+        smallest_class=smallest,
         sizes=sizes,
+        test_fraction=test_fraction,
+        own_validation="validation" in labels,
+        notes=tuple(notes),
     )
 
 
-def _measure(data: Path, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    sizes = []
-    with no_bombs():
+def _measure(data: Path, names: Sequence[str]) -> tuple[tuple[tuple[int, int], ...], list[str]]:
+    """Width and height of those that can be read, and the names of the others.
+
+    Raises ResgridError if none can.
+    """
+    sizes, broken = [], []
+    with large_pictures():
         for name, content in archives.contents(data, set(names)):
             try:
-                with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+                with open_picture(io.BytesIO(content), name) as image:
                     sizes.append(image.size)
-            except Exception as error:  # a broken file raises whatever its decoder came upon
-                raise ResgridError(
-                    f"{data}: {name} cannot be read as an image ({error}). Mend it, or take it out."
-                ) from None
-    return tuple(sizes)
-
-
-def _without_splits(data: Path) -> str | None:
-    """What to do with `<class>/<image>`, which has no splits."""
-    classes = sorted(
-        entry.name for entry in data.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if len(classes) < 2 or set(classes) & {"train", "test"}:
-        return None
-    return (
-        f"{data} seems to hold a folder a class ({', '.join(classes[:3])}, …) and no splits. Put a fifth or "
-        "so of each class into test/<class>/ and the rest into train/<class>/, no image into both."
-    )
+            except Exception:  # a broken file raises whatever its decoder came upon
+                broken.append(name)
+    if not sizes:
+        raise ResgridError(
+            f"{data}: none of {len(names)} pictures looked at can be read, such as {names[0]}."
+        )
+    return tuple(sizes), broken
 
 
 # --- the files --------------------------------------------------------------------------------------
@@ -198,7 +214,8 @@ def _quoted(text: str) -> str:
 def _scale(num_train: int) -> Scale:
     """Some thousands of steps a cell: enough to rank by, and minutes to an hour on a CPU."""
     if num_train < 2_000:
-        return Scale(("resnet20", "resnet10"), epochs=30, batch_size=16)
+        half = max(2, num_train // 2)  # two steps an epoch at least
+        return Scale(("resnet20", "resnet10"), epochs=30, batch_size=min(16, 2 ** (half.bit_length() - 1)))
     if num_train < 20_000:
         return Scale(("resnet20", "resnet32", "resnet10"), epochs=20, batch_size=32)
     return Scale(("resnet20", "resnet56", "resnet18"), epochs=30, batch_size=128)
@@ -227,7 +244,7 @@ NARROW_RATES, WIDE_RATES = (0.1, 0.001, 0.001, 0.01), (0.05, 0.001, 0.0005, 0.00
 def _params(name: str, location: str, data: Path, found: Found) -> str:
     scale = _scale(found.num_train)
     checksum = "" if data.is_dir() else f"\n  checksum: {digest(data, 'sha256:')}"
-    validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION else 0.0
+    validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION and not found.own_validation else 0.0
     lists = "\n".join(f"  - {architecture}" for architecture in scale.architectures)
     recipes, tuning = "", ""
     for architecture in scale.architectures:
@@ -251,7 +268,7 @@ name: {_quoted(name)} # the MLflow experiment
 
 data:
   source: {found.source}
-  location: {_quoted(location)}{checksum}
+  location: {_quoted(location)}{checksum}{_image_folder(found)}
 
 preprocess:
   resize: {_resize(found)} # every image becomes 32x32: stretch | crop | pad
@@ -293,6 +310,16 @@ studies: {{}} # cells of their own, each of which names what it changes
 """)
 
 
+def _image_folder(found: Found) -> str:
+    """The keys that only an image folder has."""
+    if found.source != "image-folder":
+        return ""
+    return (
+        f"\n  test_fraction: {found.test_fraction} # of each class, drawn where the images have no test split"
+        "\n  on_broken: refuse # what cannot be read: refuse | skip"
+    )
+
+
 def _resize(found: Found) -> Resize:
     """`stretch` keeps the shape where all images are nearly square; otherwise bars of black do."""
     ratio = statistics.median(max(size) / min(size) for size in found.sizes)
@@ -325,6 +352,16 @@ def _repository(folder: Path) -> Path | None:
     return next((each for each in (folder, *folder.parents) if (each / ".dvc").is_dir()), None)
 
 
+def _ignored_by_git(folder: Path) -> bool:
+    """False also where there is no git or no repository."""
+    above = next(each for each in folder.parents if each.is_dir())
+    try:
+        command = ["git", "check-ignore", "--quiet", str(folder)]
+        return subprocess.run(command, cwd=above, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def _make_repository(folder: Path) -> None:
     """`dvc init`, as part of a git repository if there is one."""
     in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
@@ -333,7 +370,7 @@ def _make_repository(folder: Path) -> None:
     for command in (["init", "--quiet", *kind], ["config", "core.analytics", "false"]):
         done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = (done.stderr + done.stdout).strip() or "no reason given"
             raise ResgridError(f"{folder}: `dvc {' '.join(command)}` failed: {reason}")
     (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
     if not (folder / ".gitignore").exists():

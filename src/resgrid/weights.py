@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resgrid.config import Architecture, Positive, Resize, Strict, Triple
 from resgrid.errors import ResgridError
+from resgrid.filetype import SAFETENSORS, identify, refuse
 from resgrid.models import Classifier, build_model
 
 METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed order
@@ -60,8 +61,9 @@ def load_weights(path: Path) -> tuple[WeightsInfo, dict[str, Tensor]]:
     Raises ResgridError: for a file that is missing, cut, not safetensors, without this project's metadata,
     or with other tensors than its architecture has.
     """
-    if not path.is_file():
-        raise ResgridError(f"{path}: there is no such weights file.")
+    kind = identify(path)
+    if kind is not SAFETENSORS:
+        raise refuse(path, kind, "a weights file of ResGrid")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -69,13 +71,12 @@ def load_weights(path: Path) -> tuple[WeightsInfo, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ResgridError(
-            f"{path}: this is no whole safetensors file ({error}). Copy or train it again; "
-            "`resgrid import-keras` and `resgrid import-torch` convert other formats."
+            f"{path}: this is no whole safetensors file ({error}). Copy or train it again."
         ) from None
     if METADATA_KEY not in metadata:
         raise ResgridError(
             f"{path}: its metadata have no {METADATA_KEY!r}, so it names neither architecture nor classes. "
-            "Take a file that `resgrid train`, `import-keras` or `import-torch` wrote."
+            f"{SAFETENSORS.advice}"
         )
     try:
         info = WeightsInfo.model_validate_json(metadata[METADATA_KEY])

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resgrid.errors import ResgridError
+from resgrid.filetype import identify, refuse
 
 # A bomb is what inflates past these. A batch of the official archive has 31 MB, a photograph 5 to 30 MB.
 MAX_MEMBERS = 2_000_000
@@ -43,10 +44,15 @@ _DAMAGE = (
 )  # fmt: skip
 
 
+class Escaped(str):
+    """A name that is no UTF-8, which DVC and JSON refuse, with each of its other bytes as `%E9`."""
+
+
 def names(path: Path) -> list[str]:
     """The files of an archive or a folder as `a/b/c`, in its own order, after a check of every member.
 
-    Raises ResgridError, naming archive and member, for whatever is damaged, unsafe or there twice.
+    A name that is no UTF-8 is `Escaped`, here and in `contents`. Raises ResgridError, naming archive and
+    member, for whatever is damaged, unsafe or there twice.
     """
     found = [name for name, _ in _members(path, wanted=())]
     if len(set(found)) != len(found):
@@ -56,27 +62,27 @@ def names(path: Path) -> list[str]:
     return found
 
 
-def contents(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files in `wanted`, in the archive's order; raises as `names` does."""
-    for name, content in _members(path, wanted):
+def contents(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes]]:
+    """Name and content, or its first `size` bytes, of the files in `wanted`, in the archive's order.
+
+    A link that leads nowhere is left out. Raises as `names` does.
+    """
+    for name, content in _members(path, wanted, size):
         if content is not None:
             yield name, content
 
 
-def _members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+def _members(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes | None]]:
     if not path.exists():
         raise ResgridError(f"{path}: no such file or folder.")
     if path.is_dir():
-        yield from _folder_members(path, wanted)
+        yield from _folder_members(path, wanted, size)
         return
     packing = _packing(path)
     if packing is None:
-        raise ResgridError(
-            f"{path}: neither a tar (gzip, xz, bzip2 or plain) nor a zip. If it was downloaded, what came "
-            "may be an error page: delete it and fetch it again."
-        )
+        raise refuse(path, identify(path), "a tar (gzip, xz, bzip2 or plain) or a zip")
     try:
-        yield from (_zip_members if packing == "zip" else _tar_members)(path, wanted)
+        yield from (_zip_members if packing == "zip" else _tar_members)(path, wanted, size)
     except _DAMAGE as error:
         raise ResgridError(
             f"{path}: the archive is cut or damaged ({_reason(error)}). Fetch or make it again."
@@ -101,26 +107,29 @@ def _packing(path: Path) -> str | None:
     return "tar" if start[257:262] == b"ustar" else None
 
 
-def _folder_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+def _folder_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
     def unreadable(error: OSError) -> NoReturn:
         raise ResgridError(f"{error.filename}: cannot be read ({error.strerror}).")
 
     for folder, subfolders, files in os.walk(path, onerror=unreadable, followlinks=True):
-        within = Path(folder).relative_to(path)
-        subfolders.sort()
+        within, here = Path(folder).relative_to(path), Path(folder).resolve()
+        # a link to a folder that it lies in leads in a circle
+        subfolders[:] = sorted(
+            name for name in subfolders if not here.is_relative_to((here / name).resolve())
+        )
         if len(within.parts) >= MAX_DEPTH:
             subfolders.clear()
         for file in sorted(files):
-            name = (within / file).as_posix()
-            _require_utf8(path, name)
-            if name not in wanted:
+            name = _utf8((within / file).as_posix())
+            whole = Path(folder, file)
+            if name not in wanted or (whole.is_symlink() and not whole.exists()):
                 yield name, None
                 continue
-            whole = path / name
             try:
-                if not whole.is_file() or whole.stat().st_size > MAX_MEMBER_BYTES:
+                if not whole.is_file() or (size < 0 and whole.stat().st_size > MAX_MEMBER_BYTES):
                     raise ResgridError(f"{whole}: not a file of at most {MAX_MEMBER_BYTES / 2**20:.0f} MiB.")
-                content = whole.read_bytes()
+                with whole.open("rb") as opened:
+                    content = opened.read(size)
             except OSError as error:
                 unreadable(error)
             yield name, content
@@ -156,7 +165,7 @@ class _Inflated:
         self._file.close()
 
 
-def _tar_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+def _tar_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
     packing = _packing(path)
     assert packing is not None
     inflated = _Inflated(path, packing)
@@ -178,8 +187,8 @@ def _tar_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, byte
                 if name in wanted:
                     stream = tar.extractfile(member)
                     assert stream is not None
-                    content = stream.read()
-                    if len(content) != member.size:
+                    content = stream.read(member.size if size < 0 else min(size, member.size))
+                    if size < 0 and len(content) != member.size:
                         raise tarfile.ReadError(f"{name} ends early")
                 yield name, content
         if inflated.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a bad header for the end
@@ -193,7 +202,7 @@ def _tar_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, byte
 # --- zip --------------------------------------------------------------------------------------------
 
 
-def _zip_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes | None]]:
+def _zip_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
     budget = _Budget(path)
     total = 0
     with zipfile.ZipFile(path) as archive:
@@ -212,7 +221,11 @@ def _zip_members(path: Path, wanted: Container[str]) -> Iterator[tuple[str, byte
             budget.spend(name, member.file_size, total)
             if not member.is_dir():
                 # zipfile stops at the size that the directory claims, and compares the checksum there
-                yield name, archive.read(member) if name in wanted else None
+                if name not in wanted:
+                    yield name, None
+                    continue
+                with archive.open(member) as stream:
+                    yield name, stream.read(size)
 
 
 # --- what no archive may do -------------------------------------------------------------------------
@@ -244,15 +257,12 @@ def _safe_name(path: Path, name: str) -> str:
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or re.match(r"[A-Za-z]:", slashed) or ".." in slashed.split("/"):
         _refuse(path, name, "its name points outside of the archive")
-    _require_utf8(path, name)
-    return PurePosixPath(slashed).as_posix()
+    return _utf8(PurePosixPath(slashed).as_posix())
 
 
-def _require_utf8(path: Path, name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        _refuse(path, name, "its name is not UTF-8; rename it")
+def _utf8(name: str) -> str:
+    escaped = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+    return name if escaped == name else Escaped(escaped)
 
 
 # --- pickles ----------------------------------------------------------------------------------------

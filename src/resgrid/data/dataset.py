@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,6 +49,9 @@ class Meta(Strict):
     channel_std: Triple
     split_digests: dict[str, str]
     digest: str  # sha256:… of the class names and the splits' digests
+    left_out: dict[str, list[str]] = Field(
+        default={}
+    )  # by split: pictures that could not be read; not written if none
 
 
 def split_digest(split: Split) -> str:
@@ -73,7 +76,9 @@ def save(folder: Path, meta: Meta, splits: Mapping[str, Split]) -> None:
     for name, split in splits.items():
         tensors = {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
         save_file(tensors, aside / f"{name}.safetensors")
-    (aside / "meta.json").write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (aside / "meta.json").write_text(
+        meta.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     aside.replace(folder)
 

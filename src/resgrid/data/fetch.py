@@ -23,8 +23,9 @@ from typing import BinaryIO
 import numpy as np
 
 from resgrid import __version__, config
+from resgrid.data import archives
 from resgrid.data.room import require_disk
-from resgrid.data.sources import ImageFolder, raw_path
+from resgrid.data.sources import Cifar, ImageFolder, raw_path
 from resgrid.errors import ResgridError
 
 OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known
@@ -64,10 +65,16 @@ def known_checksum(data: config.Data) -> str | None:
             return None
 
 
-def download(data: config.Data, out: Path, on_progress: OnProgress | None = None) -> None:
+def download(
+    data: config.Data,
+    out: Path,
+    on_progress: OnProgress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Fill the folder `out` with the source's one archive, or its images, or `digits.safetensors`.
 
-    A relative location is relative to the current folder, that of params.yaml. Raises ResgridError if the
+    A relative location is relative to the current folder, that of params.yaml. `say` is told what is passed
+    over and renamed. Raises ResgridError if the
     source cannot be had or is not what its checksum says; `out` then stays as it was.
     """
     report: OnProgress = on_progress or (lambda done, total: None)
@@ -89,7 +96,7 @@ def download(data: config.Data, out: Path, on_progress: OnProgress | None = None
         part = fetch(CIFAR10_URLS, partial, CIFAR10_CHECKSUM, report, num_bytes=CIFAR10_BYTES)
         part.replace(fresh / "cifar-10-python.tar.gz")
     else:
-        _get_location(data, partial, fresh, report)
+        _get_location(data, partial, fresh, report, say)
     shutil.rmtree(out, ignore_errors=True)
     fresh.replace(out)
     with contextlib.suppress(OSError):  # it holds the beginning of something else
@@ -97,7 +104,11 @@ def download(data: config.Data, out: Path, on_progress: OnProgress | None = None
 
 
 def _get_location(
-    data: config.Archive | config.ImageFolder, partial: Path, fresh: Path, report: OnProgress
+    data: config.Archive | config.ImageFolder,
+    partial: Path,
+    fresh: Path,
+    report: OnProgress,
+    say: Callable[[str], None],
 ) -> None:
     location, url = data.location, urllib.parse.urlsplit(data.location)
     if url.scheme in ("http", "https"):
@@ -113,12 +124,15 @@ def _get_location(
     path = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else location).expanduser()
     if not path.is_dir():
         _copy_archive(path, "data.location", data.checksum, fresh, report)
-    elif isinstance(data, config.Archive):
-        raise ResgridError(f"data.location: {path} is a folder, but data.source: archive needs an archive.")
     elif data.checksum is not None:
         raise ResgridError(f"data.checksum: {path} is a folder, which has none. Write `checksum: null`.")
-    else:
-        _copy_images(path, fresh, report)
+    elif isinstance(data, config.Archive):
+        _copy_files(path, list(Cifar(path).files.values()), fresh, report)
+    else:  # finds what is missing before anything is copied
+        source = ImageFolder(path, "stretch", test_fraction=data.test_fraction)
+        for note in source.notes:
+            say(note)
+        _copy_files(path, [name for held in source.images.values() for name, _ in held], fresh, report)
 
 
 def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, report: OnProgress) -> None:
@@ -134,17 +148,16 @@ def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, repor
     report(size, size)
 
 
-def _copy_images(folder: Path, fresh: Path, report: OnProgress) -> None:
-    source = ImageFolder(folder, "stretch")  # finds what is missing before anything is copied
-    names = [name for images in source.images.values() for name, _ in images]
-    sizes = [(folder / name).stat().st_size for name in names]
-    require_disk(fresh, sum(sizes), f"a copy of the {len(names):,} images in {folder}")
+def _copy_files(folder: Path, names: list[str], fresh: Path, report: OnProgress) -> None:
+    """Copy the files `names` of `folder`, as `archives` calls them there."""
+    sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in names}
+    require_disk(fresh, sum(sizes.values()), f"a copy of the {len(names):,} files in {folder}")
     done = 0
-    for name, size in zip(names, sizes, strict=True):
+    for name, content in archives.contents(folder, sizes):
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, fresh / name)
-        done += size
-        report(done, sum(sizes))
+        (fresh / name).write_bytes(content)
+        done += len(content)
+        report(done, sum(sizes.values()))
 
 
 def _store_digits(path: Path) -> None:

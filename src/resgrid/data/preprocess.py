@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,45 @@ from resgrid import config
 from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_digest
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.room import require_disk
-from resgrid.data.sources import Cifar, Digits, ImageFolder, OnImage, Source, draw, raw_path
+from resgrid.data.sources import (
+    SPLITS,
+    BrokenPictures,
+    Cifar,
+    Digits,
+    ImageFolder,
+    OnImage,
+    Source,
+    draw,
+    raw_path,
+)
 from resgrid.errors import ResgridError
 
 
 def preprocess(
-    data: config.Data, settings: config.Preprocess, raw: Path, out: Path, on_image: OnImage | None = None
+    data: config.Data,
+    settings: config.Preprocess,
+    raw: Path,
+    out: Path,
+    on_image: OnImage | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Meta:
     """Make `out` (see `dataset`) of what `download` put into `raw`; returns its description.
 
-    Raises ResgridError for raw data that is missing, damaged or not what `data` says.
+    `say` is told what is passed over and left out. Raises ResgridError for raw data that is missing, damaged
+    or not what `data` says.
     """
     source = _open(data, settings, raw)
-    train, test = (source.load(split, on_image) for split in ("train", "test"))
-    held_out: dict[str, Split] = {}
+    loaded = _load_all(source, on_image)
+    for note in source.notes:
+        say(note)
+    train, test = loaded.pop("train"), loaded.pop("test")
+    held_out = loaded  # an image folder may have a validation split of its own
     if settings.validation_fraction > 0:
+        if held_out:
+            raise ResgridError(
+                f"preprocess.validation_fraction: {settings.validation_fraction}, but the images have a "
+                "validation split of their own. Write 0.0."
+            )
         drawn = draw(train.labels.numpy(), source.class_names, settings.validation_fraction, settings.seed)
         held_out, train = {"validation": _part(train, drawn)}, _part(train, ~drawn)
     if settings.training_fraction < 1:
@@ -49,12 +74,32 @@ def preprocess(
         channel_std=(red[1], green[1], blue[1]),
         split_digests=digests,
         digest=content_digest(source.class_names, digests),
+        left_out=source.left_out if isinstance(source, ImageFolder) else {},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
     require_disk(out.parent, num_bytes, f"{out.name} of {sum(meta.num_images.values()):,} images")
     save(out, meta, splits)
     return meta
+
+
+def _load_all(source: Source, on_image: OnImage | None) -> dict[str, Split]:
+    """Every split; raises BrokenPictures, with those of all splits."""
+    loaded: dict[str, Split] = {}
+    broken: dict[str, str] = {}
+    num_images = 0
+    path = Path()
+    for split in source.images if isinstance(source, ImageFolder) else SPLITS:
+        try:
+            loaded[split] = source.load(split, on_image)
+            num_images += len(loaded[split].labels)
+        except BrokenPictures as error:
+            broken |= error.reasons
+            num_images += error.num_images
+            path = error.path
+    if broken:
+        raise BrokenPictures(path, broken, num_images)
+    return loaded
 
 
 def _part(split: Split, chosen: NDArray[np.bool_]) -> Split:
@@ -72,7 +117,15 @@ def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
         if not path.is_file():
             raise ResgridError(f"{raw}: does not hold one archive. `dvc repro download` makes it anew.")
         verify(path, checksum, "`dvc repro -f download` fetches it again.")
-    return ImageFolder(path, settings.resize) if isinstance(data, config.ImageFolder) else Cifar(path)
+    if not isinstance(data, config.ImageFolder):
+        return Cifar(path)
+    return ImageFolder(
+        path,
+        settings.resize,
+        test_fraction=data.test_fraction,
+        seed=settings.seed,
+        on_broken=data.on_broken,
+    )
 
 
 def histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -470,6 +470,14 @@ def _of(comparisons: list[Comparison]) -> list[str]:
 # --- how it was made --------------------------------------------------------------------------------
 
 
+def _left_out(meta: Meta) -> dict[str, str]:
+    """The pictures that could not be read, where they were to be left out."""
+    names = [name for held in meta.left_out.values() for name in held]
+    if not names:
+        return {}
+    return {"Left out": f"{len(names):,} broken pictures: {', '.join(names[:20])}{', …' * (len(names) > 20)}"}
+
+
 def _made(results: list[Result], meta: Meta, device: str) -> dict[str, str]:
     timings = [result.timing for result in results if result.timing]
     digests = {result.metrics["data_digest"] for result in results if result.metrics}
@@ -478,6 +486,7 @@ def _made(results: list[Result], meta: Meta, device: str) -> dict[str, str]:
         "Data": f"{meta.source}: "
         + ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
         + f" images of {len(meta.class_names)} classes",
+        **_left_out(meta),
         "Digest of the data": meta.digest,
         "Commit": commit + (", with changes" if dirty == "true" else ""),
         "Seeds": ", ".join(map(str, sorted({result.cell.seed for result in results}))),

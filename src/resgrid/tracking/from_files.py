@@ -22,7 +22,7 @@ from resgrid.runs import find_runs, read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
-from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
+from resgrid.tracking.store import Store, open_store, project_root, registry_uri, shown, unusable
 from resgrid.tracking.summary import summarize
 from resgrid.tracking.view import arrange
 
@@ -49,6 +49,7 @@ class SyncReport:
     champions: dict[str, str | None] = field(
         default_factory=dict
     )  # registered models that got another cell, or none
+    registry: str | None = None  # where MLFLOW_REGISTRY_URI has them, apart from the runs
     summary: str | None = None  # the run that was made of the reports
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,6 +70,8 @@ class SyncReport:
             lines.append(f"  training now: {', '.join(self.training)}")
         for name, cell in self.champions.items():
             lines.append(f"  champion of models:/{name}: {cell or 'none, for no cell of it is current'}")
+        if self.registry:
+            lines.append(f"  champions are registered in {shown(self.registry)}, as MLFLOW_REGISTRY_URI says")
         if self.summary:
             lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
@@ -116,7 +119,13 @@ def sync(
             for run in settled:
                 shared.drop(store, run)
             current = [run for run in settled if run.data.tags["grid"] == "current"]
-            report.champions = crown(store, current, _data_digest(pipeline_folder, current))
+            report.registry = registry_uri(store.uri)
+            try:
+                report.champions = crown(store, current, _data_digest(pipeline_folder, current))
+            except Exception as error:  # SQLAlchemy's as well, of a database
+                if report.registry is None:
+                    raise
+                raise unusable(report.registry, error, "MLFLOW_REGISTRY_URI") from None
             arrange(store)
             report.summary = summarize(store, pipeline_folder / "reports", pages)
     except (MlflowException, OSError) as error:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -280,11 +281,23 @@ def _artifact_root(uri: str) -> Path:
     return (database.parent if database else project_root()) / "mlruns"
 
 
-def unusable(uri: str, error: Exception) -> StoreAway:
+def unusable(uri: str, error: Exception, variable: str = "MLFLOW_TRACKING_URI") -> StoreAway:
+    if "out-of-date database schema" in str(error):
+        return StoreAway(
+            f"{shown(uri)}: another version of MLflow than this {version('mlflow')} made the database, which "
+            f"stays as it is. An older one: copy it, then run `mlflow db upgrade {shown(uri)}`. A newer one: "
+            f"install that version again, or have {variable} name another store."
+        )
     return StoreAway(
         f"{shown(uri)}: MLflow's store cannot be used ({reason(error)}). Check that it is there and whole; "
-        "MLFLOW_TRACKING_URI names another one."
+        f"{variable} names another one."
     )
+
+
+def registry_uri(uri: str) -> str | None:
+    """The store that MLFLOW_REGISTRY_URI names for registered models, unless it is the one at `uri`."""
+    named = os.environ.get("MLFLOW_REGISTRY_URI")
+    return named if named and named != uri else None
 
 
 def reason(error: Exception) -> str:

@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import shutil
+import sys
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +55,12 @@ def choose_device(name: str | None = None) -> torch.device:
     present = ["cpu"]
     if torch.backends.mps.is_available():
         present.insert(0, "mps")
-    if torch.cuda.is_available():  # a driver that is too old for this torch shows cards, and says so here
-        present[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    with warnings.catch_warnings(record=True) as said:  # of a driver that is too old for this torch
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            present[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for warning in said:
+        print(f"resgrid: no CUDA: {str(warning.message).partition(' (Triggered')[0]}", file=sys.stderr)
     if name == "auto":
         return torch.device(present[0])
     wanted = "cuda:0" if name == "cuda" else name
