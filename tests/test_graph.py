@@ -1,17 +1,13 @@
-"""The bookkeeping of a graphed step, with a stand-in for the graph; tests/gpu holds the same of a real one.
-
-A replay overwrites the gradients in place. The stand-in does so by setting them to zero and calling the
-function, so it runs on any machine, and whatever replaces a tensor that the graph would read shows here.
-"""
+"""The bookkeeping of a graphed step, with a stand-in for the graph; test_gpu.py asks the same of a real one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
+import stand_in
 import torch
 from test_engine import CPU, cell, data, differing, new_model, run
 from test_run import cell as run_cell
@@ -35,31 +31,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[GraphedStep]:
-    """Trainings on the CPU are graphed, by the stand-in; the list gets each of their steps."""
-    captured: list[GraphedStep] = []
-
-    def stand_in(step: GraphedStep) -> Callable[[], None]:
-        captured.append(step)
-        state = torch.get_rng_state()
-        step.eager()  # gives the gradients their memory, and moves statistics, totals and the generator
-        torch.set_rng_state(state)
-
-        def replay() -> None:
-            step.optimizer.zero_grad(set_to_none=False)
-            step.work()
-
-        return replay
-
-    monkeypatch.setattr(graph, "capture", stand_in)
-    graph_on_cpu(monkeypatch)
-    return captured
-
-
-def graph_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def graphed(*arguments: Any) -> engine.Execution:
-        return replace(choose_execution(*arguments), graphed=True)
-
-    monkeypatch.setattr(engine, "choose_execution", graphed)
+    """Each training's step: trainings on the CPU are graphed, by the stand-in."""
+    return stand_in.install(monkeypatch)
 
 
 CELLS = {
@@ -112,7 +85,7 @@ def test_a_capture_that_fails_is_told_in_one_line_and_training_is_the_eager_one(
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with …")
 
     monkeypatch.setattr(graph, "capture", fails)
-    graph_on_cpu(monkeypatch)
+    stand_in.graph_on_cpu(monkeypatch)
     epochs, outcome = run(fit(trained, model, data(16, 8), CPU))
     assert capsys.readouterr().err == (
         "resgrid: no CUDA graph, so steps are slower: CUDA error: operation not permitted when stream is "
