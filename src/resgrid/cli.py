@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("resgrid: stopped. The same command starts again.", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:  # where there is torch and little else
+        print(f"resgrid: this command needs the package {error.name}: `make install`.", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `resgrid cells | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
