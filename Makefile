@@ -77,7 +77,7 @@ GPU_WHEELS := numpy pillow pydantic pydantic-core annotated-types typing-inspect
 	ruamel-yaml-clib safetensors pytest iniconfig packaging pluggy pygments
 gpu-wheels: install  ## Fetch what a Linux machine with torch alone needs beside it (GPU_PYTHON=3.12)
 	rm -rf .gpu/wheels
-	for name in $(GPU_WHEELS); do grep -hoE "^$$name==[^ ]+" requirements.lock | tail -1; done | \
+	for name in $(GPU_WHEELS); do grep -hoE "^$$name==[^ ]+" requirements.lock | head -1; done | \
 		xargs $(VENV)/bin/python -m pip download --quiet --no-deps --only-binary=:all: --dest .gpu/wheels \
 		--python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
 		--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64

@@ -12,9 +12,11 @@ import torch
 from test_engine import CPU, cell, data, differing, new_model, run
 from test_run import cell as run_cell
 from test_run import folder, train  # noqa: F401  # `folder` is a fixture
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from resgrid.checkpoint import Checkpoints
 from resgrid.errors import ResgridError
+from resgrid.models import build_model
 from resgrid.training import engine, graph
 from resgrid.training.device import choose_execution
 from resgrid.training.engine import fit
@@ -150,6 +152,19 @@ def test_on_cuda_steps_are_graphed_unless_the_environment_says_never(monkeypatch
     monkeypatch.setenv("RESGRID_GRAPHS", "off")
     with pytest.raises(ResgridError, match="RESGRID_GRAPHS=off: must be never, or auto"):
         choose_execution(cell(), 48, cuda)
+
+
+@pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
+def test_on_a_card_forward_and_loss_read_nothing_back(architecture):
+    """Without a card: fake tensors have CUDA's code paths and no values, and refuse to be read."""
+    cuda = torch.device("cuda:0")
+    with FakeTensorMode(), cuda:
+        model = build_model(architecture, 10, 0.0 if architecture == "resnet20" else 0.3).train()
+        totals = engine.Totals(cuda)
+        logits, labels = model(torch.randn(4, 3, 32, 32)), torch.randint(10, (4,))
+        totals.add(torch.nn.functional.cross_entropy(logits, labels), logits, labels)
+        with pytest.raises(DataDependentOutputException):
+            totals.read(1, 4)
 
 
 def test_the_timing_says_whether_steps_were_graphed(steps, folder, tmp_path):  # noqa: F811

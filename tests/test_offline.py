@@ -168,6 +168,11 @@ def test_at_the_time_limit_what_runs_is_ended(node, packed):
     assert out.splitlines()[-1] == "0 of 1 cells are trained."
 
 
+def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
+    code, _, err = node.run("plan")
+    assert (code, err) == (1, "resgrid: this command needs the package psutil: `make install`.\n")
+
+
 def test_a_pattern_that_matches_no_cell_is_refused(node):
     code, _, err = node.run("train-list", "resnet21-*")
     assert code == 1

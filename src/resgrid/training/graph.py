@@ -87,10 +87,12 @@ def capture(step: GraphedStep) -> Callable[[], None]:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
         try:
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    step.eager()
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        step.eager()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
             # Other threads (the checkpoint's, MLflow's) may use the card meanwhile. Gradients are None at the
             # start, so that backward allocates them in the graph's memory and each replay overwrites them.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
