@@ -12,7 +12,8 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up worker ui test test-long check audit format repro bench bench-gpu lock clean
+.PHONY: help install demo up worker ui test test-long test-gpu check audit format repro bench bench-gpu gpu-wheels \
+	lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -58,8 +59,29 @@ test-long: install  ## Run the tests in their long forms as well
 bench: install  ## Measure the speed against the standard loop: a quarter of an hour on an idle machine
 	python benchmarks/speed.py
 
-bench-gpu: install  ## The same on a GPU
-	python benchmarks/speed.py --gpu
+# Neither of these two installs anything but the wheels that `make gpu-wheels` left in .gpu/wheels: they run on a
+# machine with a GPU, torch and no network, with PYTHON=python3.
+ON_GPU = PYTHONPATH=$(CURDIR)/src:$(CURDIR):$(CURDIR)/.gpu/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+CARRIED = @[ -d $(VENV) ] || [ ! -d .gpu/wheels ] || $(PYTHON) -m pip install --quiet --no-index --no-deps \
+	--no-compile --no-cache-dir --upgrade --target .gpu/site .gpu/wheels/*.whl
+bench-gpu:  ## Measure training steps on a GPU: five minutes at most, no `make install` needed
+	$(CARRIED)
+	$(ON_GPU) benchmarks/gpu.py
+
+test-gpu:  ## Run the tests that need a GPU: no `make install` needed
+	$(CARRIED)
+	$(ON_GPU) -m pytest --noconftest -p no:cacheprovider -W default tests/test_gpu.py
+
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := numpy pillow pydantic pydantic-core annotated-types typing-inspection typing-extensions ruamel-yaml \
+	ruamel-yaml-clib safetensors pytest iniconfig packaging pluggy pygments
+gpu-wheels: install  ## Fetch what a Linux machine with torch alone needs beside it (GPU_PYTHON=3.12)
+	rm -rf .gpu/wheels
+	for name in $(GPU_WHEELS); do grep -hoE "^$$name==[^ ]+" requirements.lock | head -1; done | \
+		xargs $(VENV)/bin/python -m pip download --quiet --no-deps --only-binary=:all: --dest .gpu/wheels \
+		--python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+	@du -sh .gpu/wheels
 
 check: install  ## Style, types and import contracts
 	ruff check .

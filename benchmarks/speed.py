@@ -3,7 +3,10 @@
 Both sides are processes that live through the whole of a row and take turns, so that the machine's moods hit
 both; each figure is the median of its rounds, each ratio the median of the rounds' ratios. Images are real
 (scikit-learn's handwritten digits as 32x32 RGB), batches 128, augmentation crop and flip on both sides.
-ResGrid computes as it would for that cell's full training on CIFAR-10. Writes results.md and results.json.
+ResGrid computes as it would for that cell's full training on CIFAR-10.
+
+A second table says how much of a step of each architecture is convolutions (convolutions.py). Writes
+results.md and results.json. `make bench-gpu` is gpu.py.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,8 +29,10 @@ CIFAR_IMAGES = 50_000
 # Batches a round of the standard loop: a few seconds each on two cores.
 BATCHES = {"resnet20": 12, "resnet18": 2, "vgg16": 3, "resnet110": 3}
 NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "vgg16": "VGG-16", "resnet110": "ResNet-110"}
-GOALS = {"resnet20": (3.2, 5.0), "resnet18": (3.7, 5.0), "vgg16": (3.0, 5.0), "resnet110": (2.8, 4.5)}
-GPU_FACTOR = 20  # more batches a round
+YARDSTICK_ROUNDS, YARDSTICK_BATCHES = 3, 5  # of the table of steps and convolutions
+STEPS_TEXT = """Seconds of a whole training step, divided by seconds of its convolutions alone: the same
+shapes, precision and layout, forward and both gradients, each shape timed by itself (the median of five), in
+turn with the steps in one process. 1 would be a step in which nothing else takes any time."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,20 @@ class Row:
     highest_ratio: float
     rounds: int
     unit: str
-    at_least: float | None
-    aim: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the second table: milliseconds of a training step, and of its convolutions alone."""
+
+    architecture: str
+    batch: int
+    step: float
+    convolutions: float
+    ratio: float
+    lowest_ratio: float
+    highest_ratio: float
+    rounds: int
 
 
 # --- the two sides, each in a process of its own ----------------------------------------------------
@@ -97,37 +115,11 @@ def standard(architecture: str, what: str, batches: int) -> None:
 
 
 def ours(architecture: str, what: str, batches: int) -> None:
-    from resgrid.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    import torch
-
-    from resgrid.config import Engine, Recipe, load_params
-    from resgrid.data.dataset import Split
-    from resgrid.grid import find_cell
+    cell, device, execution = _as_in_training(architecture)
+    data = _data(batches)
     from resgrid.models import build_model
-    from resgrid.training.device import choose_device, choose_execution
-    from resgrid.training.engine import TrainingData, fit, score
+    from resgrid.training.engine import fit, score
 
-    device = choose_device()
-    cell = find_cell(load_params(HERE.parent / "params.yaml"), f"{architecture}-sgd-0")
-    execution = choose_execution(cell, CIFAR_IMAGES, device)
-    same = {"flip": True, "crop_padding": 4, "rotation_degrees": 0.0, "shift_fraction": 0.0}
-    recipe = cell.recipe.model_dump() | {"batch_size": BATCH, "epochs": 10_000, "augmentation": same}
-    cell = cell.model_copy(
-        update={
-            "recipe": Recipe.model_validate(recipe),
-            "engine": Engine(
-                precision=execution.precision_name,
-                compile="always" if execution.compiled else "never",
-                scored_epochs="all",
-            ),
-        }
-    )
-    images, labels = (torch.from_numpy(part) for part in digits(batches * BATCH))
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    few = Split(images[:100], labels[:100])
-    data = TrainingData(train=Split(images, labels), test=few, validation=None, mean=mean, std=std)
     model = build_model(architecture, 10, cell.recipe.dropout)
     if what == "train":
         training = fit(cell, model, data, device)
@@ -136,10 +128,64 @@ def ours(architecture: str, what: str, batches: int) -> None:
 
     def measure() -> float:
         began = time.perf_counter()
-        score(model, data.train, mean, std, device, execution.precision)
-        return len(labels) / (time.perf_counter() - began)
+        score(model, data.train, data.mean, data.std, device, execution.precision)
+        return len(data.train.labels) / (time.perf_counter() - began)
 
     serve(measure)
+
+
+def yardstick(architecture: str, rounds: int, batches: int) -> None:
+    """Print milliseconds of a training step and of its convolutions alone, a pair a round, as JSON."""
+    cell, device, execution = _as_in_training(architecture)
+    sys.path.insert(0, str(HERE))
+    import convolutions
+
+    from resgrid.models import build_model
+    from resgrid.training.engine import fit
+
+    training = fit(cell, build_model(architecture, 10, cell.recipe.dropout), _data(batches), device)
+    next(training)  # the first touch of everything is not counted
+    alone = build_model(architecture, 10, cell.recipe.dropout)
+    pairs = []
+    for _ in range(rounds):
+        step = next(training).seconds / batches
+        pairs.append((1e3 * step, 1e3 * convolutions.seconds(alone, BATCH, device, execution.precision)))
+    print(json.dumps(pairs))
+
+
+def _as_in_training(architecture: str):
+    """The cell as its full training on CIFAR-10 computes it, with crop and flip; its device and execution."""
+    from resgrid.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    from resgrid.config import Engine, Recipe, load_params
+    from resgrid.grid import find_cell
+    from resgrid.training.device import choose_device, choose_execution
+
+    device = choose_device()
+    cell = find_cell(load_params(HERE.parent / "params.yaml"), f"{architecture}-sgd-0")
+    execution = choose_execution(cell, CIFAR_IMAGES, device)
+    same = {"flip": True, "crop_padding": 4, "rotation_degrees": 0.0, "shift_fraction": 0.0}
+    recipe = cell.recipe.model_dump() | {"batch_size": BATCH, "epochs": 10_000, "augmentation": same}
+    engine = Engine(
+        precision=execution.precision_name,
+        compile="always" if execution.compiled else "never",
+        scored_epochs="all",
+    )
+    changed = {"recipe": Recipe.model_validate(recipe), "engine": engine}
+    return cell.model_copy(update=changed), device, execution
+
+
+def _data(batches: int):
+    import torch
+
+    from resgrid.data.dataset import Split
+    from resgrid.training.engine import TrainingData
+
+    images, labels = (torch.from_numpy(part) for part in digits(batches * BATCH))
+    few = Split(images[:100], labels[:100])
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    return TrainingData(train=Split(images, labels), test=few, validation=None, mean=mean, std=std)
 
 
 # --- the table --------------------------------------------------------------------------------------
@@ -181,9 +227,7 @@ def _command(side: str, architecture: str, what: str, batches: int) -> list[str]
     return [sys.executable, str(Path(__file__)), "--side", side, architecture, what, str(batches)]
 
 
-def speed_row(
-    name: str, architecture: str, what: str, batches: int, rounds: int, goals, processes: int = 1
-) -> Row:
+def speed_row(name: str, architecture: str, what: str, batches: int, rounds: int, processes: int = 1) -> Row:
     """Both sides in turn. The standard loop is always one process: several only get in each other's way."""
     factor = 4 if what == "score" else 1
     baseline = Side("standard", architecture, what, batches * factor)
@@ -201,8 +245,6 @@ def speed_row(
         highest_ratio=round(max(ratios), 2),
         rounds=rounds,
         unit="images/s",
-        at_least=goals[0],
-        aim=goals[1],
     )
 
 
@@ -231,14 +273,37 @@ def start_row(rounds: int) -> Row:
         lowest_ratio=round(min(ratios), 2),
         highest_ratio=round(max(ratios), 2),
         rounds=rounds,
-        unit="s (goal: at most 8, aim 4)",
-        at_least=None,
-        aim=None,
+        unit="s",
     )
 
 
-def measure_all(rounds: int, gpu: bool) -> list[Row]:
-    factor = GPU_FACTOR if gpu else 1
+def step_row(architecture: str, rounds: int, batches: int) -> Step:
+    """Both by one process of its own, in turn."""
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        "--side",
+        "yardstick",
+        architecture,
+        str(rounds),
+        str(batches),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    pairs = json.loads(done.stdout)
+    ratios = [step / alone for step, alone in pairs]
+    return Step(
+        architecture=architecture,
+        batch=BATCH,
+        step=round(median(step for step, _ in pairs), 1),
+        convolutions=round(median(alone for _, alone in pairs), 1),
+        ratio=round(median(ratios), 2),
+        lowest_ratio=round(min(ratios), 2),
+        highest_ratio=round(max(ratios), 2),
+        rounds=rounds,
+    )
+
+
+def measure_all(rounds: int) -> list[Row]:
     rows = []
 
     def add(row: Row) -> None:
@@ -246,17 +311,20 @@ def measure_all(rounds: int, gpu: bool) -> list[Row]:
         print(f"{row.name:48} {row.baseline:9,.1f} {row.ours:9,.1f} {row.ratio:6.2f} x", flush=True)
 
     for architecture, batches in BATCHES.items():
-        goals = (10.0, None) if gpu and architecture == "resnet20" else GOALS[architecture]
-        name = f"{NAMES[architecture]} training"
-        add(speed_row(name, architecture, "train", batches * factor, rounds, goals))
+        add(speed_row(f"{NAMES[architecture]} training", architecture, "train", batches, rounds))
     for architecture, batches in BATCHES.items():
-        name = f"{NAMES[architecture]} evaluation"
-        add(speed_row(name, architecture, "score", batches * factor, rounds, (4.2, 6.0)))
-    many = 8 if gpu else 2
-    name = f"{many} ResNet-20 cells at once, summed"
-    add(speed_row(name, "resnet20", "train", 12 * factor, rounds, (3.7, 5.0), processes=many))
+        add(speed_row(f"{NAMES[architecture]} evaluation", architecture, "score", batches, rounds))
+    add(speed_row("2 ResNet-20 cells at once, summed", "resnet20", "train", 12, rounds, processes=2))
     add(start_row(rounds))
     return rows
+
+
+def measure_steps(architectures: Sequence[str], rounds: int, batches: int) -> list[Step]:
+    steps = []
+    for architecture in architectures:
+        steps.append(row := step_row(architecture, rounds, batches))
+        print(f"{architecture:48} {row.step:9,.1f} {row.convolutions:9,.1f} {row.ratio:6.2f} x", flush=True)
+    return steps
 
 
 def machine() -> dict[str, str]:
@@ -280,27 +348,31 @@ def machine() -> dict[str, str]:
     }
 
 
-def write(name: str, found: dict[str, str], rows: list[Row]) -> None:
-    (HERE / f"{name}.json").write_text(
-        json.dumps({"machine": found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-    )
-    lines = [
-        "| | standard loop | ResGrid | ratio | rounds' ratios | at least | aim |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def write(folder: Path, found: dict[str, str], rows: list[Row], steps: list[Step]) -> None:
+    content = {
+        "machine": found,
+        "rows": [asdict(row) for row in rows],
+        "steps": [asdict(step) for step in steps],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    lines = ["# Speed against the standard loop\n"]
+    lines += ["Written by `make bench`; read with [notes.md](notes.md).\n"]
+    lines += [f"- {key}: {value}" for key, value in found.items()]
+    lines += ["", "| | standard loop | ResGrid | ratio | rounds' ratios |", "|---|---|---|---|---|"]
     for row in rows:
-        goals = " | ".join("" if goal is None else f"{goal:.1f}" for goal in (row.at_least, row.aim))
         lines.append(
             f"| {row.name} | {row.baseline:,.1f} {row.unit} | {row.ours:,.1f} | {row.ratio:.2f} "
-            f"| {row.lowest_ratio:.2f}–{row.highest_ratio:.2f} ({row.rounds}) | {goals} |"
+            f"| {row.lowest_ratio:.2f}–{row.highest_ratio:.2f} ({row.rounds}) |"
         )
-    said = "\n".join(f"- {key}: {value}" for key, value in found.items())
-    (HERE / f"{name}.md").write_text(
-        f"# Speed against the standard loop\n\nWritten by `make bench`; read with "
-        f"[notes.md](notes.md). The goals, in the last two columns, were set on a CPU with AMX.\n\n{said}\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    if steps:
+        lines += ["", "## A step beside its convolutions alone\n", STEPS_TEXT, ""]
+        lines += ["| | step, ms | convolutions, ms | ratio | rounds' ratios |", "|---|---|---|---|---|"]
+    for step in steps:
+        lines.append(
+            f"| {step.architecture}, batch {step.batch} | {step.step:,.1f} | {step.convolutions:,.1f} "
+            f"| {step.ratio:.2f} | {step.lowest_ratio:.2f}–{step.highest_ratio:.2f} ({step.rounds}) |"
+        )
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -308,23 +380,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--gpu", action="store_true", help="longer rounds, and results-gpu.md")
+    parser.add_argument(
+        "--dry", type=Path, metavar="FOLDER", help="ResNet-20's step alone, once, into FOLDER"
+    )
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)  # whose, which, what, how many batches
     options = parser.parse_args()
     if options.side:
         side, architecture, what, batches = options.side
-        (standard if side == "standard" else ours)(architecture, what, int(batches))
+        if side == "yardstick":
+            yardstick(architecture, int(what), int(batches))
+        else:
+            (standard if side == "standard" else ours)(architecture, what, int(batches))
         return
+    if options.dry:
+        write(options.dry, machine(), [], measure_steps(["resnet20"], 1, 1))
+        return
+    from resgrid.config import FAMILIES
+
     found = machine()
-    if options.gpu and "cuda" not in _device_type():
-        sys.exit("bench: there is no GPU here; `make bench` measures the CPU.")
-    write("results-gpu" if options.gpu else "results", found, measure_all(options.rounds, options.gpu))
-
-
-def _device_type() -> str:
-    from resgrid.training.device import choose_device
-
-    return choose_device().type
+    rows = measure_all(options.rounds)
+    write(HERE, found, rows, measure_steps(list(FAMILIES), YARDSTICK_ROUNDS, YARDSTICK_BATCHES))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from resgrid import watch
 from resgrid.errors import ResgridError, suggest
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import duration
+from tasks import mps
 from tasks.order import DATA_STAGES, Order
 from tasks.order import remote as dvc_remote
 from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
@@ -178,7 +179,8 @@ class Grid:
             self.progress.slots = len(slots)
             self.say(f"{len(queue)} of {len(self.chosen)} cells to train, {_said(slots)}")
             self._show(queue, slots)
-            self._pack(queue, slots)
+            with mps.shared(slots, self.say):
+                self._pack(queue, slots)
         elif queue:
             self.say(f"{len(queue)} of {len(self.chosen)} cells to train, in the work pool {self.where}")
             self._place(queue)
@@ -290,7 +292,7 @@ class Grid:
             self.progress.cells[title] = _DID[self.outcomes[title].did]
             return None
         # Memory is only a fault that can pass if somebody else had it.
-        passing = failure.fault in ("connection", "busy") or (failure.fault == "memory" and neighbours > 0)
+        passing = failure.fault not in (None, "memory") or (failure.fault == "memory" and neighbours > 0)
         if passing and attempt.number < TRIES:
             self.progress.cells[title] = WAITING
             self.say(f"{title}: {failure.why}: this can pass, so it is tried again at the end")

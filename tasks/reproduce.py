@@ -44,12 +44,13 @@ DVC_COMMAND = (sys.executable, "-P", DVC, "--wait-for-lock")
 Did = Literal["ran", "restored", "nothing"]
 
 # Faults that can pass by themselves.
-Fault = Literal["busy", "memory", "connection"]
+Fault = Literal["busy", "memory", "card", "connection"]
 _FAULTS: dict[Fault, re.Pattern[str]] = {
     "busy": re.compile(r"is busy, it is being blocked by|Unable to acquire lock"),
     "memory": re.compile(
         r"(out of|not enough|can't allocate) memory|OutOfMemoryError|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
     ),
+    "card": re.compile("Error: CUDA error: "),  # of one client of MPS, or of another beside it
     "connection": re.compile(
         r"Connection(Error|ResetError|RefusedError|AbortedError)|Connection (reset|refused|aborted|timed out)"
         r"|RemoteDisconnected|IncompleteRead|Max retries exceeded|Temporary failure in name resolution"

@@ -3,7 +3,8 @@
 Cores are divided, never shared: two processes of two threads on two cores reach 0.55 times the images/s of
 one alone, while two of one thread each reach 1.2 times those of one of two. So on the CPU there are as many
 slots as cores and cells, and the threads of one are cores // slots. On a GPU a small network leaves most of
-the card idle, so several cells share it, as many as its free memory holds.
+the card idle, so under MPS several cells share it, as many as its free memory holds. Without MPS processes
+take turns on a card and gain nothing (see `mps.py`), so each card has one.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ import psutil
 
 from resgrid.config import Architecture
 from resgrid.errors import ResgridError
+from tasks import mps
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kubernetes set it
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
-MAX_SHARING = 8  # cells on one card: it is busy by then
+MAX_SHARING = 8  # cells on one card: four ResNet-20 train 1.72 times the images/s of one, eight 1.84
 
-# Peak of the tensors of a training step in bytes, at the recipes' own batch sizes. An estimate on the safe
-# side (three bf16 tensors kept for each convolution, the weights with gradients and two moments in fp32, the
-# data, and as much again), used until a cell's timing.json has a measured `peak_memory_bytes`.
+# Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
+# were seen of ResNet-20 and 3.8 of ResNet-10 on an H100. The others are three times what their steps alone
+# took there, as it is with these two. Used until a cell's timing.json has a measured `peak_memory_bytes`.
 CUDA_BYTES: dict[Architecture, int] = {
-    "resnet20": int(0.6 * GIB),
-    "resnet32": int(0.9 * GIB),
-    "resnet44": int(1.1 * GIB),
-    "resnet56": int(1.4 * GIB),
-    "resnet110": int(2.7 * GIB),
-    "resnet10": int(1.2 * GIB),
-    "resnet18": int(2.0 * GIB),
-    "resnet26": int(2.8 * GIB),
-    "vgg16": int(1.5 * GIB),
+    "resnet20": int(1.3 * GIB),
+    "resnet32": int(1.9 * GIB),
+    "resnet44": int(2.5 * GIB),
+    "resnet56": int(3.1 * GIB),
+    "resnet110": int(4.7 * GIB),
+    "resnet10": int(3.8 * GIB),
+    "resnet18": int(4.4 * GIB),
+    "resnet26": int(5.6 * GIB),
+    "vgg16": int(5.3 * GIB),
 }
 
 
@@ -81,7 +83,7 @@ def share(
 ) -> list[Slot]:
     """The slots for `num_cells` cells: `slots` of them, or as many as this machine is good for.
 
-    `footprints` are measured peaks of the tensors on a card, in bytes. Raises ResgridError for no slots.
+    `footprints` are measured peaks of what torch took of a card, in bytes. Raises ResgridError for no slots.
     """
     if slots is not None and slots < 1:
         raise ResgridError(f"slots={slots}: must be at least 1, or not given: then they are found.")
@@ -90,7 +92,8 @@ def share(
     if devices:
         known = CUDA_BYTES | dict(footprints or {})
         largest = max((known[name] for name in architectures), default=max(known.values()))
-        return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots)
+        sharing = MAX_SHARING if mps.available() else 1
+        return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
     if slots is None:
         # Metal's one queue gains little from sharing, and its memory is the machine's.
         room = 1 if _on_metal() else psutil.virtual_memory().available // CPU_BYTES
@@ -103,9 +106,16 @@ def whole_machine() -> Slot:
     return Slot("all cores", num_cores())
 
 
-def _on_cards(devices: list[Card], each: int, num_cells: int, cores: int, slots: int | None) -> list[Slot]:
+def _on_cards(
+    devices: list[Card],
+    each: int,
+    num_cells: int,
+    cores: int,
+    slots: int | None,
+    max_sharing: int = MAX_SHARING,
+) -> list[Slot]:
     if slots is None:
-        rooms = [max(1, min(MAX_SHARING, card.free_bytes // each)) for card in devices]
+        rooms = [max(1, min(max_sharing, card.free_bytes // each)) for card in devices]
         # A process of its own launches the kernels of each cell, and needs a core to do so.
         slots = max(1, min(sum(rooms), num_cells, max(cores, len(devices))))
     else:

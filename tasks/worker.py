@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -34,6 +34,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
+from tasks import mps
 from tasks import order as orders
 from tasks.order import Order
 from tasks.pool import BEAT_SECONDS, PASSING, RECORD_ONLY, REFUSED, make_pool
@@ -220,8 +221,9 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     told: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: told.append(number))
-    process = None
+    process, cards_shared = None, ExitStack()
     try:
+        environment |= cards_shared.enter_context(mps.shared(shares))
         while not told:
             process = subprocess.Popen(command, cwd=root, env=environment, process_group=0)
             while process.poll() is None and not told and not refusal.exists():
@@ -240,6 +242,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     finally:
         if process is not None:
             _leave(process)
+        cards_shared.close()
         refusal.unlink(missing_ok=True)
     print("The worker has left.", flush=True)
     return 0

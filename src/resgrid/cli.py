@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("resgrid: stopped. The same command starts again.", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:  # where there is torch and little else
+        print(f"resgrid: this command needs the package {error.name}: `make install`.", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `resgrid cells | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -134,6 +137,19 @@ def _parser() -> argparse.ArgumentParser:
         help="anew from the first epoch, though an earlier start was cut off",
     )
     _device_option(sub)
+    sub = command("train-list", _train_list, "Train cells side by side where there is torch and little else")
+    sub.add_argument(
+        "cells", nargs="+", metavar="CELL", help="ids or patterns such as 'resnet20-*', in order"
+    )
+    sub.add_argument("--slots", type=int, default=1, help="cells at once (default: %(default)s)")
+    sub.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="then what runs is ended, to go on later"
+    )
+    sub.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write what comes of it to FILE.000, FILE.001 …"
+    )
+    sub = command("take-in", _take_in, "Take results of `resgrid train-list --pack` into this pipeline")
+    sub.add_argument("parts", nargs="+", type=Path, metavar="FILE", help="all parts: FILE.000, FILE.001 …")
     sub = command("evaluate", _evaluate, "Score every trained cell afresh and compare them (a DVC stage)")
     _device_option(sub)
 
@@ -427,6 +443,35 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
             )
         write_metrics(RUNS / cell.id, params.name)
         run.complete(RUNS / cell.id)
+
+
+def _train_list(options: argparse.Namespace) -> int:
+    from resgrid.config import load_params
+    from resgrid.tracking import project_root
+    from tasks.offline import choose, train_list
+
+    if options.slots < 1:
+        raise ResgridError(f"--slots {options.slots}: must be 1 or more.")
+    cells = choose(load_params(), options.cells)
+    limit = options.time_limit if options.time_limit is not None else float("inf")
+    missing = train_list(cells, project_root(), options.slots, limit, options.pack)
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are trained.")
+    return 1 if missing else 0
+
+
+def _take_in(options: argparse.Namespace) -> int:
+    from resgrid.config import load_params
+    from resgrid.data.dataset import load_meta
+    from resgrid.tracking import project_root
+    from tasks.offline import take_in
+
+    taken, refused = take_in(options.parts, load_params(), load_meta(PROCESSED).digest, project_root())
+    if taken:
+        print(f"Recorded in dvc.lock: {', '.join(taken)}.")
+        print("`resgrid sync` gives them their runs in MLflow, `dvc repro evaluate` compares them.")
+    for line in refused:
+        print(f"resgrid: refused: {line}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models import build_model
 from resgrid.progress import duration
-from resgrid.training.device import Execution, choose_device, choose_precision
+from resgrid.training.device import choose_device, choose_execution
 from resgrid.training.engine import Totals, make_step
 from resgrid.training.optimizers import build_optimizer
 
@@ -33,19 +34,25 @@ def estimate(params: Params, num_train: int, device: torch.device) -> dict[str, 
 
 
 def seconds_per_image(cell: Cell, device: torch.device) -> float:
-    """The faster of two training steps of `cell` on noise, after one that is not counted."""
+    """The faster of two training steps of `cell` on noise, after one that is not counted.
+
+    On a GPU with the recipe's batch: a step of a few images takes as long there as one of many.
+    """
     model = build_model(cell.architecture, 10, cell.recipe.dropout).train()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = min(cell.recipe.batch_size, TIMED_BATCH)
+    batch = cell.recipe.batch_size if device.type == "cuda" else min(cell.recipe.batch_size, TIMED_BATCH)
     images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     totals = Totals(device)
-    execution = Execution(choose_precision(cell.engine, device))  # compiling takes longer than all of this
+    execution = replace(
+        choose_execution(cell, batch, device), compiled=False
+    )  # which takes longer than all this
     step = make_step(cell, model, build_optimizer(cell, model), totals, execution)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        step(images, labels)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):  # as in training
+            step(images, labels)
         totals.read(1, batch)  # waits for the device
         times.append(time.perf_counter() - started)
     return min(times[1:]) / batch

@@ -55,7 +55,7 @@ def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
     training ended with an error. `missing`: there is no whole result.
     """
     data, code = data_digest(pipeline), code_digest(package_of(pipeline))
-    return [_run(cell, pipeline / "runs" / cell.id, data, code) for cell in cells]
+    return [run_in(pipeline / "runs" / cell.id, cell, data, code) for cell in cells]
 
 
 def data_digest(pipeline: Path) -> str | None:
@@ -67,7 +67,8 @@ def data_digest(pipeline: Path) -> str | None:
     return str(digest)
 
 
-def _run(cell: Cell, folder: Path, data: str | None, code: str) -> Run:
+def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
+    """What `folder` holds of `cell`, today's data and code being those of these digests."""
     if not (folder / RUN).is_file():
         if not (folder / FAILURE).is_file():
             return Run(cell, folder, "missing")

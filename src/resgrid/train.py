@@ -201,6 +201,7 @@ def _timing(
         "device_name": device_name(device),
         "precision": execution.precision_name,
         "compiled": execution.compiled,
+        "graphed": outcome.graphed,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
 from types import TracebackType
@@ -79,7 +80,14 @@ class LiveRun:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._do(self._start, _now())
+        if find_spec("mlflow") is None:  # a machine with torch and little else
+            self._failed = True
+            print(
+                f"resgrid: {self._cell.id} is not logged while it trains: mlflow is not installed",
+                file=sys.stderr,
+            )
+        else:
+            self._do(self._start, _now())
         return self
 
     def log_epoch(self, epoch: Epoch) -> None:

@@ -30,6 +30,7 @@ class Execution:
 
     precision: torch.dtype  # float32, or bfloat16 for autocast over float32 weights
     compiled: bool = False
+    graphed: bool = False  # replayed as a CUDA graph, which changes no bit: so __str__ leaves it out
 
     @property
     def precision_name(self) -> str:
@@ -96,10 +97,15 @@ def choose_execution(cell: Cell, num_train: int, device: torch.device) -> Execut
     """As the cell's `engine` says; what it leaves to us goes by the whole work of the cell and the machine.
 
     Never by what is cached or left to do, so that a cell gives the same weights whenever it is started.
-    Without a C++ compiler nothing is compiled, also where that was asked for.
-    Raises ResgridError as `choose_precision` does.
+    Without a C++ compiler nothing is compiled, also where that was asked for. On CUDA steps are replayed as a
+    graph, unless RESGRID_GRAPHS is `never`.
+    Raises ResgridError as `choose_precision` does, and for another value of RESGRID_GRAPHS.
     """
     precision = choose_precision(cell.engine, device)
+    graphs = os.environ.get("RESGRID_GRAPHS") or "auto"
+    if graphs not in ("auto", "never"):
+        raise ResgridError(f"RESGRID_GRAPHS={graphs}: must be never, or auto, or not set.")
+    graphed = device.type == "cuda" and graphs == "auto"
     if cell.engine.compile == "auto":
         pays = (
             device.type == "cpu"
@@ -107,8 +113,8 @@ def choose_execution(cell: Cell, num_train: int, device: torch.device) -> Execut
             and cell.family == "cifar_resnet"
             and cell.recipe.epochs * num_train >= COMPILE_FROM_IMAGES
         )
-        return Execution(precision, pays and _can_compile())
-    return Execution(precision, cell.engine.compile == "always" and _can_compile())
+        return Execution(precision, pays and _can_compile(), graphed)
+    return Execution(precision, cell.engine.compile == "always" and _can_compile(), graphed)
 
 
 def _can_compile() -> bool:

@@ -32,6 +32,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
 from resgrid.training.device import Execution, choose_execution
+from resgrid.training.graph import GraphedStep
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 from resgrid.training.schedules import lr_factor
 
@@ -105,6 +106,7 @@ class Outcome:
     epochs: tuple[Epoch, ...]  # all that were yielded: those before a divergence
     test: Scores  # in fp32: a fresh scoring of the weights on this device repeats the last digit
     validation: Scores | None
+    graphed: bool  # whether the steps of this start were replays of a CUDA graph
 
 
 def stream_seed(seed: int, stream: Literal["weights", "batches", "dropout"]) -> int:
@@ -207,6 +209,7 @@ def fit(
                     epochs=tuple(epochs),
                     test=scores(test, torch.float32),
                     validation=None if validation is None else scores(validation, torch.float32),
+                    graphed=isinstance(step, GraphedStep) and step.graphed,
                 )
             for name, tensor in model.state_dict().items():
                 kept[name].copy_(tensor)
@@ -241,7 +244,12 @@ def fit(
             num_images=len(data.validation.labels),
         )
     return Outcome(
-        status="completed", cause=None, epochs=tuple(epochs), test=test_scores, validation=validation_scores
+        status="completed",
+        cause=None,
+        epochs=tuple(epochs),
+        test=test_scores,
+        validation=validation_scores,
+        graphed=isinstance(step, GraphedStep) and step.graphed,
     )
 
 
@@ -270,7 +278,7 @@ def make_step(
 ) -> Callable[[Tensor, Tensor], None]:
     """One optimizer step on images (B, 3, 32, 32) and labels (B,), all of it on the device.
 
-    Shapes never change and nothing is read back, so that it can be compiled as it stands.
+    Shapes never change and nothing is read back, so that it can be compiled and captured as it stands.
     """
     trains_base = cell.recipe.approach == "end_to_end"
     bf16 = execution.precision is torch.bfloat16
@@ -285,13 +293,18 @@ def make_step(
     if execution.compiled:
         forward = torch.compile(forward, dynamic=False)  # and with it what backward does
 
-    def step(images: Tensor, labels: Tensor) -> None:
+    def work(images: Tensor, labels: Tensor) -> None:
         loss, logits = forward(images, labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
         totals.add(loss, logits, labels)
 
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        work(images, labels)
+        optimizer.step()
+
+    if execution.graphed:
+        return GraphedStep(work, optimizer, [*model.buffers(), totals.loss, totals.correct])
     return step
 
 

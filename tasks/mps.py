@@ -1,0 +1,101 @@
+"""NVIDIA's Multi-Process Service (MPS): cells that share a card run on it at once instead of taking turns.
+
+On an H100 four graphed ResNet-20 trained 0.99 times the images/s of one without it, 1.72 times under it, and
+eight 1.84 times. The daemon needs no root. A fault in one client can take the others along: their cells go on
+from their last checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resgrid.errors import ResgridError
+
+if TYPE_CHECKING:  # it imports psutil, which a machine with torch alone does not have
+    from tasks.slots import Slot
+
+CONTROL = "nvidia-cuda-mps-control"
+PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+DEFAULT_PIPES = Path("/tmp/nvidia-mps")  # where clients look for a daemon without PIPES
+SWITCH = "RESGRID_MPS"
+START_SECONDS, QUIT_SECONDS = 5.0, 20.0
+
+
+def running() -> bool:
+    """Whether somebody else's daemon serves this process already, or is meant to."""
+    return PIPES in os.environ or (DEFAULT_PIPES / "control").exists()
+
+
+def available() -> bool:
+    """Whether cells that share a card would run at once. Raises ResgridError for an unknown RESGRID_MPS."""
+    switch = os.environ.get(SWITCH) or "auto"
+    if switch not in ("auto", "never"):
+        raise ResgridError(f"{SWITCH}={switch}: must be never, or auto, or not set.")
+    return running() or (switch == "auto" and shutil.which(CONTROL) is not None)
+
+
+@contextmanager
+def shared(slots: Sequence[Slot], say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
+    """`daemon` where more than one of `slots` shares a card, in this process's environment as well."""
+    cards = Counter(slot.card for slot in slots if slot.card is not None)
+    if max(cards.values(), default=0) < 2:
+        yield {}
+        return
+    with daemon(say) as variables:
+        os.environ.update(variables)
+        try:
+            yield variables
+        finally:
+            for name in variables:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def daemon(say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
+    """Start a daemon in a folder of its own, and end it; yields the variables by which clients find it.
+
+    They are none, and nothing is started, where there is no MPS, RESGRID_MPS is `never`, or a daemon runs
+    already. A daemon that does not start is told and done without.
+    """
+    if not available() or running():
+        yield {}
+        return
+    # Not in the project: the path of a socket has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="resgrid-mps-", ignore_cleanup_errors=True) as folder:
+        variables = {PIPES: folder, LOGS: folder}
+        environment, told = os.environ | variables, Path(folder, "start")
+        with told.open("w") as file:  # not a pipe, which the daemon would keep open
+            done = subprocess.run(
+                [CONTROL, "-d"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                check=False,
+            )
+        if done.returncode:
+            why = told.read_text().strip() or f"{CONTROL} -d ended with {done.returncode}"
+            say(f"MPS does not start, so cells take turns on their card: {why}")
+            yield {}
+            return
+        deadline = time.monotonic() + START_SECONDS
+        while not Path(folder, "control").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        say(f"Cells share their card under MPS, whose daemon ends with them ({SWITCH}=never switches it off)")
+        try:
+            yield variables
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [CONTROL], input="quit\n", text=True, env=environment, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, timeout=QUIT_SECONDS, check=False,
+                )  # fmt: skip

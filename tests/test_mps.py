@@ -1,0 +1,111 @@
+"""MPS is started for cells that share a card and ended with them, and a daemon of somebody else is left alone.
+
+The stand-in for nvidia-cuda-mps-control writes down how it is called.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from resgrid.errors import ResgridError
+from tasks import mps, slots
+from tasks.slots import Card, Slot
+
+TWO = [Slot("cuda:0 1/2", 1, "0"), Slot("cuda:0 2/2", 1, "0")]
+CONTROL = """#!/bin/sh
+case "$1" in
+-d) echo "started in $CUDA_MPS_PIPE_DIRECTORY, log in $CUDA_MPS_LOG_DIRECTORY" >> {calls}
+    touch "$CUDA_MPS_PIPE_DIRECTORY/control";;
+*) read command; echo "$command in $CUDA_MPS_PIPE_DIRECTORY" >> {calls};;
+esac
+"""
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the stand-in, which is on PATH, was called with; no daemon runs."""
+    path = tmp_path / "calls"
+    path.touch()
+    executable(tmp_path, CONTROL.format(calls=path), monkeypatch)
+    for name in (mps.PIPES, mps.LOGS, mps.SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(mps, "DEFAULT_PIPES", tmp_path / "default")
+    return path
+
+
+def executable(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / mps.CONTROL).write_text(script)
+    (folder / mps.CONTROL).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_cells_that_share_a_card_have_a_daemon_in_a_folder_of_its_own_which_ends_with_them(calls):
+    said: list[str] = []
+    with mps.shared(TWO, said.append) as variables:
+        folder = variables["CUDA_MPS_PIPE_DIRECTORY"]
+        assert calls.read_text() == f"started in {folder}, log in {folder}\n"
+        assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == folder  # so whatever is started here is a client
+        assert len(said) == 1
+        assert "RESGRID_MPS=never" in said[0]
+    assert calls.read_text().endswith(f"quit in {folder}\n")
+    assert not Path(folder).exists()
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+
+
+def test_the_daemon_ends_also_where_the_grid_breaks_off(calls):
+    with pytest.raises(KeyboardInterrupt), mps.shared(TWO):
+        raise KeyboardInterrupt
+    assert "quit in " in calls.read_text()
+
+
+@pytest.mark.parametrize(
+    "alone", [[], TWO[:1], [TWO[0], Slot("cuda:1 1/1", 1, "1")], [Slot("cpu 1/2", 1), Slot("cpu 2/2", 1)]]
+)
+def test_cells_that_share_no_card_have_none(alone, calls):
+    with mps.shared(alone) as variables:
+        assert variables == {}
+    assert calls.read_text() == ""
+
+
+def test_a_daemon_that_runs_already_is_left_alone(calls, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/somebody")
+    assert mps.available()
+    with mps.shared(TWO) as variables:
+        assert variables == {}
+        assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/somebody"
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/control").touch()  # where clients look without the variable
+    with mps.shared(TWO) as variables:
+        assert variables == {}
+    assert calls.read_text() == ""
+
+
+def test_it_is_switched_off_by_the_environment(calls, monkeypatch):
+    monkeypatch.setenv("RESGRID_MPS", "never")
+    with mps.shared(TWO) as variables:
+        assert variables == {}
+    assert calls.read_text() == ""
+    monkeypatch.setenv("RESGRID_MPS", "off")
+    with pytest.raises(ResgridError, match="RESGRID_MPS=off: must be never"), mps.shared(TWO):
+        pass
+
+
+def test_a_daemon_that_does_not_start_is_told_and_done_without(calls, monkeypatch, tmp_path):
+    executable(tmp_path, "#!/bin/sh\necho 'no such device' >&2\nexit 1\n", monkeypatch)
+    said: list[str] = []
+    with mps.shared(TWO, said.append) as variables:
+        assert variables == {}
+    assert said == ["MPS does not start, so cells take turns on their card: no such device"]
+
+
+def test_without_mps_a_card_has_one_cell_at_a_time_unless_told(calls, monkeypatch):
+    monkeypatch.setattr(slots, "cards", lambda: [Card("0", 80 * 2**30), Card("1", 80 * 2**30)])
+    monkeypatch.setattr(slots, "num_cores", lambda: 16)
+    assert len(slots.share(36, architectures=["resnet20"])) == 16
+    monkeypatch.setenv("RESGRID_MPS", "never")
+    assert [slot.name for slot in slots.share(36, architectures=["resnet20"])] == ["cuda:0 1/1", "cuda:1 1/1"]
+    assert len(slots.share(36, architectures=["resnet20"], slots=6)) == 6

@@ -1,0 +1,195 @@
+"""A machine with torch and five packages more: cells are trained there, packed, and taken in here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch_alone
+from small import ROOT, Project, digits
+
+from resgrid.config import load_params
+from resgrid.data.dataset import load_meta
+from resgrid.errors import ResgridError
+from resgrid.grid import find_cell
+from tasks import offline
+
+CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
+
+
+class Node:
+    """The machine: a copy of a project without DVC and git, and an environment of six packages."""
+
+    def __init__(self, project: Project, folder: Path) -> None:
+        self.folder = shutil.copytree(
+            project.root, folder, ignore=shutil.ignore_patterns(".dvc", ".git", "runs")
+        )
+        shutil.copytree(ROOT / "tasks", folder / "tasks")
+        packages = torch_alone.link(folder / "packages")
+        path = os.pathsep.join(map(str, (packages, folder / "src", folder)))
+        self.env = {
+            "PATH": os.environ["PATH"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RESGRID_DEVICE": "cpu",
+        }  # fmt: skip
+
+    def resgrid(self, *arguments: str) -> subprocess.Popen[str]:
+        """Without site-packages: `-S` leaves the standard library and PYTHONPATH."""
+        return subprocess.Popen(
+            [sys.executable, "-S", "-m", "resgrid", *arguments],
+            cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.resgrid(*arguments)
+        out, err = process.communicate(timeout=600)
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The digits, preprocessed; no cell is trained."""
+    made = digits(tmp_path_factory.mktemp("offline") / "project")
+    done = made.run("dvc", "repro", "preprocess")
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def node(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Node:
+    return Node(project, tmp_path_factory.mktemp("node") / "project")
+
+
+@pytest.fixture(scope="module")
+def packed(node: Node) -> list[Path]:
+    """Both cells, trained on the machine side by side."""
+    code, out, err = node.run("train-list", *CELLS, "--slots", "2", "--pack", "out/results")
+    assert code == 0, out + err
+    assert out.splitlines()[-1] == "2 of 2 cells are trained."
+    return sorted((node.folder / "out").iterdir())
+
+
+def test_the_machine_has_no_mlflow_no_dvc_no_prefect_and_no_second_torch(node):
+    code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('torch', 'mlflow', 'dvc', 'prefect', 'rich', 'psutil', 'pandas')])"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, env=node.env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, False, False, False, False, False, False]\n"
+    assert (node.folder / "packages/torch").is_symlink()
+
+
+def test_a_training_says_in_one_line_that_it_is_not_logged(node, packed):
+    log = (node.folder / ".resgrid/logs/train@resnet20-sgd-0.log").read_text()
+    assert log.count("resgrid: resnet20-sgd-0 is not logged while it trains: mlflow is not installed\n") == 1
+    assert "Traceback" not in log
+
+
+def test_results_are_taken_in_and_dvc_has_nothing_to_train(project, packed, tmp_path):
+    here = project.copy(tmp_path / "here")
+    done = here.run("resgrid", "take-in", *map(str, packed))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Recorded in dvc.lock: resnet20-adam-0, resnet20-sgd-0.\n`resgrid sync`")
+    assert not here.stale() & {f"train@{cell}" for cell in CELLS}
+
+
+def test_a_result_of_other_params_is_refused_and_nothing_is_touched(project, packed, tmp_path):
+    here = project.copy(tmp_path / "here")
+    here.set("recipes.resnet20.epochs=7")
+    done = here.run("resgrid", "take-in", *map(str, packed))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"resgrid: refused: {cell}: trained with epochs 1 → 7 (params.yaml now)" for cell in sorted(CELLS)
+    ]
+    assert not (here.root / "runs/resnet20-sgd-0").exists()
+    assert f"train@{CELLS[0]}" in here.stale()
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("data_digest", "trained on other data than sha256:"),
+        ("code_digest", "trained by other code in models/, training/ or data/batches.py"),
+        ("weights_sha256", "its weights are damaged: bring the pack once more"),
+    ],
+)
+def test_a_result_of_other_data_or_code_and_a_damaged_one_are_refused(key, why, node, packed, tmp_path):
+    cell = find_cell(load_params(node.folder / "params.yaml"), CELLS[0])
+    digest = load_meta(node.folder / "data/processed").digest
+    run = shutil.copytree(node.folder / "runs" / cell.id, tmp_path / cell.id)
+    assert offline.refusal(run, cell, digest) is None
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {key: "sha256:0"}))
+    assert str(offline.refusal(run, cell, digest)).startswith(why)
+    (run / "history.csv").unlink()
+    assert offline.refusal(run, cell, digest) == "its history.csv is missing: bring all parts of the pack"
+
+
+def test_a_training_that_is_cut_off_travels_as_its_checkpoint_and_goes_on_elsewhere(
+    project, node, packed, tmp_path
+):
+    long = project.copy(tmp_path / "long")
+    long.set("recipes.resnet20.epochs=1000")
+    there = Node(long, tmp_path / "there")
+    process = there.resgrid("train-list", "resnet20-sgd-0", "--pack", "results")
+    kept = there.folder / ".resgrid/checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(kept.glob("*.1")) and time.monotonic() < deadline:  # two epochs
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "resnet20-sgd-0: cut off" in out, out + err
+    done = long.run("resgrid", "take-in", *map(str, there.folder.glob("results.*")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "resnet20-sgd-0: its checkpoint, from which the same training goes on\n"
+    training = subprocess.Popen(
+        [str(Path(sys.executable).with_name("resgrid")), "train", "resnet20-sgd-0"],
+        cwd=long.root, env=os.environ | {"RESGRID_THREADS": "1", "RESGRID_DEVICE": "cpu"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert training.stderr is not None
+    said = []
+    for line in training.stderr:
+        said.append(line)
+        if "goes on after epoch" in line:
+            break
+    training.kill()
+    training.communicate()
+    assert "goes on after epoch" in said[-1], said
+
+
+def test_at_the_time_limit_what_runs_is_ended(node, packed):
+    code, out, err = node.run("train-list", "*-adam-*", "--time-limit", "0.5")
+    assert code == 1, err
+    assert "resnet20-adam-0: cut off; the same command goes on from its last checkpoint" in out
+    assert out.splitlines()[-1] == "0 of 1 cells are trained."
+
+
+def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
+    code, _, err = node.run("plan")
+    assert (code, err) == (1, "resgrid: this command needs the package psutil: `make install`.\n")
+
+
+def test_a_pattern_that_matches_no_cell_is_refused(node):
+    code, _, err = node.run("train-list", "resnet21-*")
+    assert code == 1
+    assert err.startswith("resgrid: no cell is called 'resnet21-*'")
+
+
+def test_a_pack_is_cut_into_parts_and_a_lacking_one_is_noticed(node, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "PART_BYTES", 300_000)
+    monkeypatch.chdir(node.folder)
+    cell = find_cell(load_params(), CELLS[0])
+    parts = offline.write_pack(tmp_path / "p", [cell], node.folder)
+    assert [part.name for part in parts] == [f"p.{number:03}" for number in range(len(parts))]
+    assert len(parts) > 2
+    assert max(part.stat().st_size for part in parts) == 300_000
+    offline._unpack(parts, tmp_path / "out")
+    for path in (node.folder / "runs" / cell.id).iterdir():
+        assert (tmp_path / "out/runs" / cell.id / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ResgridError, match="damaged or lacks a part"):
+        offline._unpack(parts[:-1], tmp_path / "less")
+    again = offline.write_pack(tmp_path / "p", [], node.folder)  # smaller: the surplus goes
+    assert sorted(tmp_path.glob("p.*")) == again
