@@ -16,7 +16,10 @@ STAGE = f"train@{CELL}"
 def project(small: Project, tmp_path: Path) -> Project:
     """A copy in which dvc.lock is committed."""
     copy = small.copy(tmp_path / "a project")
-    commit(copy, "dvc.lock")
+    # Of a stage that was never run DVC's `apply` misses the outputs, and says that it failed.
+    copy.set("studies={too-fast: {architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}}")
+    assert copy.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
+    commit(copy, "dvc.lock", "params.yaml")
     return copy
 
 
@@ -43,7 +46,7 @@ def test_a_number_set_in_the_workspace_changes_one_line_and_retrains_one_cell(pr
     assert "1 insertion(+), 1 deletion(-)" in stat, stat
     assert epochs(project) == 1
     others = {f"train@{cell}" for cell in GRID if cell != CELL} | {"train-study@too-fast"}
-    assert project.stale() - {"train-study@no-weights", "evaluate"} == others
+    assert project.stale() - {"evaluate"} == others
     runs = project.runs().set_index("tags.cell").loc[CELL]
     assert sorted(runs["tags.grid"]) == ["current", "superseded"]
     assert "tags.dvc_experiment" not in runs  # what runs in the workspace is the workspace's

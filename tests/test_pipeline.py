@@ -40,7 +40,7 @@ def test_the_comparison_has_a_row_for_each_cell(project):
     ]  # fmt: skip
     assert set(frame.index) == {*GRID, "too-fast", "no-weights"}
     assert set(frame.loc[GRID, "status"]) == {"completed"}
-    assert frame.loc["no-weights", "status"] == "missing"
+    assert frame.loc["no-weights", "status"] == "failed"
     assert set(frame.loc[GRID, "num_parameters"]) == {271_098}
     for cell in GRID:
         metrics = json.loads((project.root / "runs" / cell / "run.json").read_text())
@@ -102,19 +102,19 @@ TRAIN = {f"train@{cell}" for cell in GRID} | {"train-study@too-fast"}
 @pytest.mark.parametrize(
     ("path", "old", "new", "stale"),
     [
-        ("params.yaml", "adam: {lr: 0.001}", "adam: {lr: 0.002}", {"train@resnet20-adam-0", "train@resnet20-adam-1"}),
+        ("params.yaml", "adam: {lr: 0.001}", "adam: {lr: 0.002}", {"train@resnet20-adam-0", "train@resnet20-adam-1", "evaluate"}),
         ("params.yaml", "nesterov: true", "nesterov: false",
-         {"train@resnet20-sgd-0", "train@resnet20-sgd-1", "train-study@too-fast"}),
-        ("params.yaml", "rmsprop: {lr: 0.001}", "rmsprop: {lr: 0.002}", set()),
+         {"train@resnet20-sgd-0", "train@resnet20-sgd-1", "train-study@too-fast", "evaluate"}),
+        ("params.yaml", "rmsprop: {lr: 0.001}", "rmsprop: {lr: 0.002}", {"evaluate"}),
         ("params.yaml", "lr: 1.0e+9", "lr: 2.0e+9", {"train-study@too-fast", "evaluate"}),
         ("params.yaml", "name: small", "name: small # a comment", set()),
-        ("params.yaml", "epochs: 2", "epochs: 3", TRAIN),
+        ("params.yaml", "epochs: 2", "epochs: 3", TRAIN | {"evaluate"}),
         ("src/resgrid/report/leaderboard.py", '"""', '"""Edited. ', {"evaluate"}),
         ("src/resgrid/tracking/store.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/cli.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/config.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/training/engine.py", '"""', '"""Edited. ', TRAIN | {"evaluate"}),
-        ("src/resgrid/data/batches.py", '"""', '"""Edited. ', TRAIN),
+        ("src/resgrid/data/batches.py", '"""', '"""Edited. ', TRAIN | {"evaluate"}),
         ("src/resgrid/data/fetch.py", '"""', '"""Edited. ', set()),
     ],
 )  # fmt: skip

@@ -315,8 +315,7 @@ def test_weights_that_changed_since_training_are_refused(
     inside: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cell = tmp_path / "runs" / "resnet20-adam-0"
-    cell.mkdir(parents=True)
-    (cell / "run.json").write_bytes((inside.weights.parent / "run.json").read_bytes())
+    shutil.copytree(inside.weights.parent, cell)
     (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
     save_weights(cell / "weights.safetensors", build_model("resnet20", 10), _info(10))
     monkeypatch.chdir(tmp_path)
