@@ -818,6 +818,7 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
         "failed": {},
         "champions": {},
         "summary": None,
+        "registry": None,
     }
     assert str(second) == (
         "MLflow: 1 cells of 'small digits' have their complete run in "
