@@ -83,11 +83,13 @@ gpu-wheels: install  ## Fetch what a Linux machine with torch alone needs beside
 		--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
 	@du -sh .gpu/wheels
 
-check: install  ## Style, types and import contracts
+PRIVATE := ^\s*(import dvc|from dvc[. ])|PREFECT__|(prefect|mlflow)(\.[a-z_]+)*\._
+check: install  ## Style, types, import contracts, and other projects' public parts alone
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
+	@! grep -rnE --include='*.py' '$(PRIVATE)' src tasks flows benchmarks || { echo "DVC's and private parts, above"; exit 1; }
 
 audit: install  ## Check the locked dependencies against known advisories (asks a server)
 	uv tool run pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict

@@ -41,7 +41,7 @@ from prefect.states import Completed, Pending, Running  # noqa: E402
 from sleeping import Sleeping, sleeping  # noqa: E402
 from test_pool import GUARDED, Project, commit  # noqa: E402
 
-from tasks.reproduce import DVC_COMMAND  # noqa: E402
+from tasks.stage import DVC_COMMAND  # noqa: E402
 
 SIX = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10"
 FOUR = "sgd, adam, rmsprop, adagrad"

@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from tasks.grid import grid_run
+from tasks.order import DATA_STAGES
 
 
 @flow(name="prepare-data", persist_result=False)
@@ -16,5 +17,5 @@ def prepare_data(pipeline: str = ".") -> State:
         pipeline: The folder of the pipeline, such as examples/digits.
     """
     with grid_run(pipeline, []) as grid:
-        grid.prepare()
+        all(grid.run(name) for name in DATA_STAGES)
         return grid.verdict()

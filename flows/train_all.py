@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from queue import SimpleQueue
+
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.grid import HERE, grid_run
+from tasks import mps
+from tasks.grid import EVALUATE, HERE, grid_run, sync
+from tasks.order import DATA_STAGES
+from tasks.slots import Slot
 
 
 @flow(name="train-all", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False)  # type: ignore[arg-type]
@@ -29,9 +34,22 @@ def train_all(
         device: In a pool, only workers with such a device take the cells: cpu, cuda or mps.
     """
     with grid_run(pipeline, cells, slots, force, where, device) as grid:
-        grid.prepare()
-        grid.train()
-        grid.evaluate()
-        grid.sync()
+        if not all(grid.run(name) for name in DATA_STAGES):
+            return grid.verdict()
+        queue = grid.queue()  # the longest first
+        if where == HERE:
+            free: SimpleQueue[Slot] = SimpleQueue()
+            for slot in grid.slots:
+                free.put(slot)
+            with mps.shared(grid.slots, grid.say):
+                for cell in queue:
+                    grid.submit(cell, free.get(), then=free.put)
+                grid.wait()
+            for cell in grid.crowded:  # too little memory beside others
+                grid.run(cell, grid.slots[0])
+        else:
+            grid.place(queue)
+        grid.run(EVALUATE)  # what there is, whether or not cells failed
+        sync(grid, return_state=True)  # after it, for the comparison goes to MLflow as well
         grid.publish()
         return grid.verdict()

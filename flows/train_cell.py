@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.grid import grid_run
-from tasks.order import Order
+from tasks.grid import grid_run, sync
+from tasks.order import DATA_STAGES, Order
 from tasks.worker import train_for
 
 
-@flow(name="train-cell", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)  # type: ignore[arg-type]
+@flow(name="train-cell", persist_result=False)
 def train_cell(cell: str, pipeline: str = ".", force: bool = False, order: Order | None = None) -> State:
     """Bring one cell up to date, and the data that it needs; the comparison is left as it is.
 
@@ -24,7 +23,8 @@ def train_cell(cell: str, pipeline: str = ".", force: bool = False, order: Order
     if order is not None:
         return train_for(cell, pipeline, order)
     with grid_run(pipeline, [cell], slots=1, force=force) as grid:
-        grid.prepare()
-        grid.train()
-        grid.sync()
+        if all(grid.run(name) for name in DATA_STAGES):
+            for stale in grid.queue():
+                grid.run(stale, grid.slots[0])
+            sync(grid, return_state=True)
         return grid.verdict()

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from resgrid.errors import ResgridError
-from tasks.reproduce import Pipeline
+from tasks.stage import Pipeline
 
 DATA_STAGES = ("download", "preprocess")  # the cells are trained on what the last of them makes
 

@@ -1,8 +1,8 @@
 """What train-all would do, and why, how long it would take and what it needs: before anything runs.
 
-DVC alone decides what is stale (`stages.py` asks it); here that is put into words, with the old value of a
-param from dvc.lock and the new one from params.yaml, and into an order: the longest cells first, so that the
-last ones to run are short and the slots end together.
+DVC alone decides what is stale (`dvc status`); here that is put into words, with a param's old value of
+dvc.lock and its new one, and into an order: the longest cells first, so that the last ones to run are short
+and the slots end together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import heapq
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,15 +20,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import psutil
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from resgrid.config import Architecture, Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import cache_folder
 from resgrid.progress import duration
-from tasks.reproduce import Pipeline
+from resgrid.record import read_state, write_state
+from tasks.lockfile import keep, read_lock
 from tasks.slots import Slot, share
+from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working
 
 # GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
 # They put the architectures in order, and carry a measured speed over to one that has not been measured.
@@ -62,6 +64,10 @@ WAYS_ON = {  # by what DVC says
 State = Literal["up to date", "stale", "after", "running"]
 
 
+class Busy(ResgridError):
+    """DVC answers nothing while it runs a stage, and has answered nothing before."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A stage, and what would become of it."""
@@ -89,6 +95,8 @@ class Plan:
     disk_needed: int  # bytes
     disk_free: int  # on the fuller one of the disks that take them
     cache: Path  # DVC's
+    busy: str = ""  # whose stage keeps DVC from answering; then this is what it said before
+    asked: float = 0.0  # when it did, in seconds since the epoch
 
     @cached_property
     def by_title(self) -> dict[str, Step]:
@@ -115,6 +123,8 @@ class Plan:
             "seconds": self.seconds,
             "disk_needed_bytes": self.disk_needed,
             "disk_free_bytes": self.disk_free,
+            "busy": self.busy,
+            "asked": self.asked,
             "stages": [
                 {
                     "stage": step.stage,
@@ -142,6 +152,9 @@ class Plan:
             slots = f"One at a time ({self.slots[0].name}; {each})"
         takes = "unknown until a cell has been trained" if self.seconds is None else duration(self.seconds)
         elsewhere = not self.cache.is_relative_to(self.pipeline.root)
+        if self.busy:
+            ago = duration(time.time() - self.asked)
+            lines += ["", f"DVC is busy: {self.busy}. What it said {ago} ago, and what has ended since:"]
         if not num["stale"] and not num["running"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
         return "\n".join(
@@ -156,21 +169,23 @@ class Plan:
         )
 
 
-def make_plan(pipeline: Pipeline, slots: int | None = None) -> Plan:
-    """Ask DVC and the machine; works while stages run. 240 cells take 5 s.
+def make_plan(pipeline: Pipeline, slots: int | None = None, *, now: bool = False) -> Plan:
+    """Ask DVC and the machine.
 
-    Raises ResgridError for a params.yaml or a dvc.yaml that cannot be used.
+    While a stage runs, DVC answers nothing; then its last answer is shown, brought up to date by the records
+    of the stages. Raises Busy if there is none, or with `now`, which wants no other; raises ResgridError for
+    a params.yaml or a dvc.yaml that cannot be used.
     """
     params = load_params(pipeline.folder / "params.yaml")
     cells = {cell.stage: cell for cell in expand(params)}
-    found = _ask_dvc(pipeline)
-    names = {stage["name"] for stage in found}
-    if missing := [cell.id for stage, cell in cells.items() if stage not in names]:
+    answer = _ask_dvc(pipeline, now)
+    if missing := [cell.id for stage, cell in cells.items() if stage not in answer.needs]:
         raise ResgridError(
             f"{pipeline.folder / 'dvc.yaml'}: has no stage for {', '.join(missing[:5])}"
             f"{' and others' if len(missing) > 5 else ''}, which params.yaml asks for."
         )
-    steps = _steps(pipeline, found, cells)
+    lock = _read_yaml(pipeline.folder / "dvc.lock").get("stages", {})
+    steps = _steps(pipeline, answer, lock, cells)
     stale = [step.cell for step in steps if step.cell and step.state == "stale"]
     shares = slots_for(pipeline, params, stale or list(cells.values()), slots)
     seconds = expect(pipeline, params, steps, shares[0])
@@ -180,11 +195,13 @@ def make_plan(pipeline: Pipeline, slots: int | None = None) -> Plan:
         params=params,
         steps=tuple(replace(step, seconds=seconds.get(step.stage)) for step in steps),
         slots=tuple(shares),
-        disk_needed=sum(_needs(step, params, stage) for step, stage in zip(steps, found, strict=True)),
+        disk_needed=sum(_needs(step, params, lock.get(step.stage, {})) for step in steps),
         disk_free=min(
             shutil.disk_usage(folder).free for folder in (pipeline.folder, cache) if folder.is_dir()
         ),
         cache=cache,
+        busy=answer.busy,
+        asked=answer.asked,
     )
 
 
@@ -212,93 +229,149 @@ def makespan(seconds: Iterable[float], num_slots: int) -> float:
     return max(ends)
 
 
-def _ask_dvc(pipeline: Pipeline) -> list[dict[str, Any]]:
-    # -P: or Python would find this folder's modules before all others
-    command = [sys.executable, "-P", str(Path(__file__).with_name("stages.py")), str(pipeline.folder)]
-    done = subprocess.run(command, cwd=pipeline.folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip()[-2000:]
-        way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
-        raise ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said}{way_on}")
-    stages: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return stages
+@dataclass(frozen=True)
+class _Answer:
+    """What DVC says of a pipeline."""
+
+    needs: dict[str, list[str]]  # by stage, in the order of dvc.yaml: those whose outputs it depends on
+    status: dict[str, list[Any]]  # of the stages that it would run, as `dvc status --json` gives it
+    asked: float
+    busy: str = ""
 
 
-def _steps(pipeline: Pipeline, found: list[dict[str, Any]], cells: Mapping[str, Cell]) -> list[Step]:
-    before = _runs_before(found)
-    own: dict[str, tuple[State, tuple[str, ...], float | None]] = {}
-    for stage in found:
-        if stage["running"]:
-            own[stage["name"]] = ("running", (), _since(pipeline, stage))
-        elif reasons := _reasons(stage):
-            own[stage["name"]] = ("stale", tuple(reasons), None)
-        else:
-            own[stage["name"]] = ("up to date", (), None)
+def _ask_dvc(pipeline: Pipeline, now: bool) -> _Answer:
+    mend_rwlock(pipeline)
+    lock = read_lock(pipeline)
+    graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
+    (said, why), (told, error) = graph.communicate(), status.communicate()
+    if graph.returncode:
+        raise _unusable(pipeline, why)
+    needs: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        match line.strip(";").replace('"', "").split(" -> "):  # names with a colon are other pipelines'
+            case [stage] if line.startswith('"') and ":" not in stage:
+                needs[stage] = []
+            case [earlier, stage] if stage in needs:
+                needs[stage].append(earlier)
+    file, asked = pipeline.state("status"), time.time()
+    if not status.returncode:
+        found = {name.rpartition(":")[2]: entries for name, entries in json.loads(told).items()}
+        write_state(file, {"asked": asked, "status": found})
+        if read_lock(pipeline) == lock:  # nobody has written it
+            keep(pipeline, lock)
+        return _Answer(needs, found, asked)
+    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in working(pipeline).items())
+    if not others:
+        raise _unusable(pipeline, error)
+    last = read_state(file)
+    if now or not last:
+        raise Busy(f"{pipeline.folder}: DVC is busy: {others}. Ask again when that has ended.")
+    ended = {
+        stage
+        for stage in needs
+        if (of := pipeline.record(stage)) and of.seconds and of.started > last["asked"]
+    }
+    kept = {stage: entries for stage, entries in last["status"].items() if stage not in ended}
+    return _Answer(needs, kept, last["asked"], others)
+
+
+def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
+    way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
+    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
+
+
+def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DVC_COMMAND, *arguments],
+        cwd=pipeline.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return YAML(typ="safe").load(file) or {}
+    except FileNotFoundError:
+        return {}
+    except YAMLError as error:
+        raise ResgridError(f"{file}: cannot be read: {error}") from None
+
+
+def _steps(
+    pipeline: Pipeline, answer: _Answer, lock: Mapping[str, Any], cells: Mapping[str, Cell]
+) -> list[Step]:
+    before = _runs_before(answer.needs)
+    values = _read_yaml(pipeline.folder / "params.yaml")
+    own: dict[str, Step] = {}
+    for stage in answer.needs:
+        record = pipeline.record(stage)
+        step = Step(stage, cells.get(stage), "up to date", ())
+        if record and record.is_running:
+            step = replace(step, state="running", since=record.started)
+        elif reasons := _reasons(answer.status.get(stage, []), lock.get(stage), values):
+            step = replace(step, state="stale", why=tuple(reasons))
+        own[stage] = step
     steps = []
-    for stage in found:
-        state, why, since = own[stage["name"]]
-        waits = [name for name in before[stage["name"]] if own[name][0] in ("stale", "running")]
-        if waits and state == "up to date":
+    for stage, step in own.items():
+        waits = [name for name in before[stage] if own[name].state in ("stale", "running")]
+        if waits and step.state == "up to date":
             more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
-            verb = "runs" if own[waits[0]][0] == "running" else "would run"
-            state, why = "after", (f"{waits[0]}{more} {verb} before it",)
-        steps.append(Step(stage["name"], cells.get(stage["name"]), state, why, since=since))
+            verb = "runs" if own[waits[0]].state == "running" else "would run"
+            step = replace(step, state="after", why=(f"{waits[0]}{more} {verb} before it",))
+        steps.append(step)
     return steps
 
 
-def _runs_before(found: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """For each stage the stages whose outputs it depends on, directly or through others."""
-    makers = [(path, stage["name"]) for stage in found for path in stage["outs"]]
-    by_path: dict[str, list[str]] = {}
-    direct: dict[str, list[str]] = {}
-    for stage in found:
-        names: dict[str, None] = {}
-        for dep in stage["deps"]:
-            if dep not in by_path:  # few paths, shared by all cells
-                by_path[dep] = [name for path, name in makers if _overlap(path, dep)]
-            names |= dict.fromkeys(by_path[dep])
-        direct[stage["name"]] = list(names)
+def _runs_before(needs: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """For each stage those that run before it, directly or through others. DVC has refused cycles already."""
     closed: dict[str, list[str]] = {}
 
     def close(name: str) -> list[str]:
         if name not in closed:
-            closed[name] = []  # DVC has refused cycles already
-            further = [earlier for other in direct[name] for earlier in close(other)]
-            closed[name] = list(dict.fromkeys([*direct[name], *further]))
+            further = [earlier for other in needs[name] for earlier in close(other)]
+            closed[name] = list(dict.fromkeys([*needs[name], *further]))
         return closed[name]
 
-    return {name: close(name) for name in direct}
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether one of two paths is, or holds, the other."""
-    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+    return {name: close(name) for name in needs}
 
 
 _OUTS = {"deleted": "is missing", "not in cache": "is not in DVC's cache"}
 
 
-def _reasons(stage: dict[str, Any]) -> list[str]:
-    """Why DVC would run it, each in one phrase."""
-    if not stage["recorded"] and stage["status"]:
+def _reasons(status: list[Any], recorded: Mapping[str, Any] | None, values: Mapping[str, Any]) -> list[str]:
+    """Why DVC would run a stage, each in one phrase; `recorded` is its part of dvc.lock."""
+    if status and not recorded:
         return ["has never run here"]
-    reasons: list[str] = []
-    for entry in stage["status"]:
+    reasons, params = list[str](), list[str]()
+    for entry in status:
         if isinstance(entry, str):
             reasons.append({"changed command": "its command has changed"}.get(entry, entry))
             continue
         for path, how in entry.get("changed deps", {}).items():
-            if isinstance(how, dict):
-                continue  # params, below
-            reasons.append(f"{path} {'is missing' if how == 'deleted' else 'has changed'}")
+            if isinstance(how, dict):  # the params of a file
+                old = (recorded or {}).get("params", {}).get(path, {})
+                for key in how:
+                    now = _at(values, key)
+                    params += [
+                        f"{key}{leaf}: {_shown(a)} → {_shown(b)}" for leaf, a, b in _leaves(old.get(key), now)
+                    ]
+            else:
+                reasons.append(f"{path} {'is missing' if how == 'deleted' else 'has changed'}")
         outs = list(entry.get("changed outs", {}).items())
         if outs:
             path, how = outs[0]
             more = f" (and {len(outs) - 1} more)" if len(outs) > 1 else ""
             reasons.append(f"{path} {_OUTS.get(how, 'is another than DVC recorded')}{more}")
-    for key, old, new in stage["params"]:
-        reasons += [f"{key}{leaf}: {_shown(a)} → {_shown(b)}" for leaf, a, b in _leaves(old, new)]
-    return reasons
+    return reasons + params
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value at `a.b.c`; None where there is none."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _leaves(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -317,16 +390,6 @@ def _leaves(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _since(pipeline: Pipeline, stage: dict[str, Any]) -> float | None:
-    record = pipeline.record(stage["name"])
-    if record and record.running:
-        return record.started
-    try:
-        return float(psutil.Process(stage["running"]["pid"]).create_time())
-    except psutil.NoSuchProcess:
-        return None
 
 
 # --- how long ---------------------------------------------------------------------------------------
@@ -363,8 +426,8 @@ def expect(pipeline: Pipeline, params: Params, steps: Iterable[Step], slot: Slot
     for step in steps:
         record = pipeline.record(step.stage)
         changed = any(".epochs:" in reason or reason.startswith("data/") for reason in step.why)
-        if record and record.ended and record.status == "ran" and not changed:
-            seconds[step.stage] = record.ended - record.started
+        if record and record.seconds and not changed:
+            seconds[step.stage] = record.seconds
         elif step.cell and images and flops:
             name = step.cell.architecture
             speed = median(speeds[name]) if name in speeds else flops / GFLOP[name]
@@ -388,14 +451,14 @@ def _cost(step: Step) -> float:
 # --- how much disk ----------------------------------------------------------------------------------
 
 
-def _needs(step: Step, params: Params, stage: dict[str, Any]) -> int:
+def _needs(step: Step, params: Params, recorded: Mapping[str, Any]) -> int:
     """Bytes that a stage that would run adds: what it made last time, or what is known of it."""
     if step.state != "stale":
         return 0
     if step.cell:
         return int(COPIES * 4e6 * MILLIONS[step.cell.architecture])
     known = CIFAR10_BYTES.get(step.stage, 0) if params.data.source == "cifar10" else 0
-    return 2 * (int(stage["bytes"]) or known)
+    return 2 * (sum(out.get("size", 0) for out in recorded.get("outs", ())) or known)
 
 
 def _bytes(number: float) -> str:

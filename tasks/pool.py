@@ -43,8 +43,9 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectExcep
 from prefect.states import Cancelling, Crashed
 
 from resgrid.errors import ResgridError
+from tasks.lockfile import RECORD_ONLY
 from tasks.order import DATA_STAGES, Order
-from tasks.reproduce import DVC_COMMAND, Outcome, Pipeline, StageFailed, Stopped, run_logged
+from tasks.stage import DVC_COMMAND, Outcome, Pipeline, StageFailed, Stopped, run_logged
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from tasks.plan import Step
 
 FLOW = "train-cell"
-RECORD_ONLY = "RESGRID_RECORD_ONLY"  # in the environment of a stage's command: it refuses to run
 # names of a failed run's state
 REFUSED = "Refused"  # by a worker whose clone is another
 PASSING = "Passing"  # by a fault that can pass
@@ -379,7 +379,7 @@ class Pool:
         """What is said of one cell that ended, by its looks for a result."""
         stage, log = place.step.stage, self.pipeline.log("record")
         if stage in found.here:
-            yield Ended(place.step, Outcome(stage, "ran", time.time() - place.began, log))
+            yield Ended(place.step, Outcome(stage, True, time.time() - place.began, log))
             return
         if stage not in found.missing:  # it came meanwhile, or the remote is away
             if stage in found.asked:

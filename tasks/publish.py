@@ -26,8 +26,9 @@ import httpx
 
 from resgrid import tracking, watch
 from resgrid.progress import duration
-from tasks.reproduce import Pipeline, Record, read_state, write_state
+from resgrid.record import Record, read_state, write_state
 from tasks.services import running
+from tasks.stage import Pipeline
 
 GRID = "train-all"  # the name of the grid's own state, beside those of the stages
 # What a cell may be called besides what DVC had to do for it; CUT: its run was ended before it was done.
@@ -43,7 +44,7 @@ class Progress:
     slots: int
     flow_run: str | None  # its page, if there is one
     cells: dict[str, str] = field(default_factory=dict)
-    remaining: float | None = None  # seconds, as far as it is known
+    until: float | None = None  # when the last cell should end, as far as it is known
     ended: float | None = None
 
     def count(self) -> Counter[str]:
@@ -60,7 +61,9 @@ class Progress:
             said += f", {num[status]} {status}" if num[status] else ""
         if num[RUNNING] or num[WAITING]:
             left = "unknown until a cell has been trained"
-            said += f"; time left: {left if self.remaining is None else duration(self.remaining)}"
+            said += (
+                f"; time left: {left if self.until is None else duration(max(0.0, self.until - time.time()))}"
+            )
         return said
 
 
@@ -114,7 +117,7 @@ def status(pipeline: Pipeline) -> Status:
     records = [
         record
         for path in sorted(pipeline.state(GRID).parent.glob("*.json"))
-        if path.stem != GRID and (record := pipeline.record(path.stem)) and record.running
+        if (record := pipeline.record(path.stem)) and record.is_running
     ]
     return Status(
         grid=grid,

@@ -43,7 +43,7 @@ from filelock import FileLock, Timeout
 from resgrid import watch
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
-from tasks.reproduce import read_state, write_state
+from resgrid.record import read_state, write_state
 
 HOST = "127.0.0.1"
 POOL = "resgrid"
@@ -273,7 +273,7 @@ class _Services:
         _end(workers, GRACE_SECONDS["worker"], self.stop)
         if self.settled:
             with suppress(OSError):
-                settle(self.prefect, why)
+                settle(self.prefect, self.root, why)
         for name in ("mlflow", "prefect"):
             _end([child for child in self.children if child.name == name], GRACE_SECONDS[name], self.stop)
         _state(self.root).unlink(missing_ok=True)
@@ -281,7 +281,7 @@ class _Services:
     def _tidy(self) -> bool:
         """Make the server ready for our worker."""
         _make_pool(self.prefect)
-        if num := settle(self.prefect, "The services ended while it ran."):
+        if num := settle(self.prefect, self.root, "The services ended while it ran."):
             _say(f"{num} flow run{'s' * (num > 1)} of an earlier time had no end: now recorded as crashed")
         self.settled = True
         return True
@@ -436,17 +436,18 @@ def _end_processes(processes: list[psutil.Process], grace_seconds: float) -> Non
 # --- what the server knows ---------------------------------------------------------------------------
 
 
-def settle(prefect: str, why: str) -> int:
+def settle(prefect: str, root: Path, why: str) -> int:
     """End the flow runs of our pool that nobody has ended, once no worker of ours lives; how many there were.
 
-    What is left of their processes is ended first: the flow's, and its children's, which all carry the run's
-    id in their environment. A run that was being cancelled becomes cancelled, any other crashed.
+    What is left of their processes is ended first: the flows', which Prefect's engine runs in the project's
+    folder with no worker above them, and their children's, which carry the run's id in their environment. A
+    run that was being cancelled becomes cancelled, any other crashed.
     Raises OSError if the server does not answer.
     """
     runs = _active(prefect)
     ids = {run["id"] for run in runs}
     if ids:
-        _end_processes([process for process in psutil.process_iter() if _run_of(process) in ids], 1.0)
+        _end_processes([process for process in psutil.process_iter() if _is_left(process, ids, root)], 1.0)
     for run in runs:
         filters = {"flow_runs": {"id": {"any_": [run["id"]]}}, "task_runs": _in_state("RUNNING", "PENDING")}
         for task in _post(prefect, "task_runs/filter", filters):
@@ -456,10 +457,14 @@ def settle(prefect: str, why: str) -> int:
     return len(runs)
 
 
-def _run_of(process: psutil.Process) -> str:
+def _is_left(process: psutil.Process, ids: set[str], root: Path) -> bool:
     with suppress(psutil.Error, OSError):
-        return str(process.environ().get("PREFECT__FLOW_RUN_ID", ""))
-    return ""
+        if process.environ().get("RESGRID_FLOW_RUN_ID") in ids:
+            return True
+        if "prefect.engine" in process.cmdline() and Path(process.cwd()) == root:
+            above = process.parent()
+            return above is None or "worker" not in above.cmdline()
+    return False
 
 
 def _active(prefect: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
-from resgrid import tracking, watch
+from resgrid import tracking
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
@@ -36,17 +36,18 @@ from resgrid.progress import duration
 from resgrid.provenance import git_commit
 from tasks import mps
 from tasks import order as orders
+from tasks.grid import end_with_worker
+from tasks.lockfile import RECORD_ONLY
 from tasks.order import Order
-from tasks.pool import BEAT_SECONDS, PASSING, RECORD_ONLY, REFUSED, make_pool
+from tasks.pool import BEAT_SECONDS, PASSING, REFUSED, make_pool
 from tasks.publish import flow_environment
-from tasks.reproduce import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
 from tasks.services import POOL, running
 from tasks.slots import Slot, cards, share
+from tasks.stage import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
 
 SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
 REFUSAL = "RESGRID_REFUSAL"  # the file in which a flow tells the worker why it must not train
 ASK_SECONDS = 10.0  # between two looks whether the run is still ours
-WORKER_GRACE_SECONDS = 20.0  # for a flow to end its trainer once its worker is gone
 LEAVE_SECONDS = 15.0  # for the flows to do so when the worker is told to end
 RESTART_SECONDS = 10.0  # before Prefect's worker is started again, if it ended by itself
 POLL_SECONDS = 0.5
@@ -63,8 +64,7 @@ def train_for(cell: str, folder: str, order: Order) -> State:
         if file := os.environ.get(REFUSAL):
             Path(file).write_text(refusal, encoding="utf-8")
         return Failed(name=REFUSED, message=why)
-    if "PREFECT__WORKER_NAME" in os.environ:  # this process outlives its worker, but is not meant to
-        watch.watch(watch.describe(os.getppid()), grace_seconds=WORKER_GRACE_SECONDS)
+    end_with_worker()
     stage = find_cell(load_params(pipeline.folder / "params.yaml"), cell).stage
     say = get_run_logger().info
     env = flow_environment() | {"RESGRID_SHARED_CHECKPOINTS": "1"}
@@ -76,7 +76,7 @@ def train_for(cell: str, folder: str, order: Order) -> State:
         with _while_ours(stop), _slot(pipeline, stop) as slot:
             bring_data(pipeline, order, stop)
             reproduce(pipeline, stage, {**env, **slot.env}, say, stop=stop, slot=slot.name)
-            push(pipeline, stage, stop)
+            push(pipeline, stage, say, stop)
     except NotPushed as failure:
         return Failed(name=PASSING, message=str(failure))
     except StageFailed as failure:
@@ -92,17 +92,22 @@ class NotPushed(ResgridError):
     """The DVC remote did not take a result."""
 
 
-def push(pipeline: Pipeline, stage: str, stop: threading.Event) -> None:
+def push(pipeline: Pipeline, stage: str, say: Callable[[str], None], stop: threading.Event) -> None:
     """The result of `stage` to the DVC remote; raises NotPushed if it does not take it.
 
-    The outputs first: an entry of the run cache whose outputs are not there would be in the way of the next.
+    All outputs that are recorded here, and then the run cache, of which DVC pushes all: an entry whose
+    outputs are not there would be in the way of another worker's.
     """
-    say = get_run_logger().info
-    for what in (("push", stage), ("push", "--run-cache", stage)):
+    for what in (("push",), ("push", "--run-cache", stage)):
+        heard: list[str] = []
         try:
-            run_logged(pipeline, f"push-{stage}", [*DVC_COMMAND, *what], {}, say, stop)
+            run_logged(pipeline, f"push-{stage}", [*DVC_COMMAND, *what], {}, heard.append, stop)
         except StageFailed as failure:
             raise NotPushed(str(failure)) from None
+        for line in heard:
+            say(line)
+            if line.startswith("ERROR: "):  # with the run cache, DVC ends well all the same
+                raise NotPushed(f"{stage}: {line.removeprefix('ERROR: ')}")
 
 
 def bring_data(pipeline: Pipeline, order: Order, stop: threading.Event) -> None:

@@ -51,8 +51,33 @@ stages:
 """
 
 # $1: the stage or cell, $2: its folder. `trained` gets a line for each time that a stage really runs.
+# Its record is that of `resgrid`'s commands, written by the shell because starting Python takes a second;
+# `fail FAULT WHY` ends it as a command does that knows why.
 WORK = """
 set -e
+fault=null
+leave() {
+  mkdir -p .resgrid/state
+  printf '{"stage": "%s", "by": "%s", "started": %s, "ended": %s, "status": "%s", "fault": %s, "why": "%s",
+    "slot": "%s"}' "$DVC_STAGE" "$by" "$started" "$1" "$2" "$fault" "$why" "$RESGRID_SLOT" > .resgrid/state/$$
+  mv .resgrid/state/$$ ".resgrid/state/$DVC_STAGE.json"
+}
+ended() {
+  if [ $1 = 0 ]; then leave $(date +%s.%N) good; else leave $(date +%s.%N) fault; fi
+}
+fail() {
+  fault=$1
+  why=$2
+  echo "resgrid: $2"
+  exit 1
+}
+if [ -n "$DVC_STAGE" ]; then
+  if [ -e /proc/$$/stat ]; then by=$$:$(cut -d' ' -f22 /proc/$$/stat); else by=$$:$(ps -o lstart= -p $$); fi
+  started=$(date +%s.%N)
+  leave null running
+  trap 'ended $?' EXIT
+fi
+if [ -n "$RESGRID_RECORD_ONLY" ]; then fail null "not run here"; fi
 echo "$1 begins"
 echo "$1 $$ ${RESGRID_THREADS:-} ${RESGRID_FLOW_RUN_ID:-}" >> trained
 mkdir -p $2

@@ -23,7 +23,8 @@ from small import digits
 from resgrid.errors import ResgridError
 from tasks.order import Order
 from tasks.pool import record
-from tasks.reproduce import DVC_COMMAND, Pipeline
+from tasks.stage import Pipeline
+from tasks.worker import NotPushed, push
 
 RUN = """
 import json, sys
@@ -32,13 +33,10 @@ state = train_all(**json.loads(sys.argv[1]), return_state=True)
 print(json.dumps([state.name, state.message]))
 """
 
-# As `resgrid` does, a stage that is only to be taken over refuses. A nap is made of short ones, so that a
-# process that was stopped has the rest of it before it; and what came to an end is told.
-GUARD = 'if [ -n "$RESGRID_RECORD_ONLY" ]; then echo "resgrid: not run here"; exit 1; fi'
+# A nap is made of short ones, so that a process that was stopped has the rest of it before it; and what came
+# to an end is told.
 NAP = "for i in $(seq ${NAP:-0}); do sleep 1; done"
-GUARDED = (
-    WORK.replace("set -e\n", f"set -e\n{GUARD}\n").replace("sleep ${NAP:-0}", NAP) + 'echo "$1" >> ended\n'
-)
+NAPPING = WORK.replace("sleep ${NAP:-0}", NAP) + 'echo "$1" >> ended\n'
 
 
 @dataclass
@@ -145,7 +143,7 @@ def commit(project: Project) -> None:
 def project(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
     """Six cells that sleep."""
     origin = sleeping(tmp_path / "origin", "resnet20, resnet32, resnet44", "sgd, adam")
-    (origin.root / "work.sh").write_text(GUARDED)
+    (origin.root / "work.sh").write_text(NAPPING)
     with (origin.root / ".gitignore").open("a") as file:
         file.write("/behave\n/trained\n/ended\n")
     made = Project(cluster, origin)
@@ -332,7 +330,7 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
 def clones(tmp_path: Path) -> tuple[Sleeping, Sleeping]:
     """A coordinator and a worker's clone, and a folder as their DVC remote; the data are everywhere."""
     origin = sleeping(tmp_path / "origin", "resnet20", "sgd, adam, rmsprop")
-    (origin.root / "work.sh").write_text(GUARDED)
+    (origin.root / "work.sh").write_text(NAPPING)
     for command in (
         f"dvc remote add --default storage {tmp_path}/storage", "git add -A",
         "git -c user.name=t -c user.email=t@t.invalid commit -qm start",
@@ -358,23 +356,25 @@ def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clo
     there, elsewhere, nowhere = "resnet20-sgd-0", "resnet20-adam-0", "resnet20-rmsprop-0"
     for cell in (there, elsewhere):
         assert clone.run("dvc", "repro", "--single-item", f"train@{cell}").returncode == 0
-    # A worker that was cut off in the middle of its push: the entry of the run cache without the outputs.
-    assert clone.run("dvc", "push", "--run-cache", f"train@{there}").returncode == 0
-    assert taken(origin, there, elsewhere, nowhere) == ({there}, {elsewhere, nowhere})
-    lock = (origin.root / "dvc.lock").read_text()
-    assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, False, False]
-    assert "resnet20-adam-0" not in (origin.root / "trained").read_text()
-
-    # Another worker's result of the same cell, with other bytes, as its timing has.
-    shutil.rmtree(clone.root / ".dvc/cache")
-    (clone.root / "dvc.lock").unlink()
-    assert clone.run("dvc", "repro", "--single-item", "download", "preprocess").returncode == 0
-    (clone.root / "work.sh").write_text(GUARDED.replace("echo $1 $(cat", "echo again $1 $(cat"))
-    assert clone.run("dvc", "repro", "--single-item", f"train@{elsewhere}").returncode == 0
+    # A worker that was cut off in the middle of its push: the outputs without their entry in the run cache.
     assert clone.run("dvc", "push", f"train@{elsewhere}").returncode == 0
-    assert clone.run(*DVC_COMMAND, "push", "--run-cache", f"train@{elsewhere}").returncode == 0
-    assert taken(origin, elsewhere, nowhere) == ({elsewhere}, {nowhere})
-    assert (origin.root / f"runs/{elsewhere}/weights").read_text().startswith("again ")
+    assert taken(origin, there, elsewhere) == (set(), {there, elsewhere})
+    # The next push brings what is left of the one before as well.
+    push(Pipeline.find(clone.root), f"train@{there}", print, threading.Event())
+    assert taken(origin, there, elsewhere, nowhere) == ({there, elsewhere}, {nowhere})
+    lock = (origin.root / "dvc.lock").read_text()
+    assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, True, False]
+    assert "resnet20" not in (origin.root / "trained").read_text()
+
+
+def test_a_push_that_the_remote_does_not_take_is_told(clones) -> None:
+    _, clone = clones
+    assert clone.run("dvc", "repro", "--single-item", "train@resnet20-sgd-0").returncode == 0
+    runs = clone.root.parent / "storage/runs"  # DVC ends well although it has not pushed the run cache
+    runs.parent.mkdir()
+    runs.touch()
+    with pytest.raises(NotPushed, match="resnet20-sgd-0"):
+        push(Pipeline.find(clone.root), "train@resnet20-sgd-0", print, threading.Event())
 
 
 def test_a_remote_that_is_away_says_nothing_of_any_cell(clones) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from sleeping import ROOT, Sleeping, sleeping
 from small import digits
 
 from tasks.publish import status
-from tasks.reproduce import Pipeline
+from tasks.stage import Pipeline
 
 RUN = """
 import json, sys
@@ -287,11 +288,11 @@ def test_only_the_chosen_cells_are_trained_and_a_wrong_name_is_told(server, plai
 
 def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_tried_again(server, plain):
     plain.change_code()
-    plain.behave("resnet10-sgd-0", "echo 'resgrid: recipes.resnet10.epochs: must be 1 or more'; exit 1")
+    plain.behave("resnet10-sgd-0", "fail null 'recipes.resnet10.epochs: must be 1 or more'")
     # Out of memory as long as a neighbour has it.
     plain.behave(
         "resnet10-adam-0",
-        "if [ ! -f begun ]; then touch begun; sleep 1; echo 'CUDA out of memory'; exit 1; fi",
+        'if [ ! -f begun ]; then touch begun; sleep 1; fail \'"memory"\' "too little memory"; fi',
     )
     plain.behave("resnet20-sgd-0", "sleep 3")
     before = len(plain.trained())
@@ -320,7 +321,7 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_t
 
 def test_when_the_data_fail_nothing_is_trained(server, plain):
     plain.set("preprocess.seed=7")
-    plain.behave("preprocess", "echo 'resgrid: data/raw/x.png: is no image'; exit 1")
+    plain.behave("preprocess", "fail null 'data/raw/x.png: is no image'")
     before = len(plain.trained())
     flow = server.run(plain)
     plain.set("preprocess.seed=0")
@@ -420,6 +421,27 @@ def test_killing_the_flow_ends_every_trainer_and_the_next_run_goes_on(server, en
     assert endless.run("dvc", "status", "--json").stdout.strip() == "{}"
 
 
+@pytest.mark.parametrize("num", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_flow_killed_at_random_moments_leaves_a_grid_that_the_next_finishes(server, tmp_path, num):
+    """With the bytes of one that nobody disturbed, and each cell recorded."""
+    killed, whole = (sleeping(tmp_path / name, "resnet20, resnet10", "sgd, adam") for name in ("k", "w"))
+    assert whole.run("dvc", "repro").returncode == 0
+    draws = random.Random(num)
+    for _ in range(num):
+        killed.change_code()
+        flow = server.begin(killed, slots=2, nap=0.5)
+        time.sleep(draws.uniform(3, 20))
+        flow.process.kill()
+        flow.process.communicate()
+        wait_until(lambda: not left_over(killed), 20)
+    killed.change_code((whole.root / "code/net.py").read_text().strip())
+    finished = server.run(killed, slots=2)
+    assert finished.state == "Completed", finished.output
+    assert killed.run("dvc", "status", "--json").stdout.strip() == "{}"
+    for file in [*whole.root.glob("runs/*/weights"), whole.root / "reports/leaderboard.csv"]:
+        assert (killed.root / file.relative_to(whole.root)).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.long
 def test_a_server_that_is_away_does_not_stop_the_grid(server, plain):
     plain.change_code()
@@ -436,9 +458,7 @@ def test_a_server_that_is_away_does_not_stop_the_grid(server, plain):
 @pytest.mark.long
 def test_a_lost_connection_is_tried_again_and_at_most_twice(server, plain):
     plain.change_code()
-    plain.behave(
-        "resnet20-sgd-0", "echo 'ConnectionResetError: [Errno 104] Connection reset by peer'; exit 1"
-    )
+    plain.behave("resnet20-sgd-0", 'fail \'"connection"\' "the server does not answer"')
     before = len(plain.trained())
     flow = server.run(plain, slots=2)
     assert flow.message.startswith("resnet20-sgd-0 failed (3 trained, 1 failed).")

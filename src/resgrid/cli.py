@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
 from resgrid.errors import ResgridError
+from resgrid.record import recorded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -332,6 +333,7 @@ def _refuse_if_recording() -> None:
         )
 
 
+@recorded()
 def _download(options: argparse.Namespace) -> None:
     _refuse_if_recording()
     from resgrid.config import load_params
@@ -346,6 +348,7 @@ def _download(options: argparse.Namespace) -> None:
         download(params.data, RAW, progress.update, progress.say)
 
 
+@recorded()
 def _preprocess(options: argparse.Namespace) -> None:
     _refuse_if_recording()
     from resgrid.config import load_params
@@ -368,6 +371,7 @@ def _preprocess(options: argparse.Namespace) -> None:
         announce(params, meta.num_images["train"])
 
 
+@recorded()
 def _train(options: argparse.Namespace) -> None:
     _refuse_if_recording()
     from resgrid import provenance
@@ -474,6 +478,7 @@ def _take_in(options: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
+@recorded()
 def _evaluate(options: argparse.Namespace) -> None:
     from resgrid.config import load_params
     from resgrid.grid import expand
@@ -617,7 +622,7 @@ def _ui(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from tasks.plan import make_plan
-    from tasks.reproduce import Pipeline
+    from tasks.stage import Pipeline
 
     if options.slots is not None and options.slots < 1:
         raise ResgridError(f"--slots {options.slots}: there must be at least one.")
@@ -630,7 +635,7 @@ def _status(options: argparse.Namespace) -> None:
     from resgrid.grid import expand
     from resgrid.runs import STATUSES, find_runs
     from tasks.publish import status
-    from tasks.reproduce import Pipeline
+    from tasks.stage import Pipeline
 
     pipeline = Pipeline.find(options.pipeline)
     now = status(pipeline)

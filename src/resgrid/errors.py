@@ -1,4 +1,4 @@
-"""The one exception for what a person can put right, and the hint that many of its messages end with."""
+"""The exception for what a person can put right, and the hint that many of its messages end with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ class ResgridError(Exception):
 
     The command line prints its message alone, without a traceback, and exits with status 1.
     """
+
+
+class OutOfMemory(ResgridError):
+    """Memory was too small; it may be enough when nothing else uses it."""
+
+
+class ConnectionLost(ResgridError):
+    """Something on a network did not answer; it may later."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

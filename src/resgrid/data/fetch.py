@@ -26,7 +26,7 @@ from resgrid import __version__, config
 from resgrid.data import archives
 from resgrid.data.room import require_disk
 from resgrid.data.sources import Cifar, ImageFolder, raw_path
-from resgrid.errors import ResgridError
+from resgrid.errors import ConnectionLost, ResgridError
 
 OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known
 
@@ -251,7 +251,7 @@ def fetch(
     kept = _size(part)
     lines = [f"  {url}: {reason}" for url, reason in reasons.items()]
     goes_on = f" The next run goes on from the {kept:,} bytes that came." if kept else ""
-    raise ResgridError(
+    raise ConnectionLost(
         "the data could not be downloaded. Tried:\n" + "\n".join(lines) + "\n"
         f"Is this machine online?{goes_on} If you have the archive on this disk, name it: "
         f"{OWN_ARCHIVE}=/path/to/the/archive."

@@ -14,6 +14,7 @@ import platform
 import tempfile
 from contextlib import suppress
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -288,7 +289,7 @@ def _log_model(store: Store, run: Run, weights: Path, step: int) -> None:
             ),  # of one: fixes the batch
             serialization_format="pt2",  # an exported graph, no pickle
             pip_requirements=[  # inferred, they would cost a third loading
-                f"mlflow=={mlflow.__version__}",
+                f"mlflow=={metadata.version('mlflow')}",
                 f"numpy=={np.__version__}",
                 f"torch=={torch.__version__.partition('+')[0]}",
             ],

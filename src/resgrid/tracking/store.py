@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 from filelock import FileLock
 
 from resgrid.config import InitialWeights, MlflowWeights
-from resgrid.errors import ResgridError
+from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.provenance import experiment
 from resgrid.runs import WEIGHTS
 
@@ -52,7 +52,7 @@ ADDRESSES = (  # table and column, in MLflow's database
 )
 
 
-class StoreAway(ResgridError):
+class StoreAway(ConnectionLost):
     """The store does not answer, or not as it should: asked again, it may."""
 
 

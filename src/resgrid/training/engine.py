@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from resgrid.config import Triple
 from resgrid.data.batches import Batches, in_order
 from resgrid.data.dataset import Split
-from resgrid.errors import ResgridError
+from resgrid.errors import OutOfMemory, ResgridError
 from resgrid.grid import Cell
 from resgrid.models import Classifier
 from resgrid.training.device import Execution, choose_execution
@@ -363,7 +363,7 @@ def _explained_memory_error(cell: Cell, device: torch.device) -> Iterator[None]:
         told = re.search(rf"[^.\n]*({NO_MEMORY})[^\n]*", str(error))
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not told:
             raise
-        raise ResgridError(
+        raise OutOfMemory(
             f"{cell.key('batch_size')}: the memory of {device} is too small for {cell.architecture} "
             f"with batches of {cell.recipe.batch_size} images; write a smaller batch_size, or end what else "
             f"uses the memory. torch says: {told[0].strip() if told else 'out of memory'}"

@@ -1,10 +1,18 @@
-"""One DVC stage, reproduced as a child process that is always ended, logged and recorded.
+"""One DVC stage, reproduced as a child process that is always ended and logged.
 
-What DVC itself leaves open is closed here. `--wait-for-lock` waits for the repository's lock but not for a
-stage that is running, so every stage has a file lock of ours. A killed `dvc` leaves its command running, so
-each child is the head of a process group of its own, and what remains of the group is ended with it. The
-child writes straight into its log file, which is read from there: no pipe that an orphan could hold open,
-and the log is whole even if this process is killed.
+`dvc` ends with 255 whatever was in its way; what came of the stage is told by the record that its command
+leaves (`resgrid.record`):
+
+    the command began | it ended | `dvc` ended | which means
+    no                |          | well        | restored from the run cache, or up to date
+    no                |          | otherwise   | DVC's own: busy, a missing dependency, a broken file
+    yes               | well     | well        | trained
+    yes               | well     | otherwise   | it is only to be recorded, and never trained again for that
+    yes               | a fault  | otherwise   | the record says why, and whether it can pass
+
+A killed `dvc` leaves its command running, so each child is the head of a process group of its own, and what
+remains of the group is ended with it. The child writes straight into its log file, which is read from there:
+no pipe that an orphan could hold open, and the log is whole even if this process is killed.
 """
 
 from __future__ import annotations
@@ -18,45 +26,30 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import psutil
 from filelock import FileLock, Timeout
 
-from resgrid import watch
+from resgrid import record, watch
 from resgrid.errors import ResgridError
+from resgrid.record import Record
 
 GRACE_SECONDS = 8.0  # from SIGTERM to SIGKILL; all is to be over within 10 s
 PATIENCE_SECONDS = 5.0  # with a dvc that has no command running: it loads, or records a result
 POLL_SECONDS = 0.1  # how often the log is read and the child looked at
-BUSY_SECONDS = 120.0  # how long to try again while DVC says that another process is at this stage
+RECORD_PAUSES = (1.0, 5.0, 15.0)  # before each further try to record what has been trained
 LOG_BYTES = 2**23  # above which a log that is added to begins anew
 TAIL = 8  # lines of the log in a message
 
-DVC = str(Path(__file__).with_name("dvc_command.py"))
-# -P: or Python would look for modules beside that file first
-DVC_COMMAND = (sys.executable, "-P", DVC, "--wait-for-lock")
+# -P: or Python would look for modules in the pipeline's folder first
+DVC_COMMAND = (sys.executable, "-P", "-m", "dvc", "--wait-for-lock")
 
-Did = Literal["ran", "restored", "nothing"]
-
-# Faults that can pass by themselves.
-Fault = Literal["busy", "memory", "card", "connection"]
-_FAULTS: dict[Fault, re.Pattern[str]] = {
-    "busy": re.compile(r"is busy, it is being blocked by|Unable to acquire lock"),
-    "memory": re.compile(
-        r"(out of|not enough|can't allocate) memory|OutOfMemoryError|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
-    ),
-    "card": re.compile("Error: CUDA error: "),  # of one client of MPS, or of another beside it
-    "connection": re.compile(
-        r"Connection(Error|ResetError|RefusedError|AbortedError)|Connection (reset|refused|aborted|timed out)"
-        r"|RemoteDisconnected|IncompleteRead|Max retries exceeded|Temporary failure in name resolution"
-        r"|ReadTimeout|ConnectTimeout"
-    ),
-}
+Fault = Literal["memory", "connection", "card", "dvc"]  # which can pass: the command's own, and DVC's
 
 
 # What DVC says after each stage about git and remotes; it stays in the log alone.
@@ -66,7 +59,7 @@ _ADVICE = re.compile(
 
 
 class StageFailed(ResgridError):
-    """The command of a stage failed; the message ends with the last lines of its log."""
+    """A stage could not be brought up to date; the message ends with the last lines of its log."""
 
     def __init__(self, stage: str, why: str, tail: list[str], log: Path | str, fault: Fault | None) -> None:
         self.stage, self.why, self.tail, self.log, self.fault = stage, why, tail, log, fault
@@ -80,29 +73,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What reproducing a stage came to: its command ran, DVC restored it from its run cache, or nothing."""
+    """A stage that is up to date."""
 
     stage: str
-    did: Did
+    ran: bool  # its command; or DVC had the result already
     seconds: float
     log: Path
-
-
-@dataclass(frozen=True)
-class Record:
-    """A stage's latest run by a flow, in `.resgrid/state`; `by` is the process, by `watch.describe`."""
-
-    stage: str
-    status: Literal["running", "ran", "restored", "nothing", "failed", "stopped"]
-    started: float  # seconds since the epoch
-    ended: float | None
-    slot: str
-    by: str
-    why: str = ""
-
-    @property
-    def running(self) -> bool:
-        return self.status == "running" and watch.alive(self.by)
 
 
 @dataclass(frozen=True)
@@ -140,33 +116,16 @@ class Pipeline:
         return self.root / ".resgrid/logs" / self.name / f"{stage}.log"
 
     def state(self, name: str) -> Path:
-        return self.root / ".resgrid/state" / self.name / f"{name}.json"
+        return record.state_file(self.root, self.folder, name)
 
     def lock(self, name: str) -> FileLock:
-        """A stage's lock, or of something else of this pipeline. It ends with the process that has it."""
+        """A lock of this pipeline's, which ends with the process that has it."""
         path = self.root / ".resgrid/locks" / self.name / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
     def record(self, stage: str) -> Record | None:
-        found = read_state(self.state(stage))
-        return Record(**found) if found else None
-
-
-def write_state(path: Path, content: Mapping[str, object]) -> None:
-    """Replace a JSON file at once, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)
-
-
-def read_state(path: Path) -> Any:
-    """What `write_state` wrote; None if there is nothing."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+        return record.read_record(self.root, self.folder, stage)
 
 
 def reproduce(
@@ -178,39 +137,106 @@ def reproduce(
     force: bool = False,
     stop: threading.Event | None = None,
     slot: str = "",
-    busy_seconds: float = BUSY_SECONDS,
 ) -> Outcome:
     """Bring `stage` up to date with `dvc repro --single-item`; each line of output goes to `on_line`.
 
     `env` is added to this process's environment. Setting `stop` ends the child and all that it started.
-    Raises StageFailed, with the end of the log, if the stage fails or stays busy for `busy_seconds`; raises
-    Stopped after `stop`.
+    Raises StageFailed, with the end of the log, if the stage fails, and Stopped after `stop`.
     """
     stop = stop or threading.Event()
-    command = [*DVC_COMMAND, "repro", "--single-item", stage]
-    if force:
-        command.insert(-1, "--force")
+    before = _wait_for_another(pipeline, stage, on_line, stop)
+    mend_rwlock(pipeline)
     log = pipeline.log(stage)
-    with held(pipeline.lock(stage), f"{stage} is being run by another process", on_line, stop):
-        started = time.time()
-        record = Record(stage, "running", started, None, slot, watch.describe(os.getpid()))
-        write_state(pipeline.state(stage), asdict(record))
-        status, why = "failed", ""
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text("", encoding="utf-8")
-            did = _until_not_busy(pipeline, stage, command, env, on_line, stop, busy_seconds)
-            status = did
-            return Outcome(stage, did, time.time() - started, log)
-        except Stopped:
-            status = "stopped"
-            raise
-        except StageFailed as failure:
-            why = failure.why
-            raise
-        finally:
-            ended = asdict(record) | {"status": status, "ended": time.time(), "why": why}
-            write_state(pipeline.state(stage), ended)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("", encoding="utf-8")
+    command = [*DVC_COMMAND, "repro", "--single-item", *(["--force"] if force else []), stage]
+    began = time.monotonic()
+    code, tail = run(command, pipeline.folder, {**env, record.SLOT: slot}, log, on_line, stop)
+    now = pipeline.record(stage)
+    did_begin = now is not None and now != before and not now.is_running  # else it is another process's
+    if code == 0:
+        return Outcome(stage, did_begin, time.monotonic() - began, log)
+    said = next((line.removeprefix("ERROR: ") for line in reversed(tail) if line.startswith("ERROR: ")), "")
+    why, fault = said or _how(code), cast("Fault | None", "dvc")
+    if now is not None and did_begin:
+        if now.status == "good":
+            _record_only(pipeline, stage, said, on_line, stop)
+            return Outcome(stage, True, time.monotonic() - began, log)
+        killed = "its process was killed: by somebody, or by the system for lack of memory"
+        why, fault = {"fault": now.why, "running": killed}.get(now.status, _how(code)), now.fault
+    raise StageFailed(stage, why, tail[-TAIL:], log, fault)
+
+
+def _how(code: int) -> str:
+    return f"dvc was ended by {signal.Signals(-code).name}" if code < 0 else f"dvc ended with status {code}"
+
+
+def _wait_for_another(
+    pipeline: Pipeline, stage: str, on_line: Callable[[str], None], stop: threading.Event
+) -> Record | None:
+    """The stage's record, once no process is at work on it: `dvc` does not wait for that."""
+    waiting = False
+    while (found := pipeline.record(stage)) and found.is_running:
+        if not waiting:
+            on_line(f"{stage} is being run by process {found.by.partition(':')[0]}: waiting for it")
+        waiting = True
+        if stop.wait(POLL_SECONDS):
+            raise Stopped
+    return found
+
+
+def _record_only(
+    pipeline: Pipeline, stage: str, said: str, on_line: Callable[[str], None], stop: threading.Event
+) -> None:
+    """Let DVC record the outputs that are there, by the command that never runs a stage's own."""
+    log, tail = pipeline.log(stage), list[str]()
+    for pause in RECORD_PAUSES:
+        on_line(f"{stage} is done, but DVC has not recorded it ({said}); trying that again")
+        if stop.wait(pause):
+            raise Stopped
+        command = [*DVC_COMMAND, "commit", "--force", stage]
+        code, tail = run(command, pipeline.folder, {}, log, on_line, stop)
+        if code == 0:
+            return
+    why = f"it is done, but DVC cannot record it: {said}. That mended, `dvc commit --force {stage}` does"
+    raise StageFailed(stage, why, tail[-TAIL:], log, None)
+
+
+def working(pipeline: Pipeline) -> dict[int, str]:
+    """Processes that DVC's own list has at work on a stage of the repository: id and command.
+
+    Raises ValueError for half a list.
+    """
+    try:
+        found = json.loads((pipeline.root / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    readers = [by for some in found.get("read", {}).values() for by in some]
+    return {by["pid"]: by["cmd"] for by in (*found.get("write", {}).values(), *readers)}
+
+
+def mend_rwlock(pipeline: Pipeline) -> None:
+    """Delete DVC's list of who is at work if a `dvc` that was killed has left half of it, or is in it still.
+
+    Half a list stops every `dvc`, and another process may get the id of one that is gone. Left alone while
+    any `dvc` runs.
+    """
+    try:
+        is_stale = not all(psutil.pid_exists(pid) for pid in working(pipeline))
+    except ValueError:
+        is_stale = True
+    if is_stale and not dvc_runs(pipeline.root):
+        (pipeline.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
+
+
+def dvc_runs(root: Path) -> bool:
+    """Whether any `dvc` works in the repository."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            runs_dvc = any(Path(word).name == "dvc" for word in process.cmdline()[:5])
+            if runs_dvc and Path(process.cwd()).is_relative_to(root):
+                return True
+    return False
 
 
 @contextmanager
@@ -233,33 +259,6 @@ def held(lock: FileLock, why: str, on_line: Callable[[str], None], stop: threadi
         lock.release()
 
 
-def _until_not_busy(
-    pipeline: Pipeline,
-    stage: str,
-    command: list[str],
-    env: Mapping[str, str],
-    on_line: Callable[[str], None],
-    stop: threading.Event,
-    busy_seconds: float,
-) -> Did:
-    deadline = time.monotonic() + busy_seconds
-    pause = 1.0
-    while True:
-        try:
-            lines = run_logged(pipeline, stage, command, env, on_line, stop)
-        except StageFailed as failure:
-            if failure.fault != "busy" or time.monotonic() + pause > deadline:
-                raise
-            on_line(f"another DVC process is at {stage}; trying again in {pause:.0f} s")
-        else:
-            if any(line.startswith(f"Running stage '{stage}'") for line in lines):
-                return "ran"
-            return "restored" if any("is cached - skipping run" in line for line in lines) else "nothing"
-        if stop.wait(pause):
-            raise Stopped
-        pause = min(2 * pause, 15.0)
-
-
 def run_logged(
     pipeline: Pipeline,
     name: str,
@@ -267,45 +266,19 @@ def run_logged(
     env: Mapping[str, str],
     on_line: Callable[[str], None],
     stop: threading.Event,
-) -> list[str]:
-    """Run `command` in the pipeline's folder, its output in the log `name`; the lines that DVC itself says.
+) -> None:
+    """Run `command` in the pipeline's folder, its output in the log `name`.
 
     Raises StageFailed if it fails, and Stopped after `stop`.
     """
     log = pipeline.log(name)
-    log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.unlink()
-    said: list[str] = []
-    tail: deque[str] = deque(maxlen=60)
-
-    def keep(line: str) -> None:
-        if not _ADVICE.match(line):
-            on_line(line)
-            tail.append(line)
-        if line.startswith(("Running stage '", "Stage '")):
-            said.append(line)
-
-    code = run(command, pipeline.folder, env, log, keep, stop)
+    code, tail = run(command, pipeline.folder, env, log, on_line, stop)
     if code:
-        text = "\n".join(tail)
-        fault = next((fault for fault, pattern in _FAULTS.items() if pattern.search(text)), None)
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        raise StageFailed(name, _cause(tail) or how, list(tail)[-TAIL:], log, fault)
-    return said
-
-
-def _cause(lines: Sequence[str]) -> str:
-    """The line of the command itself that says why, rather than DVC's about it."""
-    for line in reversed(lines):
-        if line.startswith("resgrid: "):
-            return line.removeprefix("resgrid: ")
-        if re.match(r"[\w.]*(Error|Exception)\b", line):
-            return line
-    cause = next((line.removeprefix("ERROR: ") for line in reversed(lines) if line.startswith("ERROR: ")), "")
-    if re.search(r"exited with (-9|137)$", cause):
-        cause += " (killed: by somebody, or by the system for lack of memory)"
-    return cause
+        said = [line for line in tail if line.startswith(("resgrid: ", "ERROR: "))]
+        why = said[-1].partition(": ")[2] if said else f"{command[0]} ended with status {code}"
+        raise StageFailed(name, why, tail[-TAIL:], log, None)
 
 
 def run(
@@ -315,8 +288,8 @@ def run(
     log: Path,
     on_line: Callable[[str], None],
     stop: threading.Event,
-) -> int:
-    """Run `command` in a process group of its own, its output added to `log`; the exit status.
+) -> tuple[int, list[str]]:
+    """Run `command` in a process group of its own, its output added to `log`; its exit status and last lines.
 
     Nothing of the group is left when this returns or raises. Raises Stopped after `stop`.
     """
@@ -327,6 +300,15 @@ def run(
         watch.VARIABLE: watch.describe(os.getpid()),
         **env,
     }
+    tail: deque[str] = deque(maxlen=60)
+
+    def keep(line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        if not _ADVICE.match(text):
+            on_line(text)
+            tail.append(text)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out, log.open("rb") as written:
         written.seek(0, os.SEEK_END)
         child = subprocess.Popen(
@@ -339,16 +321,16 @@ def run(
                 over = child.poll() is not None
                 *whole, half = (half + written.read()).replace(b"\r", b"\n").split(b"\n")
                 for line in whole:
-                    on_line(line.decode("utf-8", "replace"))
+                    keep(line)
                 if over:
                     break
                 if stop.wait(POLL_SECONDS):
                     raise Stopped
         finally:
-            end(child, is_dvc=DVC in command)
+            end(child, is_dvc=command[: len(DVC_COMMAND)] == [*DVC_COMMAND])
         if half:
-            on_line(half.decode("utf-8", "replace"))
-        return child.returncode
+            keep(half)
+        return child.returncode, list(tail)
 
 
 def end(child: subprocess.Popen[bytes], is_dvc: bool, grace_seconds: float = GRACE_SECONDS) -> None:

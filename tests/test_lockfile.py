@@ -1,0 +1,169 @@
+"""dvc.lock after kills, by real DVC: what was recorded stays so, and nothing is trained for it."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from sleeping import Sleeping, sleeping
+
+from resgrid.errors import ResgridError
+from tasks.lockfile import is_whole, repair
+from tasks.plan import make_plan
+from tasks.stage import Pipeline, reproduce
+
+CELL = "resnet20-sgd-0"
+STAGE = f"train@{CELL}"
+
+
+def all_recorded(root: Path, architectures: str, optimizers: str, seeds: str = "0") -> Sleeping:
+    """A grid of which all is recorded in a dvc.lock of several buffers; two cells give other bytes each time."""
+    repository = sleeping(root, architectures, optimizers, seeds)
+    for cell in ("resnet20-sgd-0", "resnet20-adam-0"):
+        repository.behave(cell, "date +%s.%N > $2/nap")
+    repository.edit("work.sh", "$(cat code/net.py) >", "$(cat code/net.py $2/nap 2>/dev/null) >")
+    assert repository.run("dvc", "repro").returncode == 0
+    assert len(lock(repository).read_bytes()) > io.DEFAULT_BUFFER_SIZE
+    make_plan(Pipeline.find(repository.root))  # as each run of the grid begins
+    return repository
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sleeping:
+    repository = all_recorded(tmp_path / "r", "resnet20, resnet32", "sgd, adam, rmsprop")
+    for name, value in repository.env.items():
+        monkeypatch.setenv(name, value)
+    return repository
+
+
+def lock(repository: Sleeping) -> Path:
+    return repository.root / "dvc.lock"
+
+
+def recorded_weights(repository: Sleeping) -> dict[str, str]:
+    """What dvc.lock says of each cell's weights."""
+    stages = YAML(typ="safe").load(lock(repository))["stages"]
+    return {name: entry["outs"][0]["md5"] for name, entry in stages.items() if name.startswith("train@")}
+
+
+def mend(repository: Sleeping) -> None:
+    repair(Pipeline.find(repository.root), print, threading.Event())
+
+
+def assert_all_is_recorded(repository: Sleeping) -> None:
+    assert repository.run("dvc", "status", "--json").stdout.strip() == "{}"
+
+
+def cut(repository: Sleeping, size: int = io.DEFAULT_BUFFER_SIZE) -> None:
+    lock(repository).write_bytes(lock(repository).read_bytes()[:size])
+
+
+def test_a_part_of_a_lock_is_told_from_a_whole_one_wherever_it_is_cut(recorded: Sleeping) -> None:
+    content = lock(recorded).read_bytes()
+    assert is_whole(content)
+    assert is_whole(b"# by hand\n" + content)
+    cuts = range(0, len(content), io.DEFAULT_BUFFER_SIZE)
+    assert not any(is_whole(content[:size]) for size in cuts)
+    inside = [size for size in range(1, len(content) - 1, 97) if content[size - 1 : size] != b"\n"]
+    assert not any(is_whole(content[:size]) for size in inside)
+
+
+@pytest.mark.parametrize("size", [0, io.DEFAULT_BUFFER_SIZE])
+def test_what_is_trained_after_the_copy_is_recorded_from_its_latest_run(
+    recorded: Sleeping, size: int
+) -> None:
+    """Also of a forced run, of whose inputs the run cache has an earlier result."""
+    pipeline = Pipeline.find(recorded.root)
+    assert reproduce(pipeline, STAGE, {}, print, force=True).ran
+    expected, weights = recorded_weights(recorded), (recorded.root / f"runs/{CELL}/weights").read_bytes()
+    recorded.run("dvc", "repro", "--single-item", "evaluate")
+    trained = recorded.trained()
+    cut(recorded, size)
+    mend(recorded)
+    assert recorded_weights(recorded) == expected
+    assert (recorded.root / f"runs/{CELL}/weights").read_bytes() == weights
+    assert_all_is_recorded(recorded)
+    assert recorded.trained() == trained
+
+
+def test_after_dvc_gc_nothing_that_is_recorded_is_trained_anew(recorded: Sleeping) -> None:
+    pipeline = Pipeline.find(recorded.root)
+    before = recorded_weights(recorded)
+    assert reproduce(pipeline, STAGE, {}, print, force=True).ran  # its entry's outputs go with the next lines
+    recorded.run("dvc", "repro", "--single-item", "evaluate")
+    make_plan(pipeline)
+    expected = recorded_weights(recorded)
+    assert expected != before
+    assert recorded.run("dvc", "gc", "--workspace", "--force").returncode == 0
+    trained = recorded.trained()
+    cut(recorded)
+    mend(recorded)
+    assert recorded_weights(recorded) == expected
+    assert_all_is_recorded(recorded)
+    assert recorded.trained() == trained
+
+
+def test_what_dvc_no_longer_has_is_named_and_left_to_a_person(recorded: Sleeping) -> None:
+    pipeline = Pipeline.find(recorded.root)
+    recorded.change_code()
+    assert reproduce(pipeline, STAGE, {}, print).ran
+    subprocess.run(["rm", "-rf", str(recorded.root / ".dvc/cache/runs")], check=True)
+    trained = recorded.trained()
+    cut(recorded)
+    with pytest.raises(ResgridError, match=rf"no longer has the results of {STAGE}, which had ended"):
+        mend(recorded)
+    assert recorded.trained() == trained
+    mend(recorded)  # and then the person has been told
+
+
+def test_a_whole_lock_of_gits_or_of_a_hand_is_left_as_it_is(recorded: Sleeping) -> None:
+    whole = YAML(typ="safe").load(lock(recorded))
+    del whole["stages"][STAGE]
+    with lock(recorded).open("w") as file:
+        YAML().dump(whole, file)
+    before = lock(recorded).read_bytes()
+    mend(recorded)
+    assert lock(recorded).read_bytes() == before
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_dvc_killed_at_random_moments_of_its_writing_costs_no_record_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int
+) -> None:
+    seeds = "0, 1, 2, 3"
+    repository = all_recorded(tmp_path / "r", "resnet20, resnet32, resnet44", "sgd, adam, rmsprop", seeds)
+    for name, value in repository.env.items():
+        monkeypatch.setenv(name, value)
+    pipeline, draws, num_cut = Pipeline.find(repository.root), random.Random(num), 0
+    for i in range(num):
+        size = lock(repository).stat().st_size
+        command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", STAGE]
+        dvc = subprocess.Popen(
+            command, cwd=repository.root, env=repository.env, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while lock(repository).stat().st_size == size:
+            assert dvc.poll() is None
+        time.sleep(draws.uniform(0, 0.3) if i else 0.0)
+        os.killpg(dvc.pid, signal.SIGKILL)
+        dvc.communicate()
+        num_cut += not is_whole(lock(repository).read_bytes())
+        trained = repository.trained()
+        weights = (repository.root / f"runs/{CELL}/weights").read_bytes()
+        mend(repository)
+        plan = make_plan(pipeline)
+        stale = {step.title for step in plan.steps if step.state == "stale"}
+        assert stale <= {"evaluate"}
+        assert len(recorded_weights(repository)) == 36
+        assert (repository.root / f"runs/{CELL}/weights").read_bytes() == weights
+        assert repository.trained() == trained
+    assert num_cut

@@ -1,0 +1,90 @@
+"""What a stage's command leaves of its beginning and its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from small import Project
+
+from resgrid import watch
+from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
+from resgrid.record import Record, read_record, recorded
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose stage `train@a-b-0` this process is, as DVC says it in the environment."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "train@a-b-0")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def record(root: Path, folder: str = ".") -> Record:
+    found = read_record(root, root / folder, "train@a-b-0")
+    assert found is not None
+    return found
+
+
+def test_a_command_that_runs_says_which_process_it_is_and_then_how_long_it_took(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESGRID_SLOT", "cpu 1/2")
+    with recorded():
+        begun = record(root)
+        assert (begun.is_running, begun.by, begun.slot) == (True, watch.describe(os.getpid()), "cpu 1/2")
+        assert begun.seconds is None
+    ended = record(root)
+    assert (ended.status, ended.is_running) == ("good", False)
+    assert ended.seconds is not None and 0 <= ended.seconds < 5  # noqa: PT018
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "why"),
+    [
+        (ResgridError("recipes: no"), None, "recipes: no"),
+        (OutOfMemory("batch_size: too large"), "memory", "batch_size: too large"),
+        (MemoryError("no"), "memory", "MemoryError: no"),
+        (ConnectionLost("away"), "connection", "away"),
+        (ConnectionResetError(104, "reset"), "connection", "ConnectionResetError: [Errno 104] reset"),
+        (KeyError("x"), None, "KeyError: 'x'"),
+    ],
+)
+def test_the_kind_of_a_fault_is_that_of_its_exception(
+    root: Path, error: Exception, fault: str | None, why: str
+) -> None:
+    with pytest.raises(type(error)), recorded():
+        raise error
+    assert (record(root).status, record(root).fault, record(root).why) == ("fault", fault, why)
+
+
+def test_a_command_that_is_told_to_end_is_stopped_and_no_fault(root: Path) -> None:
+    with pytest.raises(SystemExit), recorded():
+        raise SystemExit(143)
+    assert (record(root).status, record(root).fault) == ("stopped", None)
+
+
+def test_another_pipelines_stage_and_an_experiments_copy_do_not_get_in_the_way(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "examples/digits").mkdir(parents=True)
+    monkeypatch.chdir(root / "examples/digits")
+    monkeypatch.setenv("DVC_STAGE", "examples/digits/dvc.yaml:train@a-b-0")  # called from the root
+    with recorded():
+        pass
+    assert record(root, "examples/digits").status == "good"
+    copy = root / ".dvc/tmp/exps/standalone/tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with recorded():
+        pass
+    assert len(list((root / ".resgrid").rglob("*.json"))) == 1
+
+
+def test_every_stage_of_a_trained_pipeline_has_left_its_record(small: Project) -> None:
+    for stage in ("download", "preprocess", "train@resnet20-sgd-0", "evaluate"):
+        found = read_record(small.root, small.root, stage)
+        assert found is not None, stage
+        assert (found.stage, found.status) == (stage, "good")
