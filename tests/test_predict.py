@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -299,7 +300,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
         (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
         (["--model", "params.yaml"], "this is a text file, not a weights file"),
-        (["--top", "0"], "--top 0: there must be at least one class"),
+        (["--top", "0"], "argument --top: 0: there must be at least one"),
     ],
 )
 def test_a_mistake_ends_with_one_message(
@@ -315,8 +316,7 @@ def test_weights_that_changed_since_training_are_refused(
     inside: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cell = tmp_path / "runs" / "resnet20-adam-0"
-    cell.mkdir(parents=True)
-    (cell / "run.json").write_bytes((inside.weights.parent / "run.json").read_bytes())
+    shutil.copytree(inside.weights.parent, cell)
     (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
     save_weights(cell / "weights.safetensors", build_model("resnet20", 10), _info(10))
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resgrid.config import FAMILIES, Architecture, Triple
+from resgrid.config import FAMILIES, NORMALIZATIONS, Architecture, Triple
 from resgrid.errors import ResgridError
 from resgrid.filetype import HDF5, KERAS, SAFETENSORS, TORCH, identify, refuse
 from resgrid.models import build_model
@@ -35,25 +35,6 @@ from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, save_wei
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-
-# Means and deviations by which images are normalised elsewhere, on the 0-1 scale, by the name to give them.
-NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
-    "keras": ((120.7076 / 255,) * 3, (64.1501 / 255,) * 3),  # the Keras original of the CIFAR ResNets
-    "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # kuangliu/pytorch-cifar
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # the deviation over all pixels
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
-    "half": ((0.5,) * 3, (0.5,) * 3),  # from -1 to 1
-    "none": ((0.0,) * 3, (1.0,) * 3),  # from 0 to 1
-}
-KERAS_MEAN, KERAS_STD = NORMALIZATIONS["keras"]
-TORCH_MEAN, TORCH_STD = NORMALIZATIONS["kuangliu"]
-
-Say = Callable[[str], None]
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 # --- Keras ----------------------------------------------------------------------------------------
@@ -64,16 +45,15 @@ def import_keras(
     architecture: Architecture,
     out: Path,
     class_names: Sequence[str] | None = None,
-    mean: Triple = KERAS_MEAN,
-    std: Triple = KERAS_STD,
+    normalization: tuple[Triple, Triple] = NORMALIZATIONS["keras"],
 ) -> WeightsInfo:
     """Convert Keras's weights for a CIFAR ResNet or VGG-16: `.h5` of Keras 2, `.keras` or `.weights.h5` of 3.
 
-    Without `class_names` they are CIFAR-10's; `mean` and `std` are what the training normalised by.
+    Without `class_names` they are CIFAR-10's; `normalization` is mean and deviation of the training.
 
     Raises ResgridError: for a file that is missing, of another kind, not self-contained, or of another model.
     """
-    info = _info(architecture, class_names, mean, std)
+    info = _info(architecture, class_names, normalization)
     if FAMILIES[architecture] == "wide_resnet":
         raise ResgridError(
             f"{source}: the Keras original has no {architecture}. Name one of "
@@ -259,10 +239,9 @@ def import_torch(
     architecture: Architecture,
     out: Path,
     class_names: Sequence[str] | None = None,
-    mean: Triple = TORCH_MEAN,
-    std: Triple = TORCH_STD,
+    normalization: tuple[Triple, Triple] = NORMALIZATIONS["kuangliu"],
     key: str | None = None,
-    say: Say = _silent,
+    say: Callable[[str], None] = lambda text: None,
 ) -> WeightsInfo:
     """Convert the one set of weights in `source` that is the architecture's, wherever it is nested there.
 
@@ -275,7 +254,7 @@ def import_torch(
     Raises ResgridError: for a file that is missing, cut, of another kind or of another model, and for several
     sets of weights that differ.
     """
-    info = _info(architecture, class_names, mean, std)
+    info = _info(architecture, class_names, normalization)
     content, foreign = _read_torch(source)
     sets = _weight_sets(content)
     if key is not None:
@@ -504,9 +483,10 @@ def _rename(
 
 
 def _info(
-    architecture: Architecture, class_names: Sequence[str] | None, mean: Triple, std: Triple
+    architecture: Architecture, class_names: Sequence[str] | None, normalization: tuple[Triple, Triple]
 ) -> WeightsInfo:
     names = CIFAR10_CLASSES if class_names is None else tuple(class_names)
+    mean, std = normalization
     try:
         return WeightsInfo(architecture=architecture, class_names=names, mean=mean, std=std)
     except ValidationError as error:
