@@ -29,6 +29,7 @@ class FileType:
 
 EMPTY: Final = FileType("an empty file", "Copy or fetch it again.")
 UNKNOWN: Final = FileType("a file of no known type")
+TEXT: Final = FileType("a text file")
 FOLDER: Final = FileType("a folder")
 TORCH: Final = FileType("a PyTorch file", "`resgrid import-torch` makes a weights file of it.")
 HDF5: Final = FileType("an HDF5 file", "`resgrid import-keras` makes a weights file of it if Keras wrote it.")
@@ -37,9 +38,7 @@ SAFETENSORS: Final = FileType("a safetensors file", "`resgrid import-torch` make
 ZIP: Final = FileType("a zip archive", "If it is packed weights, unpack it first.")
 HEIF: Final = FileType("a HEIC picture", "Pillow does not read HEIC: convert it to JPEG or PNG.")
 
-PDF: Final = FileType("a PDF document", "Save its pictures as PNG or JPEG.")
-
-# How files begin, looked for in this order; what Pillow reads comes between the two.
+# How files begin, looked for in this order, and before what Pillow reads.
 _UNPACK: Final = "If it is packed weights, unpack it first."
 _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     (rb"\x89HDF\r\n\x1a\n", HDF5),
@@ -47,15 +46,18 @@ _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     (rb"PK\x05\x06", FileType("an empty zip archive", "Pack or fetch it again.")),
     (rb"\x1f\x8b", FileType("a gzip archive", _UNPACK)),
     (rb"\xfd7zXZ\0", FileType("an xz archive", _UNPACK)),
-    (rb"BZh", FileType("a bzip2 archive", _UNPACK)),
+    (rb"BZh[1-9]1AY&SY", FileType("a bzip2 archive", _UNPACK)),
     (rb".{257}ustar", FileType("a tar archive", _UNPACK)),
     (rb"7z\xbc\xaf\x27\x1c", FileType("a 7-Zip archive", "Unpack it first.")),
-    (rb"Rar!", FileType("a RAR archive", "Unpack it first.")),
+    (rb"Rar!\x1a", FileType("a RAR archive", "Unpack it first.")),
     (rb"\x93NUMPY", FileType("a NumPy array", "Save the model's state dict with torch.save.")),
-    (rb"MATLAB 5", FileType("a MATLAB file", "Take the Python or the binary version of the data.")),
+    (
+        rb"MATLAB 5\.0 MAT-file",
+        FileType("a MATLAB file", "Take the Python or the binary version of the data."),
+    ),
     (rb".{4}TFL3", FileType("a TensorFlow Lite model", "Save the Keras model that it was made of.")),
     (rb"GGUF", FileType("a GGUF file")),
-    (rb"%PDF", PDF),
+    (rb"%PDF", FileType("a PDF document", "Save its pictures as PNG or JPEG.")),
     (rb"\xd0\xcf\x11\xe0", FileType("a file of Windows or an old Office document")),  # Thumbs.db
     (rb"SQLite format 3\0", FileType("an SQLite database")),
     (rb"\x80[\2-\5].?.{0,12}\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", TORCH),  # before torch 1.6
@@ -65,11 +67,10 @@ _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     ),
     (rb".{5}\0\0\0\{", SAFETENSORS),
     (rb".{4}ftyp(hei[cxms]|hevc|(mif1|msf1).{4,40}hei[cx])", HEIF),
-)
-_OTHERS: tuple[tuple[bytes, FileType], ...] = (
-    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", FileType("a video", "Save its frames as pictures.")),
-)
-_TEXTS: tuple[tuple[bytes, FileType], ...] = (
+    (
+        rb".{4}ftyp(?!.{0,60}avi[fs])|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+        FileType("a video", "Save its frames as pictures."),
+    ),
     (
         rb"version https://git-lfs",
         FileType("a Git LFS pointer and not the file itself", "`git lfs pull` fetches the file."),
@@ -79,8 +80,6 @@ _TEXTS: tuple[tuple[bytes, FileType], ...] = (
         FileType("a web page", "The download brought it in place of the file: fetch that again."),
     ),
     (rb"\s*(<.{0,1000})?<svg", FileType("an SVG drawing", "Export it as PNG.")),
-    (rb"%PDF", PDF),
-    (rb"", FileType("a text file")),
 )
 
 
@@ -107,13 +106,8 @@ def identify_bytes(start: bytes) -> FileType:
     """What a file is that begins with `start`, its first `START_BYTES`."""
     if not start:
         return EMPTY
-    if _is_text(start):
-        return _first(_TEXTS, start) or UNKNOWN
-    return _first(_SIGNATURES, start) or _picture(start) or _first(_OTHERS, start) or UNKNOWN
-
-
-def _first(table: tuple[tuple[bytes, FileType], ...], start: bytes) -> FileType | None:
-    return next((kind for pattern, kind in table if re.match(pattern, start, re.DOTALL)), None)
+    signed = next((kind for pattern, kind in _SIGNATURES if re.match(pattern, start, re.DOTALL)), None)
+    return signed or (TEXT if _is_text(start) else _picture(start) or UNKNOWN)
 
 
 def refuse(path: Path, kind: FileType, wanted: str) -> ResgridError:

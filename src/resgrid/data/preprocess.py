@@ -74,7 +74,9 @@ def preprocess(
         channel_std=(red[1], green[1], blue[1]),
         split_digests=digests,
         digest=content_digest(source.class_names, digests),
-        left_out=source.left_out if isinstance(source, ImageFolder) else {},
+        left_out={split: sorted(names) for split, names in source.broken.items() if names}
+        if isinstance(source, ImageFolder)
+        else {},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
@@ -86,19 +88,14 @@ def preprocess(
 def _load_all(source: Source, on_image: OnImage | None) -> dict[str, Split]:
     """Every split; raises BrokenPictures, with those of all splits."""
     loaded: dict[str, Split] = {}
-    broken: dict[str, str] = {}
-    num_images = 0
-    path = Path()
+    broken: BrokenPictures | None = None
     for split in source.images if isinstance(source, ImageFolder) else SPLITS:
         try:
             loaded[split] = source.load(split, on_image)
-            num_images += len(loaded[split].labels)
-        except BrokenPictures as error:
-            broken |= error.reasons
-            num_images += error.num_images
-            path = error.path
+        except BrokenPictures as error:  # the next one tells of these as well
+            broken = error
     if broken:
-        raise BrokenPictures(path, broken, num_images)
+        raise broken
     return loaded
 
 
