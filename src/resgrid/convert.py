@@ -30,7 +30,7 @@ from resgrid.config import FAMILIES, NORMALIZATIONS, Architecture, Triple
 from resgrid.errors import ResgridError
 from resgrid.filetype import HDF5, KERAS, SAFETENSORS, TORCH, identify, refuse
 from resgrid.models import build_model
-from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, save_weights
+from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, filled, save_weights
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -71,7 +71,8 @@ def import_keras(
         raise ResgridError(
             f"{source}: the Keras file is cut or damaged ({error}). Copy or save it again."
         ) from None
-    return _save(tensors, info, out)
+    save_weights(out, filled(info, tensors), info)
+    return info
 
 
 MAX_WEIGHTS_BYTES = 2**30  # of the weights in a .keras file: eighteen times VGG-16's
@@ -90,11 +91,8 @@ def _weights_member(source: Path) -> io.BytesIO:
 
 def _weights_group(source: Path, file: h5py.File) -> h5py.Group:
     """The group below which a Keras file has its layers."""
-    for name in (
-        "model_weights",
-        "layers",
-        "_layer_checkpoint_dependencies",
-    ):  # Keras 2, and 3 in two versions
+    # Keras 2, and 3 in two versions
+    for name in ("model_weights", "layers", "_layer_checkpoint_dependencies"):
         if name in list(file):
             return _member(source, file, name)
     if "layer_names" not in file.attrs:
@@ -275,7 +273,12 @@ def import_torch(
             fitting[name] = renamed
     if not fitting:
         raise ResgridError(f"{source}: {_difference(_nearest(sets, expected), info)}")
-    names = _innermost(fitting)
+    # less the sets that only hold another one
+    names = [
+        name
+        for name in fitting
+        if not any(each != name and each.startswith(f"{name}.".lstrip(".")) for each in fitting)
+    ]
     tensors = fitting[names[0]]
     for each, tensor in tensors.items():
         if not _is_plain(tensor):
@@ -283,14 +286,17 @@ def import_torch(
                 f"{source}: {each!r} is no dense tensor of floats, so this is no state dict of weights. "
                 "Save it with torch.save(model.state_dict(), FILE)."
             )
-    if any(not _equal(tensors, other) for other in fitting.values()):
+    if any(
+        not torch.equal(tensor, fitting[name][each]) for name in names for each, tensor in tensors.items()
+    ):
         raise ResgridError(
             f"{source}: it holds {len(names)} sets of weights for {architecture}, which differ: "
             f"{', '.join(names)}. Choose one with --key."
         )
     if names[0]:
         say(f"Taken: the {len(tensors)} tensors below {names[0]}.")
-    return _save({each: tensor.float() for each, tensor in tensors.items()}, info, out)
+    save_weights(out, filled(info, tensors), info)
+    return info
 
 
 class _Foreign:
@@ -416,24 +422,10 @@ def _nearest(sets: dict[str, dict[str, Tensor]], expected: dict[str, tuple[int, 
     """Of several sets the one with most shapes in common, and least beside them."""
 
     def rank(weights: dict[str, Tensor]) -> tuple[int, int]:
-        common = _shapes(weights) & Counter(expected.values())
+        common = Counter(tuple(tensor.shape) for tensor in weights.values()) & Counter(expected.values())
         return common.total(), -len(weights)
 
     return max(sets.values(), key=rank)
-
-
-def _innermost(names: Iterable[str]) -> list[str]:
-    """`names` less those that only hold another one."""
-    listed = list(names)
-    return [
-        name
-        for name in listed
-        if not any(each.startswith(f"{name}.".lstrip(".")) for each in listed if each != name)
-    ]
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -493,10 +485,6 @@ def _info(
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise ResgridError(f"{key}: {problem['msg']} (it is {problem['input']!r})") from None
-
-
-def _shapes(tensors: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(tensor.shape) for tensor in tensors.values())
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -575,11 +563,3 @@ def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
         f"these are not the weights of {architecture}, nor of any architecture here: {', and '.join(wrong)}. "
         f"`resgrid summary {architecture}` shows what is wanted."
     )
-
-
-def _save(tensors: dict[str, Tensor], info: WeightsInfo, out: Path) -> WeightsInfo:
-    with torch.device("meta"):
-        model = build_model(info.architecture, len(info.class_names))
-    model.load_state_dict(tensors, assign=True)
-    save_weights(out, model, info)
-    return info
