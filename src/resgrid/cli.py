@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
-from resgrid.config import FAMILIES, NORMALIZATIONS, Triple, load_params
+from resgrid.config import FAMILIES, NORMALIZATIONS, Triple, load_params, read_yaml
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 from resgrid.progress import Progress, amount
@@ -314,10 +314,7 @@ def _set(options: argparse.Namespace) -> None:
         return
     if not options.assignments:
         raise ResgridError("set: name a key and a value, as in 'recipes.*.epochs=10'.")
-    try:
-        old = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ResgridError(f"{path}: no such file here ({Path.cwd()}).") from None
+    old, _ = read_yaml(path)
     new = edit.assign(old, options.assignments)
     print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
     if not options.dry_run:

@@ -372,8 +372,14 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises ResgridError: for a file that is missing or not YAML, and for every unknown key, missing
     key, wrong type and impossible value, each named with its path and value.
     """
+    return parse_params(read_yaml(path)[1], str(path))
+
+
+def read_yaml(path: Path) -> tuple[str, Any]:
+    """The text of a params.yaml and what it holds; raises ResgridError for one that is missing or no YAML."""
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return text, YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
@@ -381,7 +387,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         ) from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
-    return parse_params(raw, str(path))
 
 
 def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
