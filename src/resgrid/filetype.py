@@ -27,6 +27,7 @@ class FileType:
     is_picture: bool = False
 
 
+_UNPACK: Final = "If it is packed weights, unpack it first."
 EMPTY: Final = FileType("an empty file", "Copy or fetch it again.")
 UNKNOWN: Final = FileType("a file of no known type")
 TEXT: Final = FileType("a text file")
@@ -35,19 +36,22 @@ TORCH: Final = FileType("a PyTorch file", "`resgrid import-torch` makes a weight
 HDF5: Final = FileType("an HDF5 file", "`resgrid import-keras` makes a weights file of it if Keras wrote it.")
 KERAS: Final = FileType("a Keras 3 file", "`resgrid import-keras` makes a weights file of it.")
 SAFETENSORS: Final = FileType("a safetensors file", "`resgrid import-torch` makes a weights file of it.")
-ZIP: Final = FileType("a zip archive", "If it is packed weights, unpack it first.")
+TAR: Final = FileType("a tar archive", _UNPACK)
+GZIP: Final = FileType("a gzip archive", _UNPACK)
+XZ: Final = FileType("an xz archive", _UNPACK)
+BZIP2: Final = FileType("a bzip2 archive", _UNPACK)
+ZIP: Final = FileType("a zip archive", _UNPACK)
 HEIF: Final = FileType("a HEIC picture", "Pillow does not read HEIC: convert it to JPEG or PNG.")
 
 # How files begin, looked for in this order, and before what Pillow reads.
-_UNPACK: Final = "If it is packed weights, unpack it first."
 _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     (rb"\x89HDF\r\n\x1a\n", HDF5),
     (rb"PK\x03\x04", ZIP),
     (rb"PK\x05\x06", FileType("an empty zip archive", "Pack or fetch it again.")),
-    (rb"\x1f\x8b", FileType("a gzip archive", _UNPACK)),
-    (rb"\xfd7zXZ\0", FileType("an xz archive", _UNPACK)),
-    (rb"BZh[1-9]1AY&SY", FileType("a bzip2 archive", _UNPACK)),
-    (rb".{257}ustar", FileType("a tar archive", _UNPACK)),
+    (rb"\x1f\x8b", GZIP),
+    (rb"\xfd7zXZ\0", XZ),
+    (rb"BZh[1-9]1AY&SY", BZIP2),
+    (rb".{257}ustar", TAR),
     (rb"7z\xbc\xaf\x27\x1c", FileType("a 7-Zip archive", "Unpack it first.")),
     (rb"Rar!\x1a", FileType("a RAR archive", "Unpack it first.")),
     (rb"\x93NUMPY", FileType("a NumPy array", "Save the model's state dict with torch.save.")),
@@ -93,13 +97,17 @@ def identify(path: Path) -> FileType:
         raise ResgridError(f"{path}: a link that leads nowhere (to {path.readlink()}).")
     if not path.is_file():  # a pipe would never end
         raise ResgridError(f"{path}: there is no such file.")
+    kind = begins_as(path)
+    return _zipped(path) if kind is ZIP else kind
+
+
+def begins_as(path: Path) -> FileType:
+    """The same of a file by its first bytes alone, whatever is in a zip."""
     try:
         with path.open("rb") as file:
-            start = file.read(START_BYTES)
+            return identify_bytes(file.read(START_BYTES))
     except OSError as error:
         raise ResgridError(f"{path}: cannot be read: {error.strerror}.") from None
-    kind = identify_bytes(start)
-    return _zipped(path) if kind is ZIP else kind
 
 
 def identify_bytes(start: bytes) -> FileType:
