@@ -659,6 +659,8 @@ def test_a_value_of_0_to_16_becomes_its_nearest_of_0_to_255(tmp_path):
     save_file(arrays, tmp_path / "d.safetensors")
     source = Digits(tmp_path / "d.safetensors", 0.5, 0)
     found = torch.cat([source.load(split).images[:, 0, 0, 0] for split in ("train", "test")])
+    with pytest.raises(ResgridError, match="there is no split 'validation', only train and test"):
+        source.load("validation")
     assert sorted(found.tolist()) == [
         0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255,
     ]  # i * 15.9375  # fmt: skip

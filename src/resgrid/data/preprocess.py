@@ -15,7 +15,6 @@ from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.room import require_disk
 from resgrid.data.sources import (
-    SPLITS,
     BrokenPictures,
     Cifar,
     Digits,
@@ -74,9 +73,7 @@ def preprocess(
         channel_std=(red[1], green[1], blue[1]),
         split_digests=digests,
         digest=content_digest(source.class_names, digests),
-        left_out={split: sorted(names) for split, names in source.broken.items() if names}
-        if isinstance(source, ImageFolder)
-        else {},
+        left_out={split: sorted(names) for split, names in source.broken.items() if names},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
@@ -89,7 +86,7 @@ def _load_all(source: Source, on_image: OnImage | None) -> dict[str, Split]:
     """Every split; raises BrokenPictures, with those of all splits."""
     loaded: dict[str, Split] = {}
     broken: BrokenPictures | None = None
-    for split in source.images if isinstance(source, ImageFolder) else SPLITS:
+    for split in source.splits:
         try:
             loaded[split] = source.load(split, on_image)
         except BrokenPictures as error:  # the next one tells of these as well

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal, Protocol
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -48,12 +48,25 @@ MAX_PIXELS_VARIABLE = "RESGRID_MAX_PIXELS"
 SHOWN = 20  # broken pictures that an error names
 
 
-class Source(Protocol):
+class Source:
+    """Labelled images, read a split at a time."""
+
     class_names: tuple[str, ...]  # in the order of the labels
-    notes: list[str]  # what a person should know: what was passed over, and what stands for what
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.splits: tuple[str, ...] = SPLITS
+        self.notes: list[str] = []  # what a person should know: passed over, or standing for something else
+        self.broken: dict[str, dict[str, str]] = {}  # by split that is loaded: picture -> why
 
     def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        """The images of one split; raises ResgridError if it has none or one is broken."""
+        """The images of one split; raises ResgridError if there is none or one is broken."""
+        if split not in self.splits:
+            raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
+        return self._load(split, on_image)
+
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
+        raise NotImplementedError
 
 
 def open_source(path: Path, resize: Resize) -> Source:
@@ -80,16 +93,15 @@ def raw_path(path: Path) -> Path:
     return path
 
 
-class Processed:
+class Processed(Source):
     """What `preprocess` made."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.notes: list[str] = []
-        self.class_names = load_meta(folder).class_names
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.class_names = load_meta(path).class_names
 
     def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        return load_split(self._folder, split)
+        return load_split(self.path, split)
 
 
 # --- CIFAR-10 and CIFAR-100 --------------------------------------------------------------------------
@@ -125,12 +137,11 @@ def _cifar_form(names: Sequence[str]) -> _CifarForm | None:
     return None
 
 
-class Cifar:
+class Cifar(Source):
     """CIFAR-10 or, with its fine labels, CIFAR-100, in the Python or the binary version, packed or not."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.notes: list[str] = []
+        super().__init__(path)
         held = archives.names(path)
         self._form = form = _cifar_form(held) or _CIFAR_FORMS[0]
         self.files: dict[str, str] = {}  # data_batch_1 -> cifar-10-batches-py/data_batch_1
@@ -153,25 +164,19 @@ class Cifar:
             names = archives.load_pickle(meta, self._origin(form.meta)).get(form.names)
         if not isinstance(names, list) or not all(type(name) is str for name in names) or len(set(names)) < 2:
             raise ResgridError(f"{self._origin(form.meta)}: {form.names} must be two or more names.")
-        self.class_names: tuple[str, ...] = tuple(names)
+        self.class_names = tuple(names)
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        form = self._form
-        batches = {
-            "train": sorted(
-                (batch for batch in self.files if re.fullmatch(form.train, batch)),
-                key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)],
-            ),
-            "test": [form.test],
-        }
-        if split not in batches:
-            raise ResgridError(f"{self._path}: there is no split {split!r}, only train and test.")
-        wanted = {self.files[batch]: batch for batch in batches[split]}
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
+        batches = [self._form.test]
+        if split == "train":
+            held = (batch for batch in self.files if re.fullmatch(self._form.train, batch))
+            batches = sorted(held, key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)])
+        wanted = {self.files[batch]: batch for batch in batches}
         read = {wanted[name]: self._batch(wanted[name], content)
-                for name, content in archives.contents(self._path, wanted)}  # fmt: skip
+                for name, content in archives.contents(self.path, wanted)}  # fmt: skip
         return Split(
-            images=torch.from_numpy(np.concatenate([read[batch][0] for batch in batches[split]])),
-            labels=torch.from_numpy(np.concatenate([read[batch][1] for batch in batches[split]])),
+            images=torch.from_numpy(np.concatenate([read[batch][0] for batch in batches])),
+            labels=torch.from_numpy(np.concatenate([read[batch][1] for batch in batches])),
         )
 
     def _batch(self, batch: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -207,7 +212,7 @@ class Cifar:
         return rows[:, self._form.label_bytes :], rows[:, self._form.label_bytes - 1].tolist()
 
     def _origin(self, batch: str) -> str:
-        return f"{self._path}: {self.files[batch]}"
+        return f"{self.path}: {self.files[batch]}"
 
 
 # --- image folders ----------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ class BrokenPictures(ResgridError):
     """Pictures that cannot be read, each with its reason: all of them in one message."""
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Pictures in `<split>/<class>/` or `<class>/`, in a folder or an archive, perhaps below one more folder.
 
     A split's folder may be called `train` or `training`, `test` or `testing`, `val`, `valid` or `validation`.
@@ -239,8 +244,8 @@ class ImageFolder:
 
         Raises ResgridError if a split of `needs` has no image, or the splits have not the same classes.
         """
-        self._path, self._resize, self._on_broken = path, resize, on_broken
-        self.broken: dict[str, dict[str, str]] = {}  # by split that is loaded: picture -> why
+        super().__init__(path)
+        self._resize, self._on_broken = resize, on_broken
         found, self.notes = _find_images(path)
         if "validation" in found and "test" not in found and not test_fraction:
             found["test"] = found.pop("validation")
@@ -276,20 +281,18 @@ class ImageFolder:
                 "test": [image for image, drawn in pairs if drawn],
             } | {split: images for split, images in self.images.items() if split != "train"}
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+        self.splits = tuple(self.images)
+
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
         """Raises BrokenPictures, with those of all splits so far, unless they are to be skipped."""
-        if split not in self.images:
-            raise ResgridError(
-                f"{self._path}: there is no split {split!r}, only {' and '.join(self.images)}."
-            )
         wanted = self.images[split]
         place = {name: i for i, (name, _) in enumerate(wanted)}
-        require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self._path}: {split} of {len(wanted):,} images")
+        require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self.path}: {split} of {len(wanted):,} images")
         images = np.empty((len(wanted), SIDE, SIDE, 3), np.uint8)
         broken = self.broken[split] = {}
         done = 0
         with large_pictures() as large:
-            for done, (name, content) in enumerate(archives.contents(self._path, place), start=1):
+            for done, (name, content) in enumerate(archives.contents(self.path, place), start=1):
                 try:
                     images[place[name]] = decode(io.BytesIO(content), name, self._resize)
                 except BrokenPicture as error:
@@ -297,13 +300,13 @@ class ImageFolder:
                 if on_image is not None:
                     on_image(split, done, len(wanted))
         if done != len(wanted):
-            raise ResgridError(f"{self._path}: files went while they were read. Run this again.")
+            raise ResgridError(f"{self.path}: files went while they were read. Run this again.")
         self.notes += large
         if broken and self._on_broken == "refuse":
             lines = [line for each in self.broken.values() for line in each.values()]
             more = [f"… and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
             raise BrokenPictures(
-                "\n  ".join([f"{self._path}: broken pictures: {len(lines):,}.", *lines[:SHOWN], *more])
+                "\n  ".join([f"{self.path}: broken pictures: {len(lines):,}.", *lines[:SHOWN], *more])
                 + "\nMend or remove them; data.on_broken: skip in params.yaml leaves them out."
             )
         if broken:
@@ -314,7 +317,7 @@ class ImageFolder:
         classes = [wanted[i][1] for i in kept]
         if lost := set(self.class_names) - set(classes):
             raise ResgridError(
-                f"{self._path}: class {min(lost)!r} has no picture in {split} that can be read."
+                f"{self.path}: class {min(lost)!r} has no picture in {split} that can be read."
             )
         labels = torch.from_numpy(self._labels(classes))
         return Split(images=torch.from_numpy(images[kept] if broken else images), labels=labels)
@@ -549,23 +552,23 @@ def to_square(image: Image.Image, resize: Resize) -> Image.Image:
 # --- scikit-learn's digits --------------------------------------------------------------------------
 
 
-class Digits:
+class Digits(Source):
     """scikit-learn's handwritten digits, as `download` stored them: uint8 (1797, 8, 8) of 0 to 16."""
 
     class_names = tuple("0123456789")
 
     def __init__(self, path: Path, test_fraction: float, split_seed: int) -> None:
-        self.notes: list[str] = []
-        self._path, self._test_fraction, self._split_seed = path, test_fraction, split_seed
+        super().__init__(path)
+        self._test_fraction, self._split_seed = test_fraction, split_seed
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
         """Enlarged to 32x32 in grey; the test split is drawn within each class."""
         try:
-            arrays = load_file(self._path)
+            arrays = load_file(self.path)
             images, labels = arrays["images"], arrays["labels"]
         except (OSError, SafetensorError, KeyError) as error:
             raise ResgridError(
-                f"{self._path}: cannot be read ({error}). `dvc repro download` makes it."
+                f"{self.path}: cannot be read ({error}). `dvc repro download` makes it."
             ) from None
         is_test = draw(labels, self.class_names, self._test_fraction, self._split_seed)
         chosen = is_test if split == "test" else ~is_test
