@@ -33,7 +33,7 @@ def read_lock(pipeline: Pipeline) -> bytes:
 def keep(pipeline: Pipeline, content: bytes) -> None:
     """Keep what dvc.lock held while DVC answered, so that nobody wrote it."""
     kept = _kept(pipeline)
-    if is_whole(content) and not (kept.exists() and kept.read_bytes() == content):
+    if not (kept.exists() and kept.read_bytes() == content) and is_whole(content):
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
         part.write_bytes(content)

@@ -184,7 +184,7 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, now: bool = False
             f"{pipeline.folder / 'dvc.yaml'}: has no stage for {', '.join(missing[:5])}"
             f"{' and others' if len(missing) > 5 else ''}, which params.yaml asks for."
         )
-    lock = _read_yaml(pipeline.folder / "dvc.lock").get("stages", {})
+    lock = _read_yaml(pipeline.folder / "dvc.lock").get("stages", {}) if answer.status else {}
     steps = _steps(pipeline, answer, lock, cells)
     stale = [step.cell for step in steps if step.cell and step.state == "stale"]
     shares = slots_for(pipeline, params, stale or list(cells.values()), slots)

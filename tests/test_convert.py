@@ -217,9 +217,7 @@ def test_a_flat_vgg16_is_read_too(tmp_path: Path) -> None:
 def test_other_classes_and_statistics_are_kept(tmp_path: Path) -> None:
     model = _random_model("resnet20", 3)
     source = _keras_file(tmp_path / "keras.h5", "resnet20", model)
-    import_keras(
-        source, "resnet20", tmp_path / "out", ["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
-    )
+    import_keras(source, "resnet20", tmp_path / "out", ["a", "b", "c"], ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     _computes_the_same(tmp_path / "out", model)
     info = load_model(tmp_path / "out")[1]
     assert (info.class_names, info.mean, info.std) == (("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -405,7 +403,7 @@ def test_another_number_of_classes_is_refused(keras20: Path) -> None:
 
 def test_impossible_statistics_are_refused(keras20: Path) -> None:
     with pytest.raises(ResgridError, match=r"std\.1: Input should be greater than 0"):
-        import_keras(keras20, "resnet20", keras20.parent / "out", std=(0.5, 0.0, 0.5))
+        import_keras(keras20, "resnet20", keras20.parent / "out", None, ((0.5,) * 3, (0.5, 0.0, 0.5)))
 
 
 def test_a_missing_array_is_refused(keras20: Path) -> None:
@@ -762,9 +760,9 @@ def test_an_import_says_what_it_checked_and_assumed_and_scores_at_once(
     assert main([*command, *figures]) == 0
     assert load_model(out)[1].mean == (0.1, 0.2, 0.3)
     for wrong, message in (
-        (["--normalization", "imagnet"], "did you mean imagenet?"),
-        (figures[:4], "give both"),
-        ([*figures, "--normalization", "none"], "either a name, or"),
+        (["--normalization", "imagnet"], "invalid choice: 'imagnet' (choose from "),
+        (figures[:4], "both --mean and --std"),
+        ([*figures, "--normalization", "none"], "either its name, or"),
     ):
         assert main([*command, *wrong]) == 1
         assert message in capsys.readouterr().err

@@ -69,6 +69,6 @@ def test_the_command_takes_a_number_of_images_or_that_of_the_data(
     told = json.loads(capsys.readouterr().out)
     assert told["seconds"] == pytest.approx(sum(told["cells"].values()))
     assert main(["cost", "--images", "-5"]) == 1
-    assert "--images -5: there must be at least one" in capsys.readouterr().err
+    assert "argument --images: -5: there must be at least one" in capsys.readouterr().err
     assert main(["cost"]) == 1
     assert "dvc repro" in capsys.readouterr().err  # there are no data yet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,27 @@ def test_a_file_of_an_earlier_version_is_rewritten_with_the_same_numbers(
     assert (deep.architecture, deep.optimizer.lr, deep.changes) == ("resnet44", 0.2, {})
     assert main(["set", "--migrate"]) == 1
     assert "not of the earlier form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--migrate"], ["name=other"]])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"params\.yaml: no such file here"),
+        (b"name: [mine", r"params\.yaml: cannot be read as YAML"),
+        (b"name: caf\xe9", r"params\.yaml: cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_with_one_message(
+    arguments: list[str],
+    content: bytes | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "params.yaml").write_bytes(content)
+    assert main(["set", *arguments]) == 1
+    assert re.search(said, capsys.readouterr().err)

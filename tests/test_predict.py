@@ -300,7 +300,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
         (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
         (["--model", "params.yaml"], "this is a text file, not a weights file"),
-        (["--top", "0"], "--top 0: there must be at least one class"),
+        (["--top", "0"], "argument --top: 0: there must be at least one"),
     ],
 )
 def test_a_mistake_ends_with_one_message(

@@ -17,17 +17,21 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
+from resgrid.config import FAMILIES, NORMALIZATIONS, Triple, load_params, read_yaml
 from resgrid.errors import ResgridError
+from resgrid.grid import expand, find_cell
+from resgrid.progress import Progress, amount
 from resgrid.record import recorded
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resgrid.config import Architecture, Params, Triple
+    from resgrid.config import Params
     from resgrid.grid import Cell
     from resgrid.predict import Prediction
     from resgrid.training.engine import Scores
@@ -45,13 +49,13 @@ UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A person's mistake ends with one message and status 1."""
-    options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     _claim("tasks")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8: it is printed as it is
         sys.stdout.reconfigure(errors="surrogateescape")
-    run: Callable[[argparse.Namespace], int | None] = options.run
     try:
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int | None] = options.run
         return run(options) or 0
     except ResgridError as error:
         print(f"resgrid: {error}", file=sys.stderr)
@@ -92,8 +96,19 @@ def _terminated(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)  # unwinds, so that what is open is closed and recorded as ended
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ResgridError(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: there must be at least one")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="resgrid",
         description="Architectures x optimizers, compared. Run it in a folder that has a params.yaml.",
         epilog="`dvc repro` runs the whole pipeline; `resgrid COMMAND --help` tells more of one command.",
@@ -157,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "Show the comparison that `evaluate` made")
     json_flag(sub)
     sub = command("cost", _cost, "Estimate how long the grid would take on this machine")
-    sub.add_argument("--images", type=int, help="training images (those of the data unless given)")
+    sub.add_argument("--images", type=_count, help="training images (those of the data unless given)")
     json_flag(sub)
     _device_option(sub)
     sub = command("sync", _sync, "Give every current cell its complete run in MLflow")
@@ -170,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plan", _plan, "Say what would run and why, how long it should take, and the disk it needs")
     sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
-    sub.add_argument("--slots", type=int, help="cells at once (default: as many as the machine is good for)")
+    sub.add_argument(
+        "--slots", type=_count, help="cells at once (default: as many as the machine is good for)"
+    )
     json_flag(sub)
     sub = command("status", _status, "Show a running grid")
     sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
@@ -184,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
             default=os.environ.get(variable, port),
             help=f"on 127.0.0.1; the next free one if it is taken (default: ${variable}, else {port})",
         )
-    sub.add_argument("--workers", type=int, default=1, help="(default: %(default)s)")
+    sub.add_argument("--workers", type=_count, default=1, help="(default: %(default)s)")
 
     sub = command("worker", _worker, "Train cells of a work pool on this machine; Ctrl-C ends it")
     sub.add_argument(
@@ -192,13 +209,15 @@ def _parser() -> argparse.ArgumentParser:
         default="pool",
         help="train-all -p where=POOL places cells there (default: %(default)s)",
     )
-    sub.add_argument("--slots", type=int, help="cells at once (default: as many as the machine is good for)")
+    sub.add_argument(
+        "--slots", type=_count, help="cells at once (default: as many as the machine is good for)"
+    )
     sub.add_argument("--name", help="by which Prefect shows it (default: this machine's)")
 
     sub = command("predict", _predict, "Say what pictures show, with the champion or any other weights")
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER")
     _model_option(sub, "--model", default="champion")
-    sub.add_argument("--top", type=int, default=3, help="classes of each picture (default: %(default)s)")
+    sub.add_argument("--top", type=_count, default=3, help="classes of each picture (default: %(default)s)")
     form = sub.add_mutually_exclusive_group()
     json_flag(form)
     form.add_argument("--csv", action="store_true", help="print CSV: a row a class, or one with an error")
@@ -224,17 +243,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
-    sub.add_argument("model", help="an architecture, such as resnet20 or vgg16")
-    sub.add_argument("--num-classes", type=int, default=10, help="(default: %(default)s)")
+    sub.add_argument("model", choices=FAMILIES)
+    sub.add_argument("--num-classes", type=_count, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
-    for kind, files, run in (
-        ("keras", "a Keras file (.h5, .keras, .weights.h5)", _import_keras),
-        ("torch", "a PyTorch checkpoint or a safetensors file", _import_torch),
+    for kind, files, assumed in (
+        ("keras", "a Keras file (.h5, .keras, .weights.h5)", "keras"),
+        ("torch", "a PyTorch checkpoint or a safetensors file", "kuangliu"),
     ):
-        sub = command(f"import-{kind}", run, f"Make a weights file of {files}")
+        sub = command(f"import-{kind}", _import, f"Make a weights file of {files}")
         sub.add_argument("file", type=Path, help=files)
-        sub.add_argument("--model", required=True, help="its architecture, such as resnet20")
+        sub.add_argument("--model", required=True, choices=FAMILIES, help="its architecture")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
             "--class-names",
@@ -244,9 +263,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument(
             "--normalization",
-            metavar="NAME",
-            help="of its training images: keras, kuangliu, cifar10, cifar100, imagenet, half or none "
-            f"(default: {'keras' if kind == 'keras' else 'kuangliu'})",
+            choices=NORMALIZATIONS,
+            help=f"of the images it was trained on (default: {assumed})",
         )
         for name in ("mean", "std"):
             sub.add_argument(
@@ -262,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         sub.add_argument("--data", type=Path, help="labelled images to score it on at once, as for `score`")
         _device_option(sub)
+        sub.set_defaults(kind=kind, split="test", json=False)
 
     sub = command("score", _score, "Score a weights file on labelled images, in fp32")
     sub.add_argument("file", type=Path, help="a weights file (.safetensors)")
@@ -292,8 +311,6 @@ def _device_option(sub: argparse.ArgumentParser) -> None:
 
 
 def _cells(options: argparse.Namespace) -> None:
-    from resgrid.config import load_params
-    from resgrid.grid import expand
 
     cells = expand(load_params())
     if options.json:
@@ -314,10 +331,7 @@ def _set(options: argparse.Namespace) -> None:
         return
     if not options.assignments:
         raise ResgridError("set: name a key and a value, as in 'recipes.*.epochs=10'.")
-    try:
-        old = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ResgridError(f"{path}: no such file here ({Path.cwd()}).") from None
+    old, _ = read_yaml(path)
     new = edit.assign(old, options.assignments)
     print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
     if not options.dry_run:
@@ -336,10 +350,8 @@ def _refuse_if_recording() -> None:
 @recorded()
 def _download(options: argparse.Namespace) -> None:
     _refuse_if_recording()
-    from resgrid.config import load_params
     from resgrid.cost import announce
     from resgrid.data.fetch import download, known_num_train
-    from resgrid.progress import Progress
 
     params = load_params()
     if num_train := known_num_train(params.data):
@@ -351,11 +363,9 @@ def _download(options: argparse.Namespace) -> None:
 @recorded()
 def _preprocess(options: argparse.Namespace) -> None:
     _refuse_if_recording()
-    from resgrid.config import load_params
     from resgrid.cost import announce
     from resgrid.data.fetch import known_num_train
     from resgrid.data.preprocess import preprocess
-    from resgrid.progress import Progress
 
     params = load_params()
     with Progress("preprocess", None, "images") as progress:
@@ -375,8 +385,6 @@ def _preprocess(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     _refuse_if_recording()
     from resgrid import provenance
-    from resgrid.config import load_params
-    from resgrid.grid import find_cell
 
     params = load_params()
     cell = find_cell(params, options.cell)
@@ -394,7 +402,6 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     from resgrid.allocator import keep_freed_memory
     from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
-    from resgrid.progress import Progress
     from resgrid.train import train_cell, write_metrics
     from resgrid.training.device import choose_device, choose_execution, device_name
 
@@ -450,7 +457,6 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
 
 
 def _train_list(options: argparse.Namespace) -> int:
-    from resgrid.config import load_params
     from resgrid.tracking import project_root
     from tasks.offline import choose, train_list
 
@@ -464,7 +470,6 @@ def _train_list(options: argparse.Namespace) -> int:
 
 
 def _take_in(options: argparse.Namespace) -> int:
-    from resgrid.config import load_params
     from resgrid.data.dataset import load_meta
     from resgrid.tracking import project_root
     from tasks.offline import take_in
@@ -480,14 +485,11 @@ def _take_in(options: argparse.Namespace) -> int:
 
 @recorded()
 def _evaluate(options: argparse.Namespace) -> None:
-    from resgrid.config import load_params
-    from resgrid.grid import expand
 
     params = load_params()
 
     from resgrid.data.dataset import load_meta, load_split
     from resgrid.evaluation import evaluate
-    from resgrid.progress import Progress
     from resgrid.report.files import write_report
     from resgrid.report.findings import find
     from resgrid.runs import find_runs
@@ -509,8 +511,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from resgrid.config import load_params
-    from resgrid.grid import expand
     from resgrid.report.leaderboard import as_of_now, read_leaderboard
     from resgrid.runs import find_runs
 
@@ -534,13 +534,10 @@ def _show(frame: pd.DataFrame) -> None:
 
 
 def _cost(options: argparse.Namespace) -> None:
-    from resgrid.config import load_params
     from resgrid.cost import estimate, sentence
     from resgrid.data.dataset import load_meta
     from resgrid.training.device import choose_device
 
-    if options.images is not None and options.images < 1:
-        raise ResgridError(f"--images {options.images}: there must be at least one.")
     params = load_params()
     num_train = options.images or load_meta(PROCESSED).num_images["train"]
     device = choose_device(options.device)
@@ -553,8 +550,6 @@ def _cost(options: argparse.Namespace) -> None:
 
 def _sync(options: argparse.Namespace) -> int:
     from resgrid import leftovers, tracking
-    from resgrid.config import load_params
-    from resgrid.progress import Progress
 
     params = load_params()
     kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
@@ -567,9 +562,6 @@ def _sync(options: argparse.Namespace) -> int:
 
 def _gc(options: argparse.Namespace) -> None:
     from resgrid import leftovers, tracking
-    from resgrid.config import load_params
-    from resgrid.grid import expand
-    from resgrid.progress import amount
 
     params = load_params()
     root, pipeline = tracking.project_root(), Path.cwd().resolve()
@@ -614,7 +606,6 @@ def _gc(options: argparse.Namespace) -> None:
 
 def _ui(options: argparse.Namespace) -> None:
     from resgrid import tracking
-    from resgrid.config import load_params
 
     _sync(argparse.Namespace(json=False))
     tracking.serve(options.port, load_params().name)
@@ -624,15 +615,11 @@ def _plan(options: argparse.Namespace) -> None:
     from tasks.plan import make_plan
     from tasks.stage import Pipeline
 
-    if options.slots is not None and options.slots < 1:
-        raise ResgridError(f"--slots {options.slots}: there must be at least one.")
     plan = make_plan(Pipeline.find(options.pipeline), options.slots)
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from resgrid.config import load_params
-    from resgrid.grid import expand
     from resgrid.runs import STATUSES, find_runs
     from tasks.publish import status
     from tasks.stage import Pipeline
@@ -678,8 +665,6 @@ def _predict(options: argparse.Namespace) -> int:
     from resgrid.training.device import choose_device
     from resgrid.weights import load_model
 
-    if options.top < 1:
-        raise ResgridError(f"--top {options.top}: there must be at least one class.")
     passed_over: Counter[str] = Counter()
     files = find_pictures(options.pictures, passed_over)
     model, info = load_model(tracking.find_weights(options.model, RUNS))
@@ -740,90 +725,49 @@ def _init(options: argparse.Namespace) -> None:
 # --- models and weights -----------------------------------------------------------------------------
 
 
-def _architecture(name: str) -> Architecture:
-    from resgrid.config import FAMILIES
-    from resgrid.errors import suggest
-
-    if name not in FAMILIES:
-        raise ResgridError(
-            f"there is no architecture {name!r}{suggest(name, FAMILIES)} Known: {', '.join(FAMILIES)}."
-        )
-    return name
-
-
 def _summary(options: argparse.Namespace) -> None:
-    architecture = _architecture(options.model)
-    if options.num_classes < 1:
-        raise ResgridError(f"--num-classes {options.num_classes}: there must be at least one class.")
-
     from resgrid.summary import summarize
 
-    summary = summarize(architecture, options.num_classes)
+    summary = summarize(options.model, options.num_classes)
     print(json.dumps(summary.as_dict(), indent=2) if options.json else summary.table())
 
 
-def _import_keras(options: argparse.Namespace) -> None:
-    architecture = _architecture(options.model)
-
-    from resgrid.convert import import_keras
-
-    mean, std = _normalization(options, "keras")
-    import_keras(options.file, architecture, options.out, options.class_names, mean, std)
-    _imported(options)
-
-
-def _import_torch(options: argparse.Namespace) -> None:
-    architecture = _architecture(options.model)
-
-    from resgrid.convert import import_torch
-
-    mean, std = _normalization(options, "kuangliu")
-    import_torch(options.file, architecture, options.out, options.class_names, mean, std, options.key, print)
-    _imported(options)
-
-
-def _normalization(options: argparse.Namespace, default: str) -> tuple[Triple, Triple]:
-    """What the images of the training were normalised by, as given or as assumed."""
-    from resgrid.convert import NORMALIZATIONS
-    from resgrid.errors import suggest
-
-    if (options.mean is None) != (options.std is None):
-        raise ResgridError("--mean and --std: give both, three figures each on the 0-1 scale.")
-    if options.mean is not None:
-        if options.normalization is not None:
-            raise ResgridError("--normalization: give either a name, or --mean and --std.")
-        return tuple(options.mean), tuple(options.std)
-    name = options.normalization or default
-    if name not in NORMALIZATIONS:
-        raise ResgridError(
-            f"--normalization {name!r}: unknown{suggest(name, NORMALIZATIONS)} "
-            f"Known: {', '.join(NORMALIZATIONS)}; or give --mean and --std."
-        )
-    return NORMALIZATIONS[name]
-
-
-def _imported(options: argparse.Namespace) -> None:
-    """Say what an import has checked, what it had to assume, and how to find out whether that is right."""
+def _import(options: argparse.Namespace) -> None:
+    """Convert; say what was checked, what had to be assumed, and how to find out whether that is right."""
+    from resgrid.convert import import_keras, import_torch
     from resgrid.weights import load_weights
 
+    given = _normalization(options)
+    arguments = (options.file, options.model, options.out, options.class_names)
+    if options.kind == "keras":
+        import_keras(*arguments, given or NORMALIZATIONS["keras"])
+    else:
+        import_torch(*arguments, given or NORMALIZATIONS["kuangliu"], options.key, print)
     info, tensors = load_weights(options.out)
-    assumed = options.normalization is None and options.mean is None
     print(
         f"{options.out}: {info.architecture} from {options.file}\n"
         f"Checked: the names, shapes and types of its {len(tensors)} tensors. No file of weights says how "
         "the network computes with them, in which order its classes are, or what normalised its images.\n"
         f"Images will be normalised by mean {_figures(info.mean)} and deviation {_figures(info.std)}"
-        f"{', which is assumed: --normalization or --mean and --std name others' if assumed else ''}."
+        f"{'' if given else ', which is assumed: --normalization or --mean and --std name others'}."
     )
     if options.data is None:
         print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
-        return
-    scores = _print_score(options.out, options.data, "test", options.device)
-    if scores.accuracy < 2 / len(info.class_names):
+    elif _print_scores(options.out, options).accuracy < 2 / len(info.class_names):
         print(
             "That is about as good as guessing. The file may be of another network with the same shapes, or "
             "of other classes or another order of them, or its images were normalised by other figures."
         )
+
+
+def _normalization(options: argparse.Namespace) -> tuple[Triple, Triple] | None:
+    """Mean and deviation as they were given; None if they were not."""
+    given = [tuple(figures) for figures in (options.mean, options.std) if figures]
+    if len(given) == 1 or (given and options.normalization):
+        raise ResgridError("--normalization: give either its name, or both --mean and --std.")
+    if given:
+        return given[0], given[1]
+    return NORMALIZATIONS[options.normalization] if options.normalization else None
 
 
 def _figures(values: Sequence[float]) -> str:
@@ -831,25 +775,21 @@ def _figures(values: Sequence[float]) -> str:
 
 
 def _score(options: argparse.Namespace) -> None:
-    if not options.json:
-        _print_score(options.file, options.data, options.split, options.device)
-        return
+    _print_scores(options.file, options)
 
+
+def _print_scores(weights: Path, options: argparse.Namespace) -> Scores:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(options.file, options.data, options.split, choose_device(options.device), _note)
-    print(json.dumps({"accuracy": scores.accuracy, "loss": scores.loss, "num_images": scores.num_images}))
+    def note(text: str) -> None:
+        print(f"resgrid: {text}", file=sys.stderr)
 
-
-def _note(text: str) -> None:
-    print(f"resgrid: {text}", file=sys.stderr)
-
-
-def _print_score(weights: Path, data: Path, split: str, device: str | None) -> Scores:
-    from resgrid.evaluation import score_file
-    from resgrid.training.device import choose_device
-
-    scores = score_file(weights, data, split, choose_device(device), _note)
-    print(f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images")
+    scores = score_file(weights, options.data, options.split, choose_device(options.device), note)
+    if options.json:
+        print(json.dumps(asdict(scores)))
+    else:
+        print(
+            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
+        )
     return scores

@@ -54,6 +54,17 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
 Triple = tuple[float, float, float]
 
+# Means and deviations by which images are normalised elsewhere, on the 0-1 scale, by the name to give them.
+NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
+    "keras": ((120.7076 / 255,) * 3, (64.1501 / 255,) * 3),  # the Keras original of the CIFAR ResNets
+    "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # kuangliu/pytorch-cifar
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # the deviation over all pixels
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
+    "half": ((0.5,) * 3, (0.5,) * 3),  # from -1 to 1
+    "none": ((0.0,) * 3, (1.0,) * 3),  # from 0 to 1
+}
+
 
 # --- data: where the images come from -------------------------------------------------------------
 
@@ -361,8 +372,14 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises ResgridError: for a file that is missing or not YAML, and for every unknown key, missing
     key, wrong type and impossible value, each named with its path and value.
     """
+    return parse_params(read_yaml(path)[1], str(path))
+
+
+def read_yaml(path: Path) -> tuple[str, Any]:
+    """The text of a params.yaml and what it holds; raises ResgridError for one that is missing or no YAML."""
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return text, YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
@@ -370,7 +387,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         ) from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
-    return parse_params(raw, str(path))
 
 
 def parse_params(raw: Any, origin: str = "params.yaml") -> Params:

@@ -26,34 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resgrid.config import FAMILIES, Architecture, Triple
+from resgrid.config import FAMILIES, NORMALIZATIONS, Architecture, Triple
 from resgrid.errors import ResgridError
 from resgrid.filetype import HDF5, KERAS, SAFETENSORS, TORCH, identify, refuse
 from resgrid.models import build_model
-from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, save_weights
+from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, filled, save_weights
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-
-# Means and deviations by which images are normalised elsewhere, on the 0-1 scale, by the name to give them.
-NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
-    "keras": ((120.7076 / 255,) * 3, (64.1501 / 255,) * 3),  # the Keras original of the CIFAR ResNets
-    "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # kuangliu/pytorch-cifar
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # the deviation over all pixels
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
-    "half": ((0.5,) * 3, (0.5,) * 3),  # from -1 to 1
-    "none": ((0.0,) * 3, (1.0,) * 3),  # from 0 to 1
-}
-KERAS_MEAN, KERAS_STD = NORMALIZATIONS["keras"]
-TORCH_MEAN, TORCH_STD = NORMALIZATIONS["kuangliu"]
-
-Say = Callable[[str], None]
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 # --- Keras ----------------------------------------------------------------------------------------
@@ -64,16 +45,15 @@ def import_keras(
     architecture: Architecture,
     out: Path,
     class_names: Sequence[str] | None = None,
-    mean: Triple = KERAS_MEAN,
-    std: Triple = KERAS_STD,
+    normalization: tuple[Triple, Triple] = NORMALIZATIONS["keras"],
 ) -> WeightsInfo:
     """Convert Keras's weights for a CIFAR ResNet or VGG-16: `.h5` of Keras 2, `.keras` or `.weights.h5` of 3.
 
-    Without `class_names` they are CIFAR-10's; `mean` and `std` are what the training normalised by.
+    Without `class_names` they are CIFAR-10's; `normalization` is mean and deviation of the training.
 
     Raises ResgridError: for a file that is missing, of another kind, not self-contained, or of another model.
     """
-    info = _info(architecture, class_names, mean, std)
+    info = _info(architecture, class_names, normalization)
     if FAMILIES[architecture] == "wide_resnet":
         raise ResgridError(
             f"{source}: the Keras original has no {architecture}. Name one of "
@@ -91,7 +71,8 @@ def import_keras(
         raise ResgridError(
             f"{source}: the Keras file is cut or damaged ({error}). Copy or save it again."
         ) from None
-    return _save(tensors, info, out)
+    save_weights(out, filled(info, tensors), info)
+    return info
 
 
 MAX_WEIGHTS_BYTES = 2**30  # of the weights in a .keras file: eighteen times VGG-16's
@@ -110,11 +91,8 @@ def _weights_member(source: Path) -> io.BytesIO:
 
 def _weights_group(source: Path, file: h5py.File) -> h5py.Group:
     """The group below which a Keras file has its layers."""
-    for name in (
-        "model_weights",
-        "layers",
-        "_layer_checkpoint_dependencies",
-    ):  # Keras 2, and 3 in two versions
+    # Keras 2, and 3 in two versions
+    for name in ("model_weights", "layers", "_layer_checkpoint_dependencies"):
         if name in list(file):
             return _member(source, file, name)
     if "layer_names" not in file.attrs:
@@ -259,10 +237,9 @@ def import_torch(
     architecture: Architecture,
     out: Path,
     class_names: Sequence[str] | None = None,
-    mean: Triple = TORCH_MEAN,
-    std: Triple = TORCH_STD,
+    normalization: tuple[Triple, Triple] = NORMALIZATIONS["kuangliu"],
     key: str | None = None,
-    say: Say = _silent,
+    say: Callable[[str], None] = lambda text: None,
 ) -> WeightsInfo:
     """Convert the one set of weights in `source` that is the architecture's, wherever it is nested there.
 
@@ -275,7 +252,7 @@ def import_torch(
     Raises ResgridError: for a file that is missing, cut, of another kind or of another model, and for several
     sets of weights that differ.
     """
-    info = _info(architecture, class_names, mean, std)
+    info = _info(architecture, class_names, normalization)
     content, foreign = _read_torch(source)
     sets = _weight_sets(content)
     if key is not None:
@@ -296,7 +273,12 @@ def import_torch(
             fitting[name] = renamed
     if not fitting:
         raise ResgridError(f"{source}: {_difference(_nearest(sets, expected), info)}")
-    names = _innermost(fitting)
+    # less the sets that only hold another one
+    names = [
+        name
+        for name in fitting
+        if not any(each != name and each.startswith(f"{name}.".lstrip(".")) for each in fitting)
+    ]
     tensors = fitting[names[0]]
     for each, tensor in tensors.items():
         if not _is_plain(tensor):
@@ -304,14 +286,17 @@ def import_torch(
                 f"{source}: {each!r} is no dense tensor of floats, so this is no state dict of weights. "
                 "Save it with torch.save(model.state_dict(), FILE)."
             )
-    if any(not _equal(tensors, other) for other in fitting.values()):
+    if any(
+        not torch.equal(tensor, fitting[name][each]) for name in names for each, tensor in tensors.items()
+    ):
         raise ResgridError(
             f"{source}: it holds {len(names)} sets of weights for {architecture}, which differ: "
             f"{', '.join(names)}. Choose one with --key."
         )
     if names[0]:
         say(f"Taken: the {len(tensors)} tensors below {names[0]}.")
-    return _save({each: tensor.float() for each, tensor in tensors.items()}, info, out)
+    save_weights(out, filled(info, tensors), info)
+    return info
 
 
 class _Foreign:
@@ -437,24 +422,10 @@ def _nearest(sets: dict[str, dict[str, Tensor]], expected: dict[str, tuple[int, 
     """Of several sets the one with most shapes in common, and least beside them."""
 
     def rank(weights: dict[str, Tensor]) -> tuple[int, int]:
-        common = _shapes(weights) & Counter(expected.values())
+        common = Counter(tuple(tensor.shape) for tensor in weights.values()) & Counter(expected.values())
         return common.total(), -len(weights)
 
     return max(sets.values(), key=rank)
-
-
-def _innermost(names: Iterable[str]) -> list[str]:
-    """`names` less those that only hold another one."""
-    listed = list(names)
-    return [
-        name
-        for name in listed
-        if not any(each.startswith(f"{name}.".lstrip(".")) for each in listed if each != name)
-    ]
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -504,19 +475,16 @@ def _rename(
 
 
 def _info(
-    architecture: Architecture, class_names: Sequence[str] | None, mean: Triple, std: Triple
+    architecture: Architecture, class_names: Sequence[str] | None, normalization: tuple[Triple, Triple]
 ) -> WeightsInfo:
     names = CIFAR10_CLASSES if class_names is None else tuple(class_names)
+    mean, std = normalization
     try:
         return WeightsInfo(architecture=architecture, class_names=names, mean=mean, std=std)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise ResgridError(f"{key}: {problem['msg']} (it is {problem['input']!r})") from None
-
-
-def _shapes(tensors: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(tensor.shape) for tensor in tensors.values())
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -595,11 +563,3 @@ def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
         f"these are not the weights of {architecture}, nor of any architecture here: {', and '.join(wrong)}. "
         f"`resgrid summary {architecture}` shows what is wanted."
     )
-
-
-def _save(tensors: dict[str, Tensor], info: WeightsInfo, out: Path) -> WeightsInfo:
-    with torch.device("meta"):
-        model = build_model(info.architecture, len(info.class_names))
-    model.load_state_dict(tensors, assign=True)
-    save_weights(out, model, info)
-    return info

@@ -7,13 +7,14 @@ import difflib
 import io
 from collections.abc import Iterable, Iterator, MutableMapping
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from resgrid.config import parse_params
+from resgrid.config import parse_params, read_yaml
 from resgrid.errors import ResgridError, suggest
 
 
@@ -100,28 +101,21 @@ def migrate(path: Path) -> Path:
 
     Comments at its head stay, others do not. Raises ResgridError for a file that is not of that form.
     """
-    text = path.read_text(encoding="utf-8")
-    old = YAML(typ="safe").load(text)  # aliases and merge keys become values
+    text, old = read_yaml(path)  # aliases and merge keys become values
     if not isinstance(old, dict) or "learning_rates" not in old:
         raise ResgridError(f"{path}: has no learning_rates, so it is not of the earlier form.")
     try:
         new = _migrated(old)
     except (KeyError, TypeError, AttributeError) as error:
         raise ResgridError(f"{path}: is not of the earlier form throughout (at {error}).") from None
-    head = "".join(line + "\n" for line in _head(text))
+    lines = text.splitlines(keepends=True)
+    head = "".join(takewhile(lambda line: not line.strip() or line.startswith("#"), lines))
     written = head + rewritten(_dump(new))
     parse_params(YAML(typ="safe").load(written), str(path))
     kept = path.with_name("params.earlier.yaml")
     path.replace(kept)
     path.write_text(written, encoding="utf-8")
     return kept
-
-
-def _head(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if line.strip() and not line.startswith("#"):
-            return
-        yield line
 
 
 def _migrated(old: dict[str, Any]) -> dict[str, Any]:

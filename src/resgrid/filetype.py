@@ -27,35 +27,41 @@ class FileType:
     is_picture: bool = False
 
 
+_UNPACK: Final = "If it is packed weights, unpack it first."
 EMPTY: Final = FileType("an empty file", "Copy or fetch it again.")
 UNKNOWN: Final = FileType("a file of no known type")
+TEXT: Final = FileType("a text file")
 FOLDER: Final = FileType("a folder")
 TORCH: Final = FileType("a PyTorch file", "`resgrid import-torch` makes a weights file of it.")
 HDF5: Final = FileType("an HDF5 file", "`resgrid import-keras` makes a weights file of it if Keras wrote it.")
 KERAS: Final = FileType("a Keras 3 file", "`resgrid import-keras` makes a weights file of it.")
 SAFETENSORS: Final = FileType("a safetensors file", "`resgrid import-torch` makes a weights file of it.")
-ZIP: Final = FileType("a zip archive", "If it is packed weights, unpack it first.")
+TAR: Final = FileType("a tar archive", _UNPACK)
+GZIP: Final = FileType("a gzip archive", _UNPACK)
+XZ: Final = FileType("an xz archive", _UNPACK)
+BZIP2: Final = FileType("a bzip2 archive", _UNPACK)
+ZIP: Final = FileType("a zip archive", _UNPACK)
 HEIF: Final = FileType("a HEIC picture", "Pillow does not read HEIC: convert it to JPEG or PNG.")
 
-PDF: Final = FileType("a PDF document", "Save its pictures as PNG or JPEG.")
-
-# How files begin, looked for in this order; what Pillow reads comes between the two.
-_UNPACK: Final = "If it is packed weights, unpack it first."
+# How files begin, looked for in this order, and before what Pillow reads.
 _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     (rb"\x89HDF\r\n\x1a\n", HDF5),
     (rb"PK\x03\x04", ZIP),
     (rb"PK\x05\x06", FileType("an empty zip archive", "Pack or fetch it again.")),
-    (rb"\x1f\x8b", FileType("a gzip archive", _UNPACK)),
-    (rb"\xfd7zXZ\0", FileType("an xz archive", _UNPACK)),
-    (rb"BZh", FileType("a bzip2 archive", _UNPACK)),
-    (rb".{257}ustar", FileType("a tar archive", _UNPACK)),
+    (rb"\x1f\x8b", GZIP),
+    (rb"\xfd7zXZ\0", XZ),
+    (rb"BZh[1-9]1AY&SY", BZIP2),
+    (rb".{257}ustar", TAR),
     (rb"7z\xbc\xaf\x27\x1c", FileType("a 7-Zip archive", "Unpack it first.")),
-    (rb"Rar!", FileType("a RAR archive", "Unpack it first.")),
+    (rb"Rar!\x1a", FileType("a RAR archive", "Unpack it first.")),
     (rb"\x93NUMPY", FileType("a NumPy array", "Save the model's state dict with torch.save.")),
-    (rb"MATLAB 5", FileType("a MATLAB file", "Take the Python or the binary version of the data.")),
+    (
+        rb"MATLAB 5\.0 MAT-file",
+        FileType("a MATLAB file", "Take the Python or the binary version of the data."),
+    ),
     (rb".{4}TFL3", FileType("a TensorFlow Lite model", "Save the Keras model that it was made of.")),
     (rb"GGUF", FileType("a GGUF file")),
-    (rb"%PDF", PDF),
+    (rb"%PDF", FileType("a PDF document", "Save its pictures as PNG or JPEG.")),
     (rb"\xd0\xcf\x11\xe0", FileType("a file of Windows or an old Office document")),  # Thumbs.db
     (rb"SQLite format 3\0", FileType("an SQLite database")),
     (rb"\x80[\2-\5].?.{0,12}\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", TORCH),  # before torch 1.6
@@ -65,11 +71,10 @@ _SIGNATURES: tuple[tuple[bytes, FileType], ...] = (
     ),
     (rb".{5}\0\0\0\{", SAFETENSORS),
     (rb".{4}ftyp(hei[cxms]|hevc|(mif1|msf1).{4,40}hei[cx])", HEIF),
-)
-_OTHERS: tuple[tuple[bytes, FileType], ...] = (
-    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", FileType("a video", "Save its frames as pictures.")),
-)
-_TEXTS: tuple[tuple[bytes, FileType], ...] = (
+    (
+        rb".{4}ftyp(?!.{0,60}avi[fs])|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+        FileType("a video", "Save its frames as pictures."),
+    ),
     (
         rb"version https://git-lfs",
         FileType("a Git LFS pointer and not the file itself", "`git lfs pull` fetches the file."),
@@ -79,8 +84,6 @@ _TEXTS: tuple[tuple[bytes, FileType], ...] = (
         FileType("a web page", "The download brought it in place of the file: fetch that again."),
     ),
     (rb"\s*(<.{0,1000})?<svg", FileType("an SVG drawing", "Export it as PNG.")),
-    (rb"%PDF", PDF),
-    (rb"", FileType("a text file")),
 )
 
 
@@ -94,26 +97,25 @@ def identify(path: Path) -> FileType:
         raise ResgridError(f"{path}: a link that leads nowhere (to {path.readlink()}).")
     if not path.is_file():  # a pipe would never end
         raise ResgridError(f"{path}: there is no such file.")
+    kind = begins_as(path)
+    return _zipped(path) if kind is ZIP else kind
+
+
+def begins_as(path: Path) -> FileType:
+    """The same of a file by its first bytes alone, whatever is in a zip."""
     try:
         with path.open("rb") as file:
-            start = file.read(START_BYTES)
+            return identify_bytes(file.read(START_BYTES))
     except OSError as error:
         raise ResgridError(f"{path}: cannot be read: {error.strerror}.") from None
-    kind = identify_bytes(start)
-    return _zipped(path) if kind is ZIP else kind
 
 
 def identify_bytes(start: bytes) -> FileType:
     """What a file is that begins with `start`, its first `START_BYTES`."""
     if not start:
         return EMPTY
-    if _is_text(start):
-        return _first(_TEXTS, start) or UNKNOWN
-    return _first(_SIGNATURES, start) or _picture(start) or _first(_OTHERS, start) or UNKNOWN
-
-
-def _first(table: tuple[tuple[bytes, FileType], ...], start: bytes) -> FileType | None:
-    return next((kind for pattern, kind in table if re.match(pattern, start, re.DOTALL)), None)
+    signed = next((kind for pattern, kind in _SIGNATURES if re.match(pattern, start, re.DOTALL)), None)
+    return signed or (TEXT if _is_text(start) else _picture(start) or UNKNOWN)
 
 
 def refuse(path: Path, kind: FileType, wanted: str) -> ResgridError:

@@ -123,5 +123,5 @@ def amount(number: float, unit: str) -> str:
         return f"{number:,.0f} {unit}"
     for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= size:
-            return f"{number / size:.1f} {name}"
+            return f"{number / size:,.1f} {name}"
     return f"{number:.0f} B"

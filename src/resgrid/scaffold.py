@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from resgrid.config import Resize, load_params
 from resgrid.data import archives
 from resgrid.data.dataset import SIDE
 from resgrid.data.fetch import digest
-from resgrid.data.sources import Cifar, ImageFolder, large_pictures, open_picture, open_source
+from resgrid.data.sources import SPLITS, Cifar, ImageFolder, large_pictures, open_picture, open_source, some
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
@@ -34,15 +35,6 @@ MIN_FOR_VALIDATION = 20  # training images in the smallest class
 
 IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
 IGNORED_BY_GIT = "# what the pipeline makes\n/data/\n/runs/\n/reports/\n/mlflow.db*\n/mlruns/\n/.resgrid/\n"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A grid for a number of training images."""
-
-    architectures: tuple[str, ...]
-    epochs: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -125,21 +117,22 @@ def look_at(data: Path) -> Found:
         step = max(1, len(train) // NUM_SIZED)
         sizes, broken = _measure(data, [name for name, _ in train[::step][:NUM_SIZED]])
         if broken:
-            names = ", ".join(broken[:3]) + ", …" * (len(broken) > 3)
+            total = len(broken) + len(sizes)
             notes.append(
-                f"{len(broken)} of {len(broken) + len(sizes)} pictures looked at are broken ({names}): mend "
-                "or remove them, or write on_broken: skip to leave them out"
+                f"{len(broken)} of {total} pictures looked at are broken ({some(broken)}): mend or remove "
+                "them, or write on_broken: skip to leave them out"
             )
         kind = "image-folder"
     elif isinstance(source, Cifar):
         labels = {
             split: [source.class_names[label] for label in source.load(split).labels.tolist()]
-            for split in ("train", "test")
+            for split in SPLITS
         }
         sizes, kind = ((SIDE, SIDE),), "archive"
     else:
         raise ResgridError(f"{data}: give pictures, or CIFAR-10 or CIFAR-100, in a folder or an archive.")
-    smallest = min(labels["train"].count(name) for name in source.class_names)
+    counts = Counter(labels["train"])
+    smallest = min(counts[name] for name in source.class_names)
     if smallest < 2:
         notes.append("a class has a single training image: such a class is learnt badly, if at all")
     return Found(
@@ -211,14 +204,16 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w./@+-]+", text) else "'" + text.replace("'", "''") + "'"
 
 
-def _scale(num_train: int) -> Scale:
-    """Some thousands of steps a cell: enough to rank by, and minutes to an hour on a CPU."""
+def _scale(num_train: int) -> tuple[tuple[str, ...], int, int]:
+    """Architectures, epochs, batch size: some thousands of steps a cell, enough to rank by, and minutes to an
+    hour on a CPU.
+    """
     if num_train < 2_000:
         half = max(2, num_train // 2)  # two steps an epoch at least
-        return Scale(("resnet20", "resnet10"), epochs=30, batch_size=min(16, 2 ** (half.bit_length() - 1)))
+        return ("resnet20", "resnet10"), 30, min(16, 2 ** (half.bit_length() - 1))
     if num_train < 20_000:
-        return Scale(("resnet20", "resnet32", "resnet10"), epochs=20, batch_size=32)
-    return Scale(("resnet20", "resnet56", "resnet18"), epochs=30, batch_size=128)
+        return ("resnet20", "resnet32", "resnet10"), 20, 32
+    return ("resnet20", "resnet56", "resnet18"), 30, 128
 
 
 RECIPE = """
@@ -242,16 +237,15 @@ NARROW_RATES, WIDE_RATES = (0.1, 0.001, 0.001, 0.01), (0.05, 0.001, 0.0005, 0.00
 
 
 def _params(name: str, location: str, data: Path, found: Found) -> str:
-    scale = _scale(found.num_train)
+    architectures, epochs, batch_size = _scale(found.num_train)
     checksum = "" if data.is_dir() else f"\n  checksum: {digest(data, 'sha256:')}"
     validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION and not found.own_validation else 0.0
-    lists = "\n".join(f"  - {architecture}" for architecture in scale.architectures)
+    lists = "\n".join(f"  - {architecture}" for architecture in architectures)
     recipes, tuning = "", ""
-    for architecture in scale.architectures:
+    for architecture in architectures:
         is_wide = architecture in ("resnet10", "resnet18")
-        recipes += f"\n  {architecture}:" + RECIPE.format(
-            epochs=scale.epochs, batch_size=scale.batch_size, dropout=0.1 if is_wide else 0.0
-        )
+        recipe = RECIPE.format(epochs=epochs, batch_size=batch_size, dropout=0.1 if is_wide else 0.0)
+        recipes += f"\n  {architecture}:{recipe}"
         sgd, adam, rmsprop, adagrad = WIDE_RATES if is_wide else NARROW_RATES
         tuning += f"""
   {architecture}:

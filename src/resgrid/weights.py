@@ -96,10 +96,15 @@ def load_weights(path: Path) -> tuple[WeightsInfo, dict[str, Tensor]]:
 def load_model(path: Path) -> tuple[Classifier, WeightsInfo]:
     """The model of a weights file, on the CPU, in eval mode; raises ResgridError as `load_weights` does."""
     info, tensors = load_weights(path)
+    return filled(info, tensors), info
+
+
+def filled(info: WeightsInfo, tensors: Mapping[str, Tensor]) -> Classifier:
+    """The model of `info`, in eval mode, with these tensors as its own."""
     with torch.device("meta"):  # draws no weights, only to overwrite them
         model = build_model(info.architecture, len(info.class_names))
     model.load_state_dict(tensors, assign=True)
-    return model.eval(), info
+    return model.eval()
 
 
 def expected_shapes(architecture: Architecture, num_classes: int) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resgrid.errors import ResgridError
-from resgrid.filetype import identify, refuse
+from resgrid.filetype import BZIP2, GZIP, TAR, XZ, ZIP, FileType, begins_as, refuse
 
 # A bomb is what inflates past these. A batch of the official archive has 31 MB, a photograph 5 to 30 MB.
 MAX_MEMBERS = 2_000_000
@@ -78,11 +78,11 @@ def _members(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tup
     if path.is_dir():
         yield from _folder_members(path, wanted, size)
         return
-    packing = _packing(path)
-    if packing is None:
-        raise refuse(path, identify(path), "a tar (gzip, xz, bzip2 or plain) or a zip")
+    kind = begins_as(path)
+    if kind is not ZIP and kind not in _OPENERS:
+        raise refuse(path, kind, "a tar (gzip, xz, bzip2 or plain) or a zip")
     try:
-        yield from (_zip_members if packing == "zip" else _tar_members)(path, wanted, size)
+        yield from (_zip_members if kind is ZIP else _tar_members)(path, wanted, size)
     except _DAMAGE as error:
         raise ResgridError(
             f"{path}: the archive is cut or damaged ({_reason(error)}). Fetch or make it again."
@@ -92,19 +92,6 @@ def _members(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tup
 def _reason(error: BaseException) -> str:
     """The first line of an exception's text, or its type's name."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _packing(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise ResgridError(f"{path}: cannot be read ({error.strerror}).") from None
-    magics = {b"PK\x03\x04": "zip", b"\x1f\x8b": "gz", b"\xfd7zXZ\0": "xz", b"BZh": "bz2"}
-    for magic, packing in magics.items():
-        if start.startswith(magic):
-            return packing
-    return "tar" if start[257:262] == b"ustar" else None
 
 
 def _folder_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
@@ -138,12 +125,14 @@ def _folder_members(path: Path, wanted: Container[str], size: int) -> Iterator[t
 # --- tar --------------------------------------------------------------------------------------------
 
 
+_OPENERS: dict[FileType, Any] = {GZIP: gzip.open, XZ: lzma.open, BZIP2: bz2.open, TAR: open}
+
+
 class _Inflated:
     """The inflated bytes of a tar, for tarfile: no header may ask for more than a member may have."""
 
-    def __init__(self, path: Path, packing: str) -> None:
-        openers: dict[str, Any] = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open, "tar": open}
-        self._file: BinaryIO = openers[packing](path, "rb")
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = _OPENERS[begins_as(path)](path, "rb")
         self._path = path
         self.last = b""  # what was read last
 
@@ -166,9 +155,7 @@ class _Inflated:
 
 
 def _tar_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
-    packing = _packing(path)
-    assert packing is not None
-    inflated = _Inflated(path, packing)
+    inflated = _Inflated(path)
     budget = _Budget(path)
     try:
         # It reads forward only: no name is looked up, so xz need never start again.

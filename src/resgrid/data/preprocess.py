@@ -15,7 +15,6 @@ from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.room import require_disk
 from resgrid.data.sources import (
-    SPLITS,
     BrokenPictures,
     Cifar,
     Digits,
@@ -74,7 +73,7 @@ def preprocess(
         channel_std=(red[1], green[1], blue[1]),
         split_digests=digests,
         digest=content_digest(source.class_names, digests),
-        left_out=source.left_out if isinstance(source, ImageFolder) else {},
+        left_out={split: sorted(names) for split, names in source.broken.items() if names},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
@@ -86,19 +85,14 @@ def preprocess(
 def _load_all(source: Source, on_image: OnImage | None) -> dict[str, Split]:
     """Every split; raises BrokenPictures, with those of all splits."""
     loaded: dict[str, Split] = {}
-    broken: dict[str, str] = {}
-    num_images = 0
-    path = Path()
-    for split in source.images if isinstance(source, ImageFolder) else SPLITS:
+    broken: BrokenPictures | None = None
+    for split in source.splits:
         try:
             loaded[split] = source.load(split, on_image)
-            num_images += len(loaded[split].labels)
-        except BrokenPictures as error:
-            broken |= error.reasons
-            num_images += error.num_images
-            path = error.path
+        except BrokenPictures as error:  # the next one tells of these as well
+            broken = error
     if broken:
-        raise BrokenPictures(path, broken, num_images)
+        raise broken
     return loaded
 
 

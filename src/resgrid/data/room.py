@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from resgrid.errors import ResgridError
+from resgrid.progress import amount
 
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
@@ -15,7 +16,7 @@ def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise ResgridError(
-            f"{folder}: {what} needs {_amount(num_bytes)} of disk, and {_amount(free)} is free. "
+            f"{folder}: {what} needs {amount(num_bytes, 'B')} of disk, and {amount(free, 'B')} is free. "
             "Make room, or use another disk."
         )
 
@@ -25,7 +26,7 @@ def require_memory(num_bytes: int, what: str) -> None:
     free = available_memory()
     if free is not None and num_bytes > free:
         raise ResgridError(
-            f"{what} needs {_amount(num_bytes)} of memory, and {_amount(free)} is free. "
+            f"{what} needs {amount(num_bytes, 'B')} of memory, and {amount(free, 'B')} is free. "
             "Take fewer images, or a machine with more memory."
         )
 
@@ -42,7 +43,3 @@ def available_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # no such figure on this system
         return None
-
-
-def _amount(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -12,11 +12,11 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal, Protocol
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -48,12 +48,25 @@ MAX_PIXELS_VARIABLE = "RESGRID_MAX_PIXELS"
 SHOWN = 20  # broken pictures that an error names
 
 
-class Source(Protocol):
+class Source:
+    """Labelled images, read a split at a time."""
+
     class_names: tuple[str, ...]  # in the order of the labels
-    notes: list[str]  # what a person should know: what was passed over, and what stands for what
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.splits: tuple[str, ...] = SPLITS
+        self.notes: list[str] = []  # what a person should know: passed over, or standing for something else
+        self.broken: dict[str, dict[str, str]] = {}  # by split that is loaded: picture -> why
 
     def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        """The images of one split; raises ResgridError if it has none or one is broken."""
+        """The images of one split; raises ResgridError if there is none or one is broken."""
+        if split not in self.splits:
+            raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
+        return self._load(split, on_image)
+
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
+        raise NotImplementedError
 
 
 def open_source(path: Path, resize: Resize) -> Source:
@@ -80,16 +93,15 @@ def raw_path(path: Path) -> Path:
     return path
 
 
-class Processed:
+class Processed(Source):
     """What `preprocess` made."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.notes: list[str] = []
-        self.class_names = load_meta(folder).class_names
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.class_names = load_meta(path).class_names
 
     def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        return load_split(self._folder, split)
+        return load_split(self.path, split)
 
 
 # --- CIFAR-10 and CIFAR-100 --------------------------------------------------------------------------
@@ -125,12 +137,11 @@ def _cifar_form(names: Sequence[str]) -> _CifarForm | None:
     return None
 
 
-class Cifar:
+class Cifar(Source):
     """CIFAR-10 or, with its fine labels, CIFAR-100, in the Python or the binary version, packed or not."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.notes: list[str] = []
+        super().__init__(path)
         held = archives.names(path)
         self._form = form = _cifar_form(held) or _CIFAR_FORMS[0]
         self.files: dict[str, str] = {}  # data_batch_1 -> cifar-10-batches-py/data_batch_1
@@ -153,25 +164,19 @@ class Cifar:
             names = archives.load_pickle(meta, self._origin(form.meta)).get(form.names)
         if not isinstance(names, list) or not all(type(name) is str for name in names) or len(set(names)) < 2:
             raise ResgridError(f"{self._origin(form.meta)}: {form.names} must be two or more names.")
-        self.class_names: tuple[str, ...] = tuple(names)
+        self.class_names = tuple(names)
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        form = self._form
-        batches = {
-            "train": sorted(
-                (batch for batch in self.files if re.fullmatch(form.train, batch)),
-                key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)],
-            ),
-            "test": [form.test],
-        }
-        if split not in batches:
-            raise ResgridError(f"{self._path}: there is no split {split!r}, only train and test.")
-        wanted = {self.files[batch]: batch for batch in batches[split]}
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
+        batches = [self._form.test]
+        if split == "train":
+            held = (batch for batch in self.files if re.fullmatch(self._form.train, batch))
+            batches = sorted(held, key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)])
+        wanted = {self.files[batch]: batch for batch in batches}
         read = {wanted[name]: self._batch(wanted[name], content)
-                for name, content in archives.contents(self._path, wanted)}  # fmt: skip
+                for name, content in archives.contents(self.path, wanted)}  # fmt: skip
         return Split(
-            images=torch.from_numpy(np.concatenate([read[batch][0] for batch in batches[split]])),
-            labels=torch.from_numpy(np.concatenate([read[batch][1] for batch in batches[split]])),
+            images=torch.from_numpy(np.concatenate([read[batch][0] for batch in batches])),
+            labels=torch.from_numpy(np.concatenate([read[batch][1] for batch in batches])),
         )
 
     def _batch(self, batch: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -207,7 +212,7 @@ class Cifar:
         return rows[:, self._form.label_bytes :], rows[:, self._form.label_bytes - 1].tolist()
 
     def _origin(self, batch: str) -> str:
-        return f"{self._path}: {self.files[batch]}"
+        return f"{self.path}: {self.files[batch]}"
 
 
 # --- image folders ----------------------------------------------------------------------------------
@@ -216,22 +221,8 @@ class Cifar:
 class BrokenPictures(ResgridError):
     """Pictures that cannot be read, each with its reason: all of them in one message."""
 
-    def __init__(self, path: Path, reasons: Mapping[str, str], num_images: int) -> None:
-        self.path, self.reasons = path, dict(reasons)
-        self.num_images = num_images
-        shown = [f"{name} cannot be read as an image ({why})" for name, why in reasons.items()]
-        way_on = "Mend or remove what is broken; data.on_broken: skip in params.yaml leaves it out."
-        if len(shown) == 1:
-            super().__init__(f"{path}: {shown[0]}. {way_on}")
-            return
-        more = [f"… and {len(shown) - SHOWN:,} more"] if len(shown) > SHOWN else []
-        lines = "\n  ".join([*shown[:SHOWN], *more])
-        super().__init__(
-            f"{path}: {len(shown):,} of {num_images:,} pictures are broken.\n  {lines}\n{way_on}"
-        )
 
-
-class ImageFolder:
+class ImageFolder(Source):
     """Pictures in `<split>/<class>/` or `<class>/`, in a folder or an archive, perhaps below one more folder.
 
     A split's folder may be called `train` or `training`, `test` or `testing`, `val`, `valid` or `validation`.
@@ -253,8 +244,8 @@ class ImageFolder:
 
         Raises ResgridError if a split of `needs` has no image, or the splits have not the same classes.
         """
-        self._path, self._resize, self._on_broken = path, resize, on_broken
-        self.left_out: dict[str, list[str]] = {}  # by split: pictures that were broken, with `skip`
+        super().__init__(path)
+        self._resize, self._on_broken = resize, on_broken
         found, self.notes = _find_images(path)
         if "validation" in found and "test" not in found and not test_fraction:
             found["test"] = found.pop("validation")
@@ -269,7 +260,7 @@ class ImageFolder:
                 way = " Add it, or have data.test_fraction of each class drawn for it." if draws else ""
                 raise ResgridError(f"{path}: there is no image in {split}/: {LAYOUT}.{way}")
         if not found:
-            raise ResgridError(f"{path}: there are no images: {LAYOUT}.{self._passed()}")
+            raise ResgridError(f"{path}: there are no images: {'; '.join([LAYOUT, *self.notes])}.")
         _require_same_classes(path, {split: set(images.values()) for split, images in found.items()})
         self.class_names = tuple(sorted({name for images in found.values() for name in images.values()}))
         if len(self.class_names) < 2:
@@ -282,7 +273,7 @@ class ImageFolder:
             for split, images in found.items()
         }
         if test_fraction:
-            labels = np.array([self.class_names.index(name) for _, name in self.images["train"]])
+            labels = self._labels(name for _, name in self.images["train"])
             is_test = draw(labels, self.class_names, test_fraction, seed)
             pairs = list(zip(self.images["train"], is_test, strict=True))
             self.images = {
@@ -290,50 +281,54 @@ class ImageFolder:
                 "test": [image for image, drawn in pairs if drawn],
             } | {split: images for split, images in self.images.items() if split != "train"}
 
-    def _passed(self) -> str:
-        return "".join(f" {note[0].upper()}{note[1:]}." for note in self.notes)
+        self.splits = tuple(self.images)
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        """Raises BrokenPictures after a look at all of them, unless they are to be skipped."""
-        if split not in self.images:
-            raise ResgridError(
-                f"{self._path}: there is no split {split!r}, only {' and '.join(self.images)}."
-            )
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
+        """Raises BrokenPictures, with those of all splits so far, unless they are to be skipped."""
         wanted = self.images[split]
         place = {name: i for i, (name, _) in enumerate(wanted)}
-        require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self._path}: {split} of {len(wanted):,} images")
+        require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self.path}: {split} of {len(wanted):,} images")
         images = np.empty((len(wanted), SIDE, SIDE, 3), np.uint8)
-        broken: dict[str, str] = {}
+        broken = self.broken[split] = {}
         done = 0
         with large_pictures() as large:
-            for done, (name, content) in enumerate(archives.contents(self._path, place), start=1):
+            for done, (name, content) in enumerate(archives.contents(self.path, place), start=1):
                 try:
                     images[place[name]] = decode(io.BytesIO(content), name, self._resize)
                 except BrokenPicture as error:
-                    broken[name] = error.reason
+                    broken[name] = str(error)
                 if on_image is not None:
                     on_image(split, done, len(wanted))
         if done != len(wanted):
-            raise ResgridError(f"{self._path}: files went while they were read. Run this again.")
+            raise ResgridError(f"{self.path}: files went while they were read. Run this again.")
         self.notes += large
         if broken and self._on_broken == "refuse":
-            raise BrokenPictures(self._path, broken, len(wanted))
+            lines = [line for each in self.broken.values() for line in each.values()]
+            more = [f"… and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+            raise BrokenPictures(
+                "\n  ".join([f"{self.path}: broken pictures: {len(lines):,}.", *lines[:SHOWN], *more])
+                + "\nMend or remove them; data.on_broken: skip in params.yaml leaves them out."
+            )
         if broken:
-            self.left_out[split] = sorted(broken)
             self.notes.append(
-                f"{len(broken):,} broken pictures of {split} are left out: {_some(sorted(broken))}"
+                f"{len(broken):,} broken pictures of {split} are left out: {some(sorted(broken))}"
             )
         kept = [i for i, (name, _) in enumerate(wanted) if name not in broken]
         classes = [wanted[i][1] for i in kept]
         if lost := set(self.class_names) - set(classes):
             raise ResgridError(
-                f"{self._path}: class {min(lost)!r} has no picture in {split} that can be read."
+                f"{self.path}: class {min(lost)!r} has no picture in {split} that can be read."
             )
-        labels = torch.tensor([self.class_names.index(name) for name in classes])
+        labels = torch.from_numpy(self._labels(classes))
         return Split(images=torch.from_numpy(images[kept] if broken else images), labels=labels)
 
+    def _labels(self, classes: Iterable[str]) -> NDArray[np.int64]:
+        label = {name: i for i, name in enumerate(self.class_names)}
+        return np.array([label[name] for name in classes])
 
-def _some(names: Sequence[str]) -> str:
+
+def some(names: Sequence[str]) -> str:
+    """The first three."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
@@ -363,10 +358,10 @@ def _find_images(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
         passed["a picture outside of the splits and classes"] = outside
     notes = []
     if passed:
-        kinds = "; ".join(f"{len(held):,} × {kind} ({_some(held)})" for kind, held in passed.items())
+        kinds = "; ".join(f"{len(held):,} × {kind} ({some(held)})" for kind, held in passed.items())
         notes.append(f"passed over: {kinds}")
     if escaped := [name for name in names if isinstance(name, archives.Escaped)]:
-        notes.append(f"{len(escaped):,} names are not UTF-8 and are written with % signs: {_some(escaped)}")
+        notes.append(f"{len(escaped):,} names are not UTF-8 and are written with % signs: {some(escaped)}")
     return found, notes
 
 
@@ -456,10 +451,6 @@ def large_pictures() -> Iterator[list[str]]:
 class BrokenPicture(ResgridError):
     """One picture that cannot be read, and why."""
 
-    def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(f"{origin} cannot be read as an image ({reason}). Mend it, or take it out.")
-        self.reason = reason
-
 
 def open_picture(file: IO[bytes], name: str) -> Image.Image:
     """The picture in `file`, of a format that its content shows or, for the few that have no signature, its
@@ -480,25 +471,27 @@ def decode(file: IO[bytes], origin: str, resize: Resize) -> NDArray[np.uint8]:
     try:
         try:
             image = _upright(file, origin)
-        except Exception:
+        except Exception as cause:
             file.seek(0)
-            image = _upright(io.BytesIO(_without_metadata(file.read())), origin)
+            try:
+                image = _upright(io.BytesIO(_without_metadata(file.read())), origin)
+            except Exception:
+                raise cause from None
         if image.mode not in MODES:
             raise ValueError(f"pixels of type {image.mode}: save it with 8 bits a channel")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         return np.asarray(to_square(image.convert("RGB"), resize))
-    except Image.DecompressionBombError as error:
-        size = str(error).partition(",")[0]
-        raise BrokenPicture(origin, f"{size}: {MAX_PIXELS_VARIABLE} sets another one") from None
     except Exception as error:  # a broken file raises whatever its decoder came upon, from a dozen types
         file.seek(0)
         kind = identify_bytes(file.read(START_BYTES))
-        reason = (
-            (str(error) or type(error).__name__) if kind.is_picture else f"it is {kind.name}. {kind.advice}"
-        )
-        raise BrokenPicture(origin, reason.rstrip(". ")) from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"{reason.partition(',')[0]}: {MAX_PIXELS_VARIABLE} sets another one"
+        elif not kind.is_picture:
+            reason = f"it is {kind.name}. {kind.advice}"
+        raise BrokenPicture(f"{origin} cannot be read as an image ({reason.rstrip('. ')})") from None
 
 
 def _upright(file: IO[bytes], name: str) -> Image.Image:
@@ -515,31 +508,25 @@ def _without_metadata(content: bytes) -> bytes:
 
     What the pixels are drawn by stays: transparency, EXIF's orientation, Adobe's colour transform.
     """
-    kept = []
-    if content.startswith(b"\x89PNG"):
-        at = 8
-        while at + 12 <= len(content):
-            end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-            kind = content[at + 4 : at + 8]
-            if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
-                kept.append(content[at:end])
-            at = end
-        return content[:8] + b"".join(kept)
-    if content.startswith(b"\xff\xd8\xff"):
-        at = 2
-        while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":  # up to the scan
-            end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-            segment = content[at:end]
-            says_nothing = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE
-            if (
-                not says_nothing
-                or segment[4:10] == b"Exif\0\0"
-                or (segment[4:9] == b"Adobe" and len(segment) > 15)
-            ):
-                kept.append(segment)
-            at = max(end, at + 2)
-        return content[:2] + b"".join(kept) + content[at:]
-    return content
+    is_png = content.startswith(b"\x89PNG")
+    if not is_png and not content.startswith(b"\xff\xd8\xff"):
+        return content
+    at = 8 if is_png else 2
+    kept = [content[:at]]
+    while (head := content[at : at + 16]) and (is_png or (head[:1] == b"\xff" and head[1:2] != b"\xda")):
+        if is_png:
+            end = at + 12 + int.from_bytes(head[:4], "big")
+            keep = head[4:5].isupper() or head[4:8] in (b"tRNS", b"eXIf")
+        else:  # up to the scan
+            end = at + 2 + int.from_bytes(head[2:4], "big")
+            is_adobe = head[4:9] == b"Adobe" and end - at > 15
+            keep = (
+                not re.match(rb".[\xe0-\xef\xfe]", head, re.DOTALL) or head[4:10] == b"Exif\0\0" or is_adobe
+            )
+        if keep:
+            kept.append(content[at:end])
+        at = max(end, at + 2)
+    return b"".join([*kept, content[at:]])
 
 
 def to_square(image: Image.Image, resize: Resize) -> Image.Image:
@@ -565,23 +552,23 @@ def to_square(image: Image.Image, resize: Resize) -> Image.Image:
 # --- scikit-learn's digits --------------------------------------------------------------------------
 
 
-class Digits:
+class Digits(Source):
     """scikit-learn's handwritten digits, as `download` stored them: uint8 (1797, 8, 8) of 0 to 16."""
 
     class_names = tuple("0123456789")
 
     def __init__(self, path: Path, test_fraction: float, split_seed: int) -> None:
-        self.notes: list[str] = []
-        self._path, self._test_fraction, self._split_seed = path, test_fraction, split_seed
+        super().__init__(path)
+        self._test_fraction, self._split_seed = test_fraction, split_seed
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+    def _load(self, split: str, on_image: OnImage | None) -> Split:
         """Enlarged to 32x32 in grey; the test split is drawn within each class."""
         try:
-            arrays = load_file(self._path)
+            arrays = load_file(self.path)
             images, labels = arrays["images"], arrays["labels"]
         except (OSError, SafetensorError, KeyError) as error:
             raise ResgridError(
-                f"{self._path}: cannot be read ({error}). `dvc repro download` makes it."
+                f"{self.path}: cannot be read ({error}). `dvc repro download` makes it."
             ) from None
         is_test = draw(labels, self.class_names, self._test_fraction, self._split_seed)
         chosen = is_test if split == "test" else ~is_test
