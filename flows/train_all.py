@@ -41,7 +41,7 @@ def train_all(
             free: SimpleQueue[Slot] = SimpleQueue()
             for slot in grid.slots:
                 free.put(slot)
-            with mps.shared(grid.slots, grid.say):
+            with mps.shared((slot.card for slot in grid.slots), grid.say):
                 for cell in queue:
                     grid.submit(cell, free.get(), then=free.put)
                 grid.wait()

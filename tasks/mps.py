@@ -13,15 +13,11 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from resgrid.errors import ResgridError
-
-if TYPE_CHECKING:  # it imports psutil, which a machine with torch alone does not have
-    from tasks.slots import Slot
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -44,10 +40,9 @@ def available() -> bool:
 
 
 @contextmanager
-def shared(slots: Sequence[Slot], say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
-    """`daemon` where more than one of `slots` shares a card, in this process's environment as well."""
-    cards = Counter(slot.card for slot in slots if slot.card is not None)
-    if max(cards.values(), default=0) < 2:
+def shared(cards: Iterable[str | None], say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
+    """`daemon` where several slots, whose `cards` these are, share one; in this process's environment too."""
+    if max(Counter(card for card in cards if card is not None).values(), default=0) < 2:
         yield {}
         return
     with daemon(say) as variables:

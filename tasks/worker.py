@@ -228,7 +228,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         signal.signal(number, lambda number, frame: told.append(number))
     process, cards_shared = None, ExitStack()
     try:
-        environment |= cards_shared.enter_context(mps.shared(shares))
+        environment |= cards_shared.enter_context(mps.shared(slot.card for slot in shares))
         while not told:
             process = subprocess.Popen(command, cwd=root, env=environment, process_group=0)
             while process.poll() is None and not told and not refusal.exists():

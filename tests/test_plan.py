@@ -236,14 +236,16 @@ def test_a_checkout_without_git_is_explained_and_the_way_that_it_names_works(tmp
 def test_what_another_version_of_dvc_wrote_is_named(tmp_path):
     own = git_repository(tmp_path)
     (own / "dvc.lock").write_text("schema: '9.0'\nstages: {}\n")
-    with pytest.raises(ResgridError, match=r"dvc\.lock' validation failed\. Another version of DVC may have"):
+    with pytest.raises(
+        ResgridError, match=r"dvc\.lock' validation failed\.[^`]*Another version of DVC may have"
+    ):
         make_plan(Pipeline.find(own))
 
 
 def test_a_dvc_yaml_that_is_none_of_dvcs_says_who_shows_the_line(tmp_path):
     own = git_repository(tmp_path)
     (own / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls, dep: [x]}\n")
-    with pytest.raises(ResgridError, match=r"dvc\.yaml' validation failed\. `dvc stage list`"):
+    with pytest.raises(ResgridError, match=r"dvc\.yaml' validation failed\.[^`]*`dvc stage list`"):
         make_plan(Pipeline.find(own))
     command = [sys.executable, "-m", "dvc", "stage", "list"]
     done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
