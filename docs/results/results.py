@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from resgrid.config import load_params
-from resgrid.grid import expand
 from resgrid.report.statistics import Interval, holm, over_seeds, wilson
-from resgrid.runs import find_runs
+from resgrid.runs import METRICS, RUN, read_json
 
 HERE = Path(__file__).parent
 RUNS, H100, PAGE = HERE / "runs.csv", HERE / "h100", HERE / "README.md"
@@ -36,17 +34,21 @@ JPEG_POINTS = 3.4  # what JPEG copies cost: 5,000 images, bit-exact and as JPEG,
 
 
 def collect(pipeline: Path) -> int:
-    """Put the finished runs of a pipeline's folder into runs.csv; how many there are."""
+    """Put the finished runs of a pipeline's folder into runs.csv; how many there are.
+
+    They are told by what their folders say of themselves, at the commit of that checkout: whether they are of
+    today's numbers and code is no question here.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=pipeline, capture_output=True, text=True, check=True
     ).stdout.strip()
-    params = load_params(pipeline / "params.yaml")
     rows = []
-    for run in find_runs(expand(params), pipeline):
-        if run.is_current and run.record:
-            timing = json.loads((run.folder / "timing.json").read_text(encoding="utf-8"))
-            row = timing | run.record | {"pipeline": params.name, "commit": commit}
-            rows.append({column: row[column] for column in COLUMNS} | {"device": timing["device_name"]})
+    for folder in sorted((pipeline / "runs").iterdir()):
+        if (folder / METRICS).is_file():
+            record, timing = read_json(folder / RUN), read_json(folder / "timing.json")
+            name = next(iter(read_json(folder / METRICS)))
+            row = timing | record | {"pipeline": name, "commit": commit, "device": timing["device_name"]}
+            rows.append({column: row[column] for column in COLUMNS})
     known = pd.read_csv(RUNS) if RUNS.exists() else pd.DataFrame(columns=COLUMNS)
     frame = pd.DataFrame([*rows, *known.to_dict(orient="records")], columns=COLUMNS)
     frame = frame.drop_duplicates(["pipeline", "cell"]).sort_values(["pipeline", "cell"], kind="stable")
