@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -151,6 +152,42 @@ def yardstick(architecture: str, rounds: int, batches: int) -> None:
         step = next(training).seconds / batches
         pairs.append((1e3 * step, 1e3 * convolutions.seconds(alone, BATCH, device, execution.precision)))
     print(json.dumps(pairs))
+
+
+KINDS = {  # of torch's operations, the first that matches
+    "convolutions": "conv",
+    "matrix products": "mm|linear|baddbmm",
+    "batch norm": "batch_norm",
+    "ReLU": "relu|threshold|clamp_min",
+    "pooling": "pool|mean",
+    "dropout": "Dropout|bernoulli|random_|bitwise|shift",
+    "additions, copies, padding": "add|sum|copy|clone|pad|fill|zero|cat|_to_|empty|mul|where|index",
+    "optimizer": "Optimizer|_foreach|_fused",
+}
+
+
+def profile(architecture: str, batches: int) -> None:
+    """Print what a training step's time is made of, in per cent, as a line of a Markdown table."""
+    from collections import Counter
+
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    from resgrid.models import build_model
+    from resgrid.training.engine import fit
+
+    cell, device, _ = _as_in_training(architecture)
+    training = fit(cell, build_model(architecture, 10, cell.recipe.dropout), _data(batches), device)
+    next(training)
+    with profiled(activities=[ProfilerActivity.CPU]) as run:
+        next(training)
+    shares = Counter[str]()
+    for operation in run.key_averages():
+        kind = next((kind for kind, words in KINDS.items() if re.search(words, operation.key)), "other")
+        shares[kind] += operation.self_cpu_time_total
+    total = shares.total()
+    figures = " | ".join(f"{100 * shares[kind] / total:.0f}" for kind in (*KINDS, "other"))
+    print(f"| {architecture} | {figures} |")
 
 
 def _as_in_training(architecture: str):
@@ -383,6 +420,9 @@ def main() -> None:
     parser.add_argument(
         "--dry", type=Path, metavar="FOLDER", help="ResNet-20's step alone, once, into FOLDER"
     )
+    parser.add_argument(
+        "--profile", metavar="ARCHITECTURE", help="what a step's time is made of, by torch's profiler"
+    )
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)  # whose, which, what, how many batches
     options = parser.parse_args()
     if options.side:
@@ -391,6 +431,10 @@ def main() -> None:
             yardstick(architecture, int(what), int(batches))
         else:
             (standard if side == "standard" else ours)(architecture, what, int(batches))
+        return
+    if options.profile:
+        print(f"| | {' | '.join(KINDS)} | other |\n|---|{'---|' * (len(KINDS) + 1)}")
+        profile(options.profile, YARDSTICK_BATCHES)
         return
     if options.dry:
         write(options.dry, machine(), [], measure_steps(["resnet20"], 1, 1))

@@ -108,7 +108,8 @@ def train_list(cells: Sequence[Cell], root: Path, slots: int, seconds: float, pa
 
 def _start(cell: Cell, slots: int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"RESGRID_THREADS": str(max(1, cores // slots))} | os.environ | variables
+    environment = {"RESGRID_THREADS": str(max(1, cores // slots)), "RESGRID_SHARING": str(slots)}
+    environment |= os.environ | variables
     environment[watch.VARIABLE] = watch.describe(os.getpid())  # it ends with this process
     flags = ["-S"] if sys.flags.no_site else []  # as this process was started
     LOGS.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from resgrid.leftovers import cache_folder
 from resgrid.progress import duration
 from resgrid.record import read_state, write_state
 from tasks.lockfile import keep, read_lock
-from tasks.slots import Slot, share
+from tasks.slots import Slot, share, shared_speed
 from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working
 
 # GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
@@ -413,13 +413,17 @@ def expect(pipeline: Pipeline, params: Params, steps: Iterable[Step], slot: Slot
     """Seconds for each stage of which anything is known.
 
     A stage that ran here before takes as long again, unless its epochs or its data changed. A cell otherwise
-    goes at the speed of its architecture's other cells, or of another architecture with the same GFLOP/s.
+    goes at the speed of its architecture's other cells, or of another architecture with the same GFLOP/s:
+    on a CPU by the threads that it has here, on a card by how many share it here.
     """
     images = _num_train(pipeline)
     speeds: dict[str, list[float]] = {}
     for cell, timing in _timings(pipeline, expand(params)):
         if (timing["device"] == "cuda") == (slot.card is not None):
-            scale = 1.0 if slot.card else (slot.threads / timing["threads"]) ** THREADS_POWER
+            if slot.card:
+                scale = shared_speed(slot.sharing) / shared_speed(timing.get("sharing") or 1)
+            else:
+                scale = (slot.threads / timing["threads"]) ** THREADS_POWER
             speeds.setdefault(cell.architecture, []).append(timing["images_per_second"] * scale)
     flops = median(GFLOP[name] * median(found) for name, found in speeds.items()) if speeds else None  # type: ignore[index]
     seconds = {}

@@ -21,7 +21,7 @@ from resgrid.grid import expand
 from resgrid.leftovers import find_leftovers, usage
 from resgrid.record import Record, write_state
 from tasks import slots
-from tasks.plan import Busy, Step, longest_first, make_plan, makespan
+from tasks.plan import Busy, Step, expect, longest_first, make_plan, makespan
 from tasks.publish import status
 from tasks.slots import Card, Slot
 from tasks.stage import Pipeline
@@ -179,6 +179,27 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
         state.unlink()
     assert plan_of(repository).seconds is None
     assert "Expected time: unknown until a cell has been trained" in str(plan_of(repository))
+
+
+def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):
+    """One graphed ResNet-20 alone on an H100: 57,759 images/s, so 216 s for 250 epochs; eight together 1.84 as many."""
+    run = repository.root / "runs/resnet20-sgd-0/timing.json"
+    run.write_text(
+        '{"images_per_second": 57759.0, "device": "cuda", "threads": 2, "sharing": 1, "peak_memory_bytes": 9}'
+    )
+    pipeline, params = Pipeline.find(repository.root), load_params(repository.root / "params.yaml")
+    for record in pipeline.state("").parent.glob("*.json"):
+        record.unlink()
+    steps = plan_of(repository).steps
+    try:
+        alone = expect(pipeline, params, steps, slots.Slot("cuda:0 1/1", 8, "0"))
+        eighth = expect(pipeline, params, steps, slots.Slot("cuda:0 1/8", 2, "0", 8))
+        on_cpu = expect(pipeline, params, steps, slots.Slot("cpu 1/2", 1))
+    finally:
+        run.unlink()
+    assert alone["train@resnet20-adam-0"] == pytest.approx(216.4, abs=0.1)
+    assert eighth["train@resnet20-adam-0"] == pytest.approx(216.4 * 8 / 1.84, rel=1e-3)
+    assert "train@resnet20-adam-0" not in on_cpu  # a card says nothing of a CPU
 
 
 def test_a_grid_that_dvc_yaml_does_not_have_is_refused(repository):

@@ -71,7 +71,8 @@ def sentence(seconds: dict[str, float], device: torch.device) -> str:
     """The estimate as one would say it, and what to do where it is long."""
     total = sum(seconds.values())
     where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type.upper()
-    text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}."
+    text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}"
+    text += ", one after another."
     if total > 24 * 3600:
         quickest = min(seconds, key=lambda cell: seconds[cell])
         longest, _ = Counter(seconds).most_common(1)[0]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -202,6 +203,7 @@ def _timing(
         "precision": execution.precision_name,
         "compiled": execution.compiled,
         "graphed": outcome.graphed,
+        "sharing": int(os.environ.get("RESGRID_SHARING") or 1),  # how many cells had the device at once
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
