@@ -34,8 +34,8 @@ def test_a_cell_takes_as_long_as_its_epochs_and_images_say() -> None:
     seconds = estimate(params({"resnet20": 3}), 1000, CPU)
     assert list(seconds) == ["resnet20-sgd-0", "resnet20-adam-0"]
     assert seconds["resnet20-sgd-0"] == seconds["resnet20-adam-0"]  # one step is timed for both
-    # Between 20 and 200,000 images/s, whatever the machine.
-    assert 3 * 1000 / 200_000 < seconds["resnet20-sgd-0"] < 3 * 1000 / 20
+    # Between 0.5 and 5,000,000 images/s, whatever the machine and what else it does.
+    assert 3 * 1000 / 5_000_000 < seconds["resnet20-sgd-0"] < 3 * 1000 / 0.5
 
 
 def test_a_long_grid_is_told_with_its_longest_cell_and_how_to_take_less() -> None:
