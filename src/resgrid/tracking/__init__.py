@@ -19,7 +19,8 @@ from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
 from resgrid.tracking.live import LiveRun, live_run
 from resgrid.tracking.registry import find_weights
 from resgrid.tracking.shared import shared_checkpoints
-from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, serve, shown, store_uri
+from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, shown, store_uri
+from resgrid.tracking.view import serve
 
 __all__ = [
     "LiveRun",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,6 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from resgrid import watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
@@ -20,6 +18,7 @@ from resgrid.leftovers import size
 from resgrid.runs import Run as Result
 from resgrid.runs import find_runs, read_json
 from resgrid.tracking import contents, shared
+from resgrid.tracking.cell_runs import end_killed, is_live, retire, runs_of, start_second
 from resgrid.tracking.links import pages_of, write_links
 from resgrid.tracking.registry import crown
 from resgrid.tracking.store import Store, open_store, project_root, registry_uri, shown, unusable
@@ -147,7 +146,7 @@ def _sync_cell(
         for each in runs:
             if is_live(each):
                 continue
-            _end_killed(store, each)
+            end_killed(store, each)
             tags = each.data.tags
             is_of_it = record is not None and tags.get("weights_sha256") == record["weights_sha256"]
             if tags.get("grid") == "current" or is_of_it:
@@ -197,7 +196,7 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
             and "dvc_experiment" not in run.data.tags
             and run.data.tags["data_digest"] == metrics["data_digest"]
             and run.info.status in ("RUNNING", "FINISHED")
-            and _start_second(run) <= started
+            and start_second(run) <= started
             and agrees(run)
         ]
     # Several have the same weights where a cell was trained again without a change, as by `dvc repro -f`.
@@ -231,33 +230,6 @@ def _data_digest(pipeline_folder: Path, runs: list[Run]) -> str:
     return latest.data.tags["data_digest"] if latest else ""
 
 
-def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
-    """The experiment's runs, of one cell or of all; without deleted ones."""
-    which = f"tags.cell = '{cell_id}'" if cell_id else "tags.cell LIKE '%'"
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = store.client.search_runs([store.experiment_id], which, max_results=1000, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
-
-
-def retire(store: Store, runs: list[Run], keep: str | None = None, started: int | None = None) -> list[str]:
-    """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
-    changed = []
-    for run in runs:
-        is_experiment = "dvc_experiment" in run.data.tags and run.data.tags.get("grid") != "current"
-        if run.info.run_id == keep or is_experiment or is_live(run, started):
-            continue
-        _end_killed(store, run)
-        if run.data.tags.get("grid") != "superseded":
-            store.client.set_tag(run.info.run_id, "grid", "superseded")
-            changed.append(run.info.run_id)
-    return changed
-
-
 def superseded_bytes(name: str, pipeline_folder: Path | None = None) -> int:
     """What the artifacts and models of superseded runs take, where the store keeps them on this machine.
 
@@ -273,29 +245,3 @@ def superseded_bytes(name: str, pipeline_folder: Path | None = None) -> int:
             local = [urllib.request.url2pathname(urlsplit(p).path) for p in places if p.startswith("file:")]
             total += sum(size(Path(place)) for place in local)
     return total
-
-
-def _end_killed(store: Store, run: Run) -> None:
-    """SIGKILL, or the loss of the server, leaves a run RUNNING."""
-    if run.info.status == "RUNNING":
-        store.client.set_terminated(run.info.run_id, "KILLED")
-
-
-def is_live(run: Run, started: int | None = None) -> bool:
-    """Whether a process may yet log to `run`.
-
-    On this machine that is known. On another one it counts as gone once its cell has files of a training that
-    `started` (ms) no earlier.
-    """
-    if run.info.status != "RUNNING":
-        return False
-    host, _, process = run.data.tags.get("process", "").partition(" ")
-    if host == platform.node():
-        return watch.alive(process)
-    return started is None or _start_second(run) > started
-
-
-def _start_second(run: Run) -> int:
-    """In milliseconds, but whole seconds: timing.json counts in those."""
-    milliseconds: int = run.info.start_time
-    return milliseconds // 1000 * 1000

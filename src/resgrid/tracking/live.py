@@ -17,7 +17,7 @@ from resgrid.grid import Cell
 from resgrid.provenance import experiment
 from resgrid.runs import read_json
 from resgrid.tracking import contents, shared
-from resgrid.tracking.from_files import is_live, retire, runs_of
+from resgrid.tracking.cell_runs import is_live, retire, runs_of
 from resgrid.tracking.store import Store, open_store, reason, shown
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.tracking.cell_runs import runs_of
 from resgrid.tracking.store import Store, StoreAway, open_store, reason
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ def shared_checkpoints(name: str, cell: Cell, training: str, folder: Path) -> It
 
 
 def _fetch(name: str, cell: Cell, training: str, folder: Path) -> list[Path]:
-    from resgrid.tracking.from_files import runs_of
-
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         found: list[Path] = []

@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +97,7 @@ def open_store(name: str, folder: Path | None = None) -> Store:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 # Frozen from now on, so it must be absolute. A server has a place of its own.
-                place = None if _is_remote(uri) else (_artifact_root(uri) / name).as_uri()
+                place = None if is_remote(uri) else (_artifact_root(uri) / name).as_uri()
                 experiment = client.get_experiment(client.create_experiment(name, place))
     except Exception as error:  # SQLAlchemy's, sqlite3's, MLflow's, requests', the system's
         raise unusable(uri, error) from None
@@ -111,7 +107,7 @@ def open_store(name: str, folder: Path | None = None) -> Store:
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back, "
             "`mlflow gc` removes it for good; or give the pipeline another name in params.yaml."
         )
-    if _is_remote(uri) and not _is_within_reach(experiment.artifact_location):
+    if is_remote(uri) and not _is_within_reach(experiment.artifact_location):
         raise ResgridError(
             f"{shown(uri)}: the experiment {name!r} keeps its artifacts in {experiment.artifact_location}, a "
             "folder that is not on this machine. Start that server with --artifacts-destination, on a store "
@@ -183,41 +179,6 @@ def server(uri: str, port: int) -> list[str]:
     return [*command, "--backend-store-uri", uri, "--default-artifact-root", _artifact_root(uri).as_uri()]
 
 
-def serve(port: int, name: str | None = None) -> None:
-    """Run MLflow's pages for a local store until interrupted; of a server only say where they are.
-
-    With the `name` of an experiment, that is the table of its current runs, the best on top.
-    Raises ResgridError if the port is taken.
-    """
-    from resgrid.tracking.view import VIEW_QUERY
-
-    uri = store_uri()
-    page = f"/#/experiments/{open_store(name).experiment_id}/runs?{VIEW_QUERY}" if name else ""
-    if _is_remote(uri):
-        print(f"MLflow: {shown(uri)}{page}")
-        return
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ResgridError(f"port {port}: {why} Take another one with --port.") from None
-    print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
-    print(f"http://127.0.0.1:{port}{page}", flush=True)
-    command = [sys.executable, "-m", *server(uri, port)]
-    command += ["--uvicorn-opts", "--log-level warning --no-access-log"]
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # the terminal was closed
-    # A group of its own: Ctrl-C would make each of its processes print a traceback.
-    process = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
-    try:
-        process.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
 def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
     """A client, and the lock under which something may be made in its store."""
     for key, value in SETTINGS.items():
@@ -272,7 +233,7 @@ def _database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def _is_remote(uri: str) -> bool:
+def is_remote(uri: str) -> bool:
     return uri.startswith(("http://", "https://", "databricks"))
 
 

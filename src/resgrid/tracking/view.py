@@ -1,15 +1,32 @@
-"""How MLflow's page of runs shows an experiment: the current cells, the best on top, and charts of them.
+"""MLflow's pages: how its page of runs shows an experiment, and how they are served.
 
-MLflow keeps such a view as JSON in a tag of the experiment (its button "Share" makes them) and finds it by
-the key in the page's address. What a newer MLflow does not know of it, it leaves out.
+The page shows the current cells, the best on top, and charts of them. MLflow keeps such a view as JSON in a
+tag of the experiment (its button "Share" makes them) and finds it by the key in the page's address. What a
+newer MLflow does not know of it, it leaves out.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing, suppress
 from typing import Any
 
-from resgrid.tracking.store import Store
+from resgrid.errors import ResgridError
+from resgrid.tracking.store import (
+    QUIET_SERVER,
+    SETTINGS,
+    Store,
+    is_remote,
+    open_store,
+    server,
+    shown,
+    store_uri,
+)
 
 VIEW_QUERY = "workflowType=machine_learning&viewStateShareKey=resgrid"
 TAG = "mlflow.sharedViewState.resgrid"
@@ -74,3 +91,36 @@ def arrange(store: Store) -> None:
     view = json.dumps(VIEW)
     if store.client.get_experiment(store.experiment_id).tags.get(TAG) != view:
         store.client.set_experiment_tag(store.experiment_id, TAG, view)
+
+
+def serve(port: int, name: str | None = None) -> None:
+    """Run MLflow's pages for a local store until interrupted; of a server only say where they are.
+
+    With the `name` of an experiment, that is the table of its current runs, the best on top.
+    Raises ResgridError if the port is taken.
+    """
+    uri = store_uri()
+    page = f"/#/experiments/{open_store(name).experiment_id}/runs?{VIEW_QUERY}" if name else ""
+    if is_remote(uri):
+        print(f"MLflow: {shown(uri)}{page}")
+        return
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ResgridError(f"port {port}: {why} Take another one with --port.") from None
+    print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
+    print(f"http://127.0.0.1:{port}{page}", flush=True)
+    command = [sys.executable, "-m", *server(uri, port)]
+    command += ["--uvicorn-opts", "--log-level warning --no-access-log"]
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # the terminal was closed
+    # A group of its own: Ctrl-C would make each of its processes print a traceback.
+    process = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
+    try:
+        process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
