@@ -30,6 +30,7 @@ from resgrid.config import Params
 from resgrid.errors import ResgridError, suggest
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
+from resgrid.models import own_file
 from resgrid.provenance import code_digest
 from resgrid.runs import FILES, METRICS, RUN, read_json, run_in, verify_weights
 from tasks import mps
@@ -272,7 +273,7 @@ def refusal(folder: Path, cell: Cell, data_digest: str) -> str | None:
     """Why the result in `folder` is none of `cell` as params.yaml, data and code are today."""
     if missing := [name for name in (*FILES, METRICS) if not (folder / name).is_file()]:
         return f"its {missing[0]} is missing: bring all parts of the pack"
-    run = run_in(folder, cell, data_digest, code_digest())
+    run = run_in(folder, cell, data_digest, code_digest(own=own_file(cell.architecture)))
     if run.record is None or not run.is_current:
         return run.reason
     try:

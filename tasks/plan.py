@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from resgrid.config import Architecture, Params, load_params
+from resgrid.config import Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import cache_folder
@@ -34,17 +34,18 @@ from tasks.slots import Slot, share, shared_speed
 from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working
 
 # GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
-# They put the architectures in order, and carry a measured speed over to one that has not been measured.
-GFLOP: dict[Architecture, float] = {
+# They put the architectures in order, and carry a measured speed over to one that has not been measured; one
+# that is not here comes first, and its time is unknown until a cell of it has been trained.
+GFLOP = {
     "resnet20": 0.24, "resnet32": 0.41, "resnet44": 0.58, "resnet56": 0.75, "resnet110": 1.52,
     "resnet10": 1.52, "resnet18": 3.33, "resnet26": 5.14,
-    "vgg16": 1.88,
+    "vgg16": 1.88, "resnet20v1": 0.24,
 }  # fmt: skip
-# Parameters in millions, for the size of a weights file.
-MILLIONS: dict[Architecture, float] = {
+# Parameters in millions, for the size of a weights file; one that is not here counts as the largest.
+MILLIONS = {
     "resnet20": 0.27, "resnet32": 0.47, "resnet44": 0.66, "resnet56": 0.86, "resnet110": 1.74,
     "resnet10": 4.91, "resnet18": 11.18, "resnet26": 17.46,
-    "vgg16": 15.00,
+    "vgg16": 15.00, "resnet20v1": 0.27,
 }  # fmt: skip
 COPIES = 4  # of a cell's weights: workspace, DVC's cache, and MLflow's artifact and model
 CIFAR10_BYTES = {"download": 171_000_000, "preprocess": 185_000_000}
@@ -57,6 +58,7 @@ WAYS_ON = {  # by what DVC says
     "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
     "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
     "this one's; `git checkout` brings back the last file that was committed.",
+    "own_architectures'": ". `resgrid set --migrate` adds the key to a params.yaml of an earlier version.",
     "validation failed": ". `dvc stage list` in that folder shows the line.",
     "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
 }
@@ -207,7 +209,7 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, now: bool = False
 
 def slots_for(pipeline: Pipeline, params: Params, cells: Sequence[Cell], slots: int | None) -> list[Slot]:
     """The machine's slots for these cells, by the memory that earlier runs took of a card."""
-    peaks: dict[Architecture, int] = {}
+    peaks: dict[str, int] = {}
     for cell, timing in _timings(pipeline, expand(params)):
         if timing.get("device") == "cuda":
             peaks[cell.architecture] = max(peaks.get(cell.architecture, 0), timing["peak_memory_bytes"])
@@ -425,17 +427,20 @@ def expect(pipeline: Pipeline, params: Params, steps: Iterable[Step], slot: Slot
             else:
                 scale = (slot.threads / timing["threads"]) ** THREADS_POWER
             speeds.setdefault(cell.architecture, []).append(timing["images_per_second"] * scale)
-    flops = median(GFLOP[name] * median(found) for name, found in speeds.items()) if speeds else None  # type: ignore[index]
+    known = [GFLOP[name] * median(found) for name, found in speeds.items() if name in GFLOP]
+    flops = median(known) if known else None
     seconds = {}
     for step in steps:
         record = pipeline.record(step.stage)
         changed = any(".epochs:" in reason or reason.startswith("data/") for reason in step.why)
         if record and record.seconds and not changed:
             seconds[step.stage] = record.seconds
-        elif step.cell and images and flops:
+        elif step.cell and images:
             name = step.cell.architecture
-            speed = median(speeds[name]) if name in speeds else flops / GFLOP[name]
-            seconds[step.stage] = step.cell.recipe.epochs * images / speed
+            if name in speeds:
+                seconds[step.stage] = step.cell.recipe.epochs * images / median(speeds[name])
+            elif flops and name in GFLOP:
+                seconds[step.stage] = step.cell.recipe.epochs * images * GFLOP[name] / flops
     return seconds
 
 
@@ -449,7 +454,9 @@ def _num_train(pipeline: Pipeline) -> int | None:
 
 
 def _cost(step: Step) -> float:
-    return GFLOP[step.cell.architecture] * step.cell.recipe.epochs if step.cell else 0.0
+    if step.cell is None:
+        return 0.0
+    return GFLOP.get(step.cell.architecture, max(GFLOP.values())) * step.cell.recipe.epochs
 
 
 # --- how much disk ----------------------------------------------------------------------------------
@@ -460,7 +467,7 @@ def _needs(step: Step, params: Params, recorded: Mapping[str, Any]) -> int:
     if step.state != "stale":
         return 0
     if step.cell:
-        return int(COPIES * 4e6 * MILLIONS[step.cell.architecture])
+        return int(COPIES * 4e6 * MILLIONS.get(step.cell.architecture, max(MILLIONS.values())))
     known = CIFAR10_BYTES.get(step.stage, 0) if params.data.source == "cifar10" else 0
     return 2 * (sum(out.get("size", 0) for out in recorded.get("outs", ())) or known)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from resgrid.config import Architecture
 from resgrid.errors import ResgridError
 from tasks import mps
 
@@ -33,18 +32,13 @@ MAX_SHARING = 8  # cells on one card: four ResNet-20 train 1.72 times the images
 
 # Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
 # were seen of ResNet-20 and 3.8 of ResNet-10 on an H100. The others are three times what their steps alone
-# took there, as it is with these two. Used until a cell's timing.json has a measured `peak_memory_bytes`.
-CUDA_BYTES: dict[Architecture, int] = {
-    "resnet20": int(1.3 * GIB),
-    "resnet32": int(1.9 * GIB),
-    "resnet44": int(2.5 * GIB),
-    "resnet56": int(3.1 * GIB),
-    "resnet110": int(4.7 * GIB),
-    "resnet10": int(3.8 * GIB),
-    "resnet18": int(4.4 * GIB),
-    "resnet26": int(5.6 * GIB),
-    "vgg16": int(5.3 * GIB),
-}
+# took there, as it is with these two. Used until a cell's timing.json has a measured `peak_memory_bytes`; an
+# architecture that is not here counts as the largest.
+CUDA_GIB = {
+    "resnet20": 1.3, "resnet32": 1.9, "resnet44": 2.5, "resnet56": 3.1, "resnet110": 4.7,
+    "resnet10": 3.8, "resnet18": 4.4, "resnet26": 5.6,
+    "vgg16": 5.3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,8 @@ class Slot:
 
 def share(
     num_cells: int,
-    footprints: Mapping[Architecture, int] | None = None,
-    architectures: Sequence[Architecture] = (),
+    footprints: Mapping[str, int] | None = None,
+    architectures: Sequence[str] = (),
     slots: int | None = None,
 ) -> list[Slot]:
     """The slots for `num_cells` cells: `slots` of them, or as many as this machine is good for.
@@ -93,8 +87,9 @@ def share(
     cores = num_cores()
     devices = cards()
     if devices:
-        known = CUDA_BYTES | dict(footprints or {})
-        largest = max((known[name] for name in architectures), default=max(known.values()))
+        known = {name: int(gib * GIB) for name, gib in CUDA_GIB.items()} | dict(footprints or {})
+        most = max(known.values())
+        largest = max((known.get(name, most) for name in architectures), default=most)
         sharing = MAX_SHARING if mps.available() else 1
         return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
     if slots is None:

@@ -44,7 +44,7 @@ preprocess:
   validation_fraction: {validation}
   training_fraction: 1.0
   seed: 0
-grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}}}
+grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}, own_architectures: []}}
 recipes:
   resnet20:{recipe}
 tuning:

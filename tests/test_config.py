@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from resgrid.config import Constant, Sgd, load_params, parse_params
+from resgrid.config import Constant, load_params, parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
+from resgrid.optimizers import Sgd
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,11 +104,13 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("tuning/resnet20/sgd", {"lr": 0.1}, "optimizers.sgd.nesterov: this key is missing"),
         ("tuning/resnet20/sgd/momentum", 0.5, "tuning.resnet20.sgd.momentum: stands in optimizers.sgd too"),
         ("tuning/resnet20/sgd/nestrov", True, "tuning.resnet20.sgd.nestrov: unknown key"),
-        ("tuning/resnet20/sdg", {"lr": 0.1}, "tuning.resnet20.sdg: must be 'sgd', 'adam', 'rmsprop' or 'adagrad'; did you mean sgd?"),
+        ("tuning/resnet20/sdg", {"lr": 0.1}, "tuning.resnet20.sdg: must be 'sgd', 'adam', 'rmsprop', 'adagrad' or 'adamw'; did you mean sgd?"),
         ("tuning/resnet21", {}, "tuning.resnet21: must be 'resnet20', 'resnet32'"),
         ("optimizers/adam/eps", 0, "optimizers.adam.eps: must be greater than 0 (it is 0)"),
         ("optimizers/adam/esp", 1e-8, "optimizers.adam.esp: unknown key"),
-        ("optimizers/adamw", {}, "optimizers.adamw: must be 'sgd', 'adam', 'rmsprop' or 'adagrad'; did you mean adam?"),
+        ("optimizers/adams", {}, "optimizers.adams: must be 'sgd', 'adam', 'rmsprop', 'adagrad' or 'adamw'; did you mean adam"),
+        ("optimizers/adamw/weight_decay", 0.1, "tuning.resnet20.adamw.weight_decay: stands in optimizers.adamw too"),
+        ("tuning/resnet20/adamw/weight_decay", -0.1, "tuning.resnet20.adamw.weight_decay: must be greater than or equal to 0"),
         ("grid/architectures", ["resnet21"], "grid.architectures.0: must be 'resnet20'"),
         ("grid/optimizers", [], "grid.optimizers: Tuple should have at least 1 item"),
         ("grid/seeds", [0, 0], "grid: seeds holds a value twice"),
@@ -124,7 +127,7 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("studies/lr-0p5/momentum", 0.9, "studies.lr-0p5.momentum: unknown key"),
         ("studies/lr-0p5/dropout", [0.1, 0.2, 0.3], "studies.lr-0p5.dropout: resnet10 takes one rate, not three"),
         ("studies/lr-0p5/architecture", "resnet9", "studies.lr-0p5.architecture: must be 'resnet20'"),
-        ("studies/lr-0p5/optimizer", "adm", "or 'adagrad'; did you mean adam? (it is \"adm\")"),
+        ("studies/lr-0p5/optimizer", "adm", "or 'adamw'; did you mean adam"),
         ("studies/lr-0p5", {"optimizer": "adam", "seed": 0}, "studies.lr-0p5.architecture: this key is missing"),
         ("recipes/vgg16/initial_weights", {"name": "mlflow", "uri": "models:/vgg@best"}, "uri: an alias moves"),
     ],

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resgrid.config import FAMILIES, Architecture, parse_params
+from resgrid.config import parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
+from resgrid.models import ARCHITECTURES
 
-OPTIMIZERS = ("sgd", "adam", "rmsprop", "adagrad")
+OPTIMIZERS = ("sgd", "adam", "rmsprop", "adagrad", "adamw")
 FEW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
@@ -59,12 +60,12 @@ warmup = st.fixed_dictionaries({"steps": st.integers(0, 1000), "factor": st.floa
 
 
 @st.composite
-def recipes(draw: st.DrawFn, architecture: Architecture) -> dict[str, Any]:
-    family = FAMILIES[architecture]
+def recipes(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
+    rates = ARCHITECTURES[architecture].dropout_rates
     dropout: st.SearchStrategy[Any] = st.just(0.0)
-    if family == "wide_resnet":
+    if rates == 1:
         dropout = fractions()
-    elif family == "vgg":
+    elif rates == 3:
         dropout = st.lists(fractions(), min_size=3, max_size=3)
     return {
         "epochs": draw(st.integers(1, 500)),
@@ -96,6 +97,11 @@ SETTINGS = {
     "sgd": {"momentum": fractions(0.1), "nesterov": st.booleans()},
     "adam": {"betas": st.lists(fractions(), min_size=2, max_size=2), "eps": positive},
     "rmsprop": {"alpha": fractions(), "momentum": fractions(), "eps": positive},
+    "adamw": {
+        "betas": st.lists(fractions(), min_size=2, max_size=2),
+        "eps": positive,
+        "weight_decay": st.just(0.05),
+    },
     "adagrad": {"lr_decay": st.just(0.0), "initial_accumulator_value": st.just(0.0), "eps": positive},
 }
 
@@ -103,7 +109,7 @@ SETTINGS = {
 @st.composite
 def whole(draw: st.DrawFn) -> dict[str, Any]:
     """A valid params.yaml, as it is read."""
-    known = sorted(FAMILIES)
+    known = sorted(ARCHITECTURES)
     architectures = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
     optimizers = draw(st.lists(st.sampled_from(OPTIMIZERS), min_size=1, unique=True))
     recipe = {name: draw(recipes(name)) for name in architectures}

@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resgrid.cli import main
-from resgrid.config import Architecture
 from resgrid.convert import CIFAR10_CLASSES, import_keras, import_torch
 from resgrid.errors import ResgridError
-from resgrid.models import Classifier, build_model
+from resgrid.models import build_model
+from resgrid.models.classifier import Classifier
 from resgrid.weights import load_model
 
-UNITS: dict[Architecture, int] = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+UNITS: dict[str, int] = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 VGG16_CONVOLUTIONS = [f"conv{block}_{i + 1}" for block, n in enumerate([2, 2, 3, 3, 3], 1) for i in range(n)]
 
 
-def _random_model(architecture: Architecture, num_classes: int = 10) -> Classifier:
+def _random_model(architecture: str, num_classes: int = 10) -> Classifier:
     """Every tensor drawn anew, so that no two layers could be exchanged unnoticed."""
     torch.manual_seed(0)
     model = build_model(architecture, num_classes)
@@ -131,9 +131,7 @@ def _write_keras(
             group.create_dataset(name, data=array)
 
 
-def _keras_file(
-    path: Path, architecture: Architecture, model: nn.Module, listed_by_name: bool = False
-) -> Path:
+def _keras_file(path: Path, architecture: str, model: nn.Module, listed_by_name: bool = False) -> Path:
     layers = _vgg16_layers() if architecture == "vgg16" else _resnet_layers(UNITS[architecture])
     with h5py.File(path, "w") as file:
         _write_keras(file, layers, model, listed_by_name)
@@ -176,9 +174,7 @@ def test_names_of_the_written_files_are_those_of_the_published_one(reference_dat
         ("vgg16", True),
     ],
 )
-def test_keras_weights_compute_the_same_here(
-    architecture: Architecture, listed_by_name: bool, tmp_path: Path
-) -> None:
+def test_keras_weights_compute_the_same_here(architecture: str, listed_by_name: bool, tmp_path: Path) -> None:
     model = _random_model(architecture)
     source = _keras_file(tmp_path / "keras.h5", architecture, model, listed_by_name)
     info = import_keras(source, architecture, tmp_path / "out.safetensors")
@@ -330,9 +326,7 @@ def _write_keras3(file: h5py.File, layers: list[tuple[str, list[tuple[str, str]]
 
 @pytest.mark.parametrize("architecture", ["resnet20", "vgg16"])
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
-def test_keras_3_weights_compute_the_same_here(
-    architecture: Architecture, suffix: str, tmp_path: Path
-) -> None:
+def test_keras_3_weights_compute_the_same_here(architecture: str, suffix: str, tmp_path: Path) -> None:
     model = _random_model(architecture)
     layers = _flat_vgg16_layers() if architecture == "vgg16" else _resnet_layers(3)
     source = tmp_path / f"model{suffix}"
@@ -354,9 +348,7 @@ def keras20(tmp_path: Path) -> Path:
     return _keras_file(tmp_path / "keras.h5", "resnet20", _random_model("resnet20"))
 
 
-def _keras_refused(
-    source: Path, message: str, architecture: Architecture = "resnet20", **kwargs: Any
-) -> None:
+def _keras_refused(source: Path, message: str, architecture: str = "resnet20", **kwargs: Any) -> None:
     out = source.parent / "out"
     with pytest.raises(ResgridError, match=message) as error:
         import_keras(source, architecture, out, **kwargs)
@@ -561,7 +553,7 @@ def _scores_alike(path: Path, model: nn.Module) -> None:
     [("resnet10", [1, 1, 1, 1]), ("resnet18", [2, 2, 2, 2]), ("resnet26", [3, 3, 3, 3])],
 )
 def test_customary_torch_weights_compute_the_same_here(
-    architecture: Architecture, blocks: list[int], tmp_path: Path
+    architecture: str, blocks: list[int], tmp_path: Path
 ) -> None:
     model = _customary(blocks)
     torch.save(model.state_dict(), tmp_path / "w.pt")
@@ -599,7 +591,7 @@ def test_other_names_are_told_by_order_and_shape(customary: CustomaryResNet, tmp
 
 
 @pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
-def test_our_own_names_are_read_for_every_family(architecture: Architecture, tmp_path: Path) -> None:
+def test_our_own_names_are_read_for_every_family(architecture: str, tmp_path: Path) -> None:
     model = _random_model(architecture, 4)
     torch.save(model.half().state_dict(), tmp_path / "w.pt")
     import_torch(tmp_path / "w.pt", architecture, tmp_path / "out", class_names=("a", "b", "c", "d"))
@@ -787,9 +779,7 @@ def test_a_reader_of_weights_files_says_what_it_was_given_and_who_reads_that(
 # --- PyTorch files that are refused ---------------------------------------------------------------
 
 
-def _torch_refused(
-    source: Path, message: str, architecture: Architecture = "resnet10", **kwargs: Any
-) -> None:
+def _torch_refused(source: Path, message: str, architecture: str = "resnet10", **kwargs: Any) -> None:
     out = source.parent / "out"
     with pytest.raises(ResgridError, match=message) as error:
         import_torch(source, architecture, out, **kwargs)

@@ -90,7 +90,7 @@ def test_a_pattern_sets_a_number_in_every_place_and_keeps_the_rest() -> None:
     text = (ROOT / "params.yaml").read_text()
     new = assign(text, ["recipes.*.epochs=7", "tuning.resnet1?.sgd.lr=0.5", "grid.seeds=[0, 1]"])
     changed = [line for line in difflib.ndiff(text.splitlines(), new.splitlines()) if line[0] in "+-"]
-    assert sum(line.startswith("+") for line in changed) == 9 + 2 + 1
+    assert sum(line.startswith("+") for line in changed) == 10 + 2 + 1
     assert [line for line in changed_lines(text, new) if "- 1" in line] == ["  42: +   - 1"]
     params = YAML(typ="safe").load(new)
     assert {recipe["epochs"] for recipe in params["recipes"].values()} == {7}
@@ -198,6 +198,11 @@ def test_a_file_of_an_earlier_version_is_rewritten_with_the_same_numbers(
     assert (thin.recipe.warmup.steps, warm.recipe.warmup.steps, warm.recipe.epochs) == (0, 5, 3)
     assert fast.changes == {"lr": 0.5, "batch_size": 4}
     assert (deep.architecture, deep.optimizer.lr, deep.changes) == ("resnet44", 0.2, {})
+    (tmp_path / "params.yaml").write_text(
+        text.replace("  own_architectures: []\n", "")
+    )  # of the version between
+    assert main(["set", "--migrate"]) == 0
+    assert (tmp_path / "params.yaml").read_text() == text
     assert main(["set", "--migrate"]) == 1
     assert "not of the earlier form" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The nine architectures: their tables, their arithmetic by hand, and how their weights begin."""
+"""The architectures: their tables, their arithmetic by hand, and how their weights begin."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import json
 import math
 import urllib.request
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resgrid.config import Architecture
 from resgrid.errors import ResgridError
-from resgrid.models import build_model
+from resgrid.models import ARCHITECTURES, build_model
 from resgrid.models.cifar_resnet import Unit
+from resgrid.models.cifar_resnet_v1 import Unit as FirstUnit
 from resgrid.models.dropout import Dropout
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.models.wide_resnet import Block
 from resgrid.summary import count_parameters, summarize
-
-ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 # By 3x3 kernels: stage 1 has 2n of 16 -> 16; stage 2 one of 16 -> 32 and 2n - 1 of 32 -> 32; stage 3 the same
 # doubled. Two batch norms a unit with 4 figures a channel. Stage 1 at n = 3: 6 * 2,304 + 6 * 64 = 14,208.
@@ -71,7 +68,7 @@ VGG16_ROWS = [
 
 @pytest.mark.parametrize(("architecture", "stages", "total", "trainable", "rest"), CIFAR_RESNETS)
 def test_table_of_a_cifar_resnet_is_the_originals(
-    architecture: Architecture, stages: tuple[int, ...], total: int, trainable: int, rest: int
+    architecture: str, stages: tuple[int, ...], total: int, trainable: int, rest: int
 ) -> None:
     summary = summarize(architecture, 10, 0.0)
     assert [(row.layer, row.type, row.output_shape, row.params) for row in summary.rows] == [
@@ -88,7 +85,7 @@ def test_table_of_a_cifar_resnet_is_the_originals(
 
 @pytest.mark.parametrize(("architecture", "stages", "total", "trainable", "rest"), WIDE_RESNETS)
 def test_table_of_a_wide_resnet_adds_up_to_the_originals_totals(
-    architecture: Architecture, stages: tuple[int, ...], total: int, trainable: int, rest: int
+    architecture: str, stages: tuple[int, ...], total: int, trainable: int, rest: int
 ) -> None:
     summary = summarize(architecture, 10, 0.1)
     assert [(row.layer, row.type, row.output_shape, row.params) for row in summary.rows] == [
@@ -105,6 +102,37 @@ def test_table_of_a_wide_resnet_adds_up_to_the_originals_totals(
     assert (summary.total, summary.trainable, summary.non_trainable) == (total, trainable, rest)
 
 
+def test_table_of_the_first_residual_network_adds_up_to_its_papers_count() -> None:
+    """He et al. 2015, table 6: 0.27M parameters. By kernels: stage 1 six of 16 -> 16, stage 2 one of 16 -> 32 and
+    five of 32 -> 32, stage 3 the same doubled; after each a batch norm of 4 figures a channel."""
+    summary = summarize("resnet20v1")
+    assert [(row.layer, row.output_shape, row.params) for row in summary.rows] == [
+        ("conv2d", (32, 32, 16), 432),
+        ("batch_normalization", (32, 32, 16), 64),
+        ("sequential", (32, 32, 16), 6 * 2_304 + 6 * 64),
+        ("sequential_1", (16, 16, 32), 4_608 + 5 * 9_216 + 6 * 128),
+        ("sequential_2", (8, 8, 64), 18_432 + 5 * 36_864 + 6 * 256),
+        ("average_pooling2d", (1, 1, 64), 0),
+        ("flatten", (64,), 0),
+        ("dense", (10,), 650),
+    ]
+    assert (summary.total, summary.trainable, summary.non_trainable) == (271_098, 269_722, 1_376)
+
+
+def test_a_unit_of_the_first_residual_network_is_the_formula_of_its_paper() -> None:
+    """relu(BN(W2 relu(BN(W1 x))) + shortcut), the shortcut every other pixel between channels of zeros."""
+    torch.manual_seed(0)
+    unit = FirstUnit(4, 8, 2).eval()
+    x = torch.randn(2, 4, 6, 6)
+    scale = 1 / math.sqrt(1 + 1e-5)  # a batch norm as it begins, in inference
+    y = F.conv2d(
+        F.relu(scale * F.conv2d(x, unit.conv1.weight, stride=2, padding=1)), unit.conv2.weight, padding=1
+    )
+    shortcut = torch.zeros(2, 8, 3, 3)
+    shortcut[:, 2:6] = x[:, :, [0, 2, 4]][:, :, :, [0, 2, 4]]
+    torch.testing.assert_close(unit(x), F.relu(scale * y + shortcut))
+
+
 def test_table_of_vgg16_is_the_originals() -> None:
     summary = summarize("vgg16", 10, (0.3, 0.4, 0.5))
     assert [(row.layer, row.output_shape, row.params) for row in summary.rows] == VGG16_ROWS
@@ -112,8 +140,8 @@ def test_table_of_vgg16_is_the_originals() -> None:
     assert (summary.total, summary.trainable, summary.non_trainable) == (15_001_418, 14_991_946, 9_472)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_summary_equals_the_reference_file(architecture: Architecture, reference_data: Path) -> None:
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "resnet20v1"])
+def test_summary_equals_the_reference_file(architecture: str, reference_data: Path) -> None:
     expected = json.loads((reference_data.parent / "reference" / "models.json").read_text())[architecture]
     ours = summarize(architecture).as_dict()
     assert {key: ours[key] for key in expected} == expected
@@ -149,7 +177,7 @@ def test_summary_draws_no_random_numbers() -> None:
     ("architecture", "head"),
     [("resnet20", 128 + 650), ("resnet10", 5_130), ("vgg16", 262_656 + 1_024 + 5_130)],
 )
-def test_freezing_the_base_leaves_the_head_trainable(architecture: Architecture, head: int) -> None:
+def test_freezing_the_base_leaves_the_head_trainable(architecture: str, head: int) -> None:
     model = build_model(architecture, 10)
     total = count_parameters(model)[0]
     model.base.requires_grad_(False)
@@ -158,7 +186,7 @@ def test_freezing_the_base_leaves_the_head_trainable(architecture: Architecture,
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_parameter_gets_a_gradient_and_logits_have_a_column_a_class(architecture: Architecture) -> None:
+def test_every_parameter_gets_a_gradient_and_logits_have_a_column_a_class(architecture: str) -> None:
     torch.manual_seed(0)
     model = build_model(architecture, 7, 0.0)
     logits = model(torch.randn(2, 3, 32, 32))
@@ -168,7 +196,7 @@ def test_every_parameter_gets_a_gradient_and_logits_have_a_column_a_class(archit
 
 
 @pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
-def test_channels_last_stays_channels_last_to_the_end_of_the_base(architecture: Architecture) -> None:
+def test_channels_last_stays_channels_last_to_the_end_of_the_base(architecture: str) -> None:
     torch.manual_seed(0)
     model = build_model(architecture, 10).eval().to(memory_format=torch.channels_last)
     layouts = []
@@ -185,7 +213,7 @@ def test_channels_last_stays_channels_last_to_the_end_of_the_base(architecture: 
 
 
 @pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
-def test_compiles_as_one_graph(architecture: Architecture) -> None:
+def test_compiles_as_one_graph(architecture: str) -> None:
     torch.manual_seed(0)
     model = build_model(architecture, 10).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -198,7 +226,7 @@ def test_compiles_as_one_graph(architecture: Architecture) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
-def test_weights_begin_as_he_et_al_say(architecture: Architecture) -> None:
+def test_weights_begin_as_he_et_al_say(architecture: str) -> None:
     torch.manual_seed(0)
     for module in build_model(architecture, 10).modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -226,7 +254,7 @@ def test_the_same_seed_draws_the_same_weights() -> None:
 
 
 def test_batch_norms_are_keras_s_or_torch_s() -> None:
-    def settings(architecture: Architecture) -> set[tuple[float, float | None]]:
+    def settings(architecture: str) -> set[tuple[float, float | None]]:
         norms = (nn.BatchNorm2d, nn.BatchNorm1d)
         modules = build_model(architecture, 10).modules()
         return {(module.eps, module.momentum) for module in modules if isinstance(module, norms)}

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from ruamel.yaml import YAML
 from torch import nn
 
-from resgrid.config import Recipe, load_params
-from resgrid.grid import Cell, find_cell
+from resgrid.config import Recipe, parse_params
+from resgrid.grid import Cell, find_cell, flat
 from resgrid.models import build_model
+from resgrid.optimizers import OPTIMIZERS
 from resgrid.training.optimizers import build_optimizer, set_learning_rate
 
-PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+RAW = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
+PARAMS = parse_params(RAW | {"grid": RAW["grid"] | {"optimizers": list(OPTIMIZERS)}})
 DECAY = 0.01
 Vector = NDArray[np.float64]
 WEIGHT = np.array([[0.5, -1.0, 2.0]])
@@ -79,11 +82,23 @@ def adagrad(w: Vector, gradients: list[Vector], lr: float, decay: float) -> Vect
     return w
 
 
-@pytest.mark.parametrize("reference", [sgd, adam, rmsprop, adagrad])
+def adamw(w: Vector, gradients: list[Vector], lr: float, decay: float) -> Vector:
+    """Loshchilov & Hutter 2019, algorithm 2, whose decay torch scales by the rate: at decay 0 it is Adam."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g**2
+        w = (1 - lr * decay) * w - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return w
+
+
+@pytest.mark.parametrize("reference", [sgd, adam, rmsprop, adagrad, adamw])
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_two_steps_are_those_of_the_hand_calculation(reference, decay_all):
     name = reference.__name__
-    trained = cell(f"resnet20-{name}-0", weight_decay=DECAY, decay_norm_and_bias=decay_all)
+    own = {"weight_decay": DECAY} if name == "adamw" else {}
+    recipe = {"weight_decay": 0.9 if own else DECAY, "decay_norm_and_bias": decay_all}
+    trained = cell(f"resnet20-{name}-0", own, **recipe)
     model = nn.Linear(3, 1).double()
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(WEIGHT))
@@ -93,11 +108,30 @@ def test_two_steps_are_those_of_the_hand_calculation(reference, decay_all):
         model.weight.grad = torch.from_numpy(gradient)
         model.bias.grad = torch.from_numpy(bias_gradient)
         optimizer.step()
-    lr = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}[name]
+    lr = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}[name]
     expected = reference(WEIGHT, GRADIENTS, lr, DECAY)
     expected_bias = reference(BIAS, BIAS_GRADIENTS, lr, DECAY if decay_all else 0.0)
     np.testing.assert_allclose(model.weight.detach().numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(model.bias.detach().numpy(), expected_bias, rtol=1e-12)
+
+
+def test_adamw_without_decay_is_adam_bit_for_bit():
+    states = []
+    for name, settings in (("adam", {}), ("adamw", {"weight_decay": 0.0})):
+        torch.manual_seed(0)
+        model = build_model("resnet20", 10)
+        optimizer = build_optimizer(cell(f"resnet20-{name}-0", settings, weight_decay=0.0), model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_decay_that_is_told_is_the_one_that_works():
+    assert flat(cell("resnet20-adam-0").numbers)["weight_decay"] == 2e-4
+    assert flat(cell("resnet20-adamw-0").numbers)["weight_decay"] == 0.05
 
 
 def test_settings_reach_torch_under_torchs_own_names():
@@ -105,13 +139,14 @@ def test_settings_reach_torch_under_torchs_own_names():
         "sgd": {"momentum": 0.5, "nesterov": False},
         "adam": {"betas": (0.8, 0.95), "eps": 1e-5},
         "rmsprop": {"alpha": 0.9, "momentum": 0.3, "eps": 1e-4},
+        "adamw": {"betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.2},
         "adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-3},
     }
     for name, settings in changed.items():
         optimizer = build_optimizer(cell(f"resnet20-{name}-0", settings), nn.Linear(3, 1))
         assert type(optimizer).__name__.lower() == name
-        for group in optimizer.param_groups:
-            assert {key: group[key] for key in settings} == settings
+        kernels = optimizer.param_groups[0]
+        assert {key: kernels[key] for key in settings} == settings
 
 
 @pytest.mark.parametrize(("architecture", "kernels"), [("resnet20", 20), ("resnet10", 13), ("vgg16", 15)])

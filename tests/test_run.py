@@ -110,7 +110,7 @@ def test_metrics_have_these_keys_in_this_order(finished, folder):
         "batch_size", "seed", "approach", "initial_weights", "status", "cause", "epochs", "epochs_planned", "steps",
         "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss",
         "validation_accuracy", "best_test_accuracy", "best_epoch", "num_parameters", "num_trainable",
-        "num_non_trainable", "data_digest", "code_digest", "weights_sha256", "numbers",
+        "num_non_trainable", "data_digest", "code_digest", "architecture_origin", "weights_sha256", "numbers",
     ]  # fmt: skip
     known = {
         "cell": "resnet20-sgd-0", "study": None, "architecture": "resnet20", "family": "cifar_resnet",

@@ -30,6 +30,7 @@ from torch import Tensor, nn, optim
 
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.models import own_file
 from resgrid.provenance import code_digest
 
 MAGIC = "resgrid checkpoint 1"
@@ -60,7 +61,7 @@ class Checkpoints:
         self.owner = {
             "cell": cell.digest,
             "data": data_digest,
-            "code": code_digest(),
+            "code": code_digest(own=own_file(cell.architecture)),
             "device": device.type,
             "execution": execution,
             "torch": torch.__version__,

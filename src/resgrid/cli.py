@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -22,19 +23,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
-from resgrid.config import FAMILIES, NORMALIZATIONS, Triple, load_params, read_yaml
+from resgrid.config import NORMALIZATIONS, load_params, read_yaml
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
+from resgrid.models import ARCHITECTURES
 from resgrid.progress import Progress, amount
 from resgrid.record import recorded
+from resgrid.schema import Triple
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from resgrid.config import Params
     from resgrid.grid import Cell
     from resgrid.predict import Prediction
     from resgrid.training.engine import Scores
+    from resgrid.weights import WeightsInfo
 
 # The folders of a pipeline, beside its params.yaml.
 RAW = Path("data/raw")
@@ -243,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
-    sub.add_argument("model", choices=FAMILIES)
+    sub.add_argument("model", help=f"{', '.join(ARCHITECTURES)}, or the name of one of your own")
     sub.add_argument("--num-classes", type=_count, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
@@ -253,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(f"import-{kind}", _import, f"Make a weights file of {files}")
         sub.add_argument("file", type=Path, help=files)
-        sub.add_argument("--model", required=True, choices=FAMILIES, help="its architecture")
+        sub.add_argument("--model", required=True, choices=ARCHITECTURES, help="its architecture")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
             "--class-names",
@@ -298,7 +303,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_option(sub: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
     text = (
-        "champion (the best cell, as `resgrid sync` found it), a cell's id, a weights file, or a models:/ URI"
+        "champion (the best cell, as `resgrid sync` found it), a cell's id, an ensemble of the report, "
+        "a weights file, or a models:/ URI"
     )
     sub.add_argument(name, help=f"{text} (default: champion)" if "default" in keywords else text, **keywords)
 
@@ -488,33 +494,41 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     params = load_params()
 
-    from resgrid.data.dataset import load_meta, load_split
+    from resgrid.data.dataset import Split, load_meta, load_split
     from resgrid.evaluation import evaluate
+    from resgrid.report.ensembles import assemble, write_ensembles
     from resgrid.report.files import write_report
     from resgrid.report.findings import find
     from resgrid.runs import find_runs
     from resgrid.training.device import choose_device, device_name
 
     meta = load_meta(PROCESSED)
-    test = load_split(PROCESSED, "test")
-    cells = expand(params)
+    names = [name for name in ("test", "validation") if name in meta.num_images]
+    splits: dict[str, Split] = {name: load_split(PROCESSED, name) for name in names}
+    cells, kept = expand(params), REPORTS / "predictions"
+    shutil.rmtree(kept, ignore_errors=True)  # of cells that are no more
     device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
         results = []
         for run in find_runs(cells, Path()):
-            results.append(evaluate(run, test, device))
+            results.append(evaluate(run, splits["test"], device, splits.get("validation"), kept))
             progress.update(len(results))
-    findings = find(results, test, meta, params.name, device_name(device))
+    kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
+    labels = {name: split.labels.numpy() for name, split in splits.items()}
+    ensembles, why_not = assemble(results, kept, labels)
+    findings = find(results, splits["test"], meta, params.name, device_name(device), ensembles, why_not)
     write_report(findings, REPORTS)
+    write_ensembles(ensembles, results, Path())
     _show(findings.frame)
     print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from resgrid.report.leaderboard import as_of_now, read_leaderboard
-    from resgrid.runs import find_runs
+    from resgrid.report.leaderboard import read_leaderboard
+    from resgrid.results import load
 
-    frame = as_of_now(read_leaderboard(REPORTS), find_runs(expand(load_params()), Path()))
+    read_leaderboard(REPORTS)  # without one there is no comparison
+    frame = load().results
     if options.json:
         print(frame.to_json(orient="records", indent=2))
     else:
@@ -660,14 +674,12 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from resgrid import tracking
     from resgrid.predict import find_pictures, predict
     from resgrid.training.device import choose_device
-    from resgrid.weights import load_model
 
     passed_over: Counter[str] = Counter()
     files = find_pictures(options.pictures, passed_over)
-    model, info = load_model(tracking.find_weights(options.model, RUNS))
+    model, info = _model(options.model)
     device = choose_device(options.device)
     if not (options.json or options.csv):
         print(f"{options.model}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
@@ -694,6 +706,15 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _model(name: str) -> tuple[nn.Module, WeightsInfo]:
+    """What `--model` means: an ensemble, or whatever `find_weights` finds."""
+    from resgrid import tracking
+    from resgrid.report.ensembles import is_ensemble, load_ensemble
+    from resgrid.weights import load_model
+
+    return load_ensemble(name) if is_ensemble(name) else load_model(tracking.find_weights(name, RUNS))
+
+
 def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
     if each.error:
         return [(each.file, "", "", "", each.error)]
@@ -701,14 +722,13 @@ def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from resgrid import tracking
     from resgrid.export import export, images_to_compare
 
-    weights = tracking.find_weights(options.model, RUNS)
+    model, info = _model(options.model)
     name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
-    difference = export(weights, options.format, out, images)
+    difference = export(model, info, options.format, out, images)
     print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB of {options.model}")
     if difference is not None:
         print(

@@ -9,50 +9,46 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from resgrid.errors import ResgridError, suggest
+from resgrid.models import ARCHITECTURES, dropout_rates, installed
+from resgrid.optimizers import OPTIMIZERS
+from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
 
-Architecture = Literal[
-    "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
-    "resnet10", "resnet18", "resnet26",
-    "vgg16",
-]  # fmt: skip
-Family = Literal["cifar_resnet", "wide_resnet", "vgg"]
-OptimizerName = Literal["sgd", "adam", "rmsprop", "adagrad"]
+
+def _known(name: str, info: ValidationInfo) -> str:
+    """One of the packages' architectures, or one that the file lists as its own."""
+    names = [*ARCHITECTURES, *(() if name in ARCHITECTURES else installed()), *(info.context or ())]
+    if name not in names:
+        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return name
+
+
+Architecture = Annotated[str, AfterValidator(_known)]
+OwnArchitecture = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # its file is architectures/<name>.py
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 Resize = Literal["stretch", "crop", "pad"]
-
-FAMILIES: dict[Architecture, Family] = {
-    "resnet20": "cifar_resnet",
-    "resnet32": "cifar_resnet",
-    "resnet44": "cifar_resnet",
-    "resnet56": "cifar_resnet",
-    "resnet110": "cifar_resnet",
-    "resnet10": "wide_resnet",
-    "resnet18": "wide_resnet",
-    "resnet26": "wide_resnet",
-    "vgg16": "vgg",
-}
-
-
-class Strict(BaseModel):
-    """Frozen, no unknown keys, no conversion of types, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
-Triple = tuple[float, float, float]
 
 # Means and deviations by which images are normalised elsewhere, on the 0-1 scale, by the name to give them.
 NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
@@ -113,51 +109,12 @@ class Preprocess(Strict):
     seed: Seed  # of both draws
 
 
-# --- optimizers: the keywords of torch.optim -------------------------------------------------------
-
-
-class Sgd(Strict):
-    momentum: Fraction
-    nesterov: bool
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class Adam(Strict):
-    betas: tuple[Fraction, Fraction]
-    eps: Positive
-
-
-class RMSprop(Strict):
-    alpha: Fraction
-    momentum: Fraction
-    eps: Positive
-
-
-class Adagrad(Strict):
-    lr_decay: Annotated[float, Field(ge=0)]
-    initial_accumulator_value: Annotated[float, Field(ge=0)]
-    eps: Positive
-
-
-SETTINGS: dict[OptimizerName, type[Strict]] = {
-    "sgd": Sgd,
-    "adam": Adam,
-    "rmsprop": RMSprop,
-    "adagrad": Adagrad,
-}
-
-
 class Optimizer(Strict):
     """One optimizer as a cell uses it; `settings` are the other keywords of torch's class."""
 
     name: OptimizerName
     lr: Positive
-    settings: Sgd | Adam | RMSprop | Adagrad
+    settings: SerializeAsAny[Strict]
 
 
 # --- recipes: everything else that a training run is made of ---------------------------------------
@@ -285,8 +242,8 @@ class Recipe(Strict):
     batch_size: Annotated[int, Field(ge=2)]
     schedule: Schedule
     warmup: Warmup
-    time_decay: Annotated[float, Field(ge=0)]  # rate / (1 + time_decay * step), as in Keras
-    weight_decay: Annotated[float, Field(ge=0)]  # torch's: the gradient of weight_decay / 2 * |w|^2
+    time_decay: NotNegative  # rate / (1 + time_decay * step), as in Keras
+    weight_decay: NotNegative  # torch's: the gradient of weight_decay / 2 * |w|^2; AdamW has its own
     decay_norm_and_bias: bool  # False: only the kernels of convolutions and dense layers decay
     dropout: Fraction | tuple[Fraction, Fraction, Fraction]  # three for VGG-16: first, other, dense
     augmentation: Augmentation
@@ -298,7 +255,7 @@ class Recipe(Strict):
 class Study(Strict):
     """A cell of its own beside the grid: that of an architecture and an optimizer, but for `changes`."""
 
-    architecture: Architecture
+    architecture: str
     optimizer: Optimizer
     seed: Seed
     recipe: Recipe
@@ -306,16 +263,16 @@ class Study(Strict):
 
 
 class Grid(Strict):
-    """The cells are the product of the three lists."""
+    """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
 
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
     optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key in ("architectures", "optimizers", "seeds"):
-            values = getattr(self, key)
+        for key, values in self:
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} holds a value twice")
         return self
@@ -336,8 +293,8 @@ class Params(Strict):
     data: Data
     preprocess: Preprocess
     grid: Grid
-    recipes: dict[Architecture, Recipe]
-    optimizers: dict[Architecture, dict[OptimizerName, Optimizer]]  # settings and tuning together
+    recipes: dict[str, Recipe]
+    optimizers: dict[str, dict[OptimizerName, Optimizer]]  # settings and tuning together
     studies: dict[str, Study]
     engine: Engine
 
@@ -400,7 +357,11 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
             "recipe without aliases, a study names only what it changes, and no warm-up is `steps: 0`. "
             "`resgrid set --migrate` rewrites the file."
         )
-    check = _Check()
+    match raw:
+        case {"grid": {"own_architectures": list(own)}}:
+            check = _Check([name for name in own if isinstance(name, str)])
+        case _:
+            check = _Check()
     file = check(_File, raw)
     params = _put_together(file, check) if file else None
     if check.problems or params is None:
@@ -410,13 +371,17 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
 
 def _put_together(file: _File, check: _Check) -> Params:
     """Optimizers from `optimizers` and `tuning`, studies from what they change; problems go to `check`."""
-    for architecture in file.grid.architectures:
+    for architecture in file.grid.own_architectures:
+        if architecture in (*file.grid.architectures, *ARCHITECTURES, *installed()):
+            what = f"{architecture} is in grid.architectures too, or a package's"
+            check.problem("grid.own_architectures", what)
+    for architecture in file.grid.architectures + file.grid.own_architectures:
         if architecture not in file.recipes:
             check.problem(f"recipes.{architecture}", f"is missing, but the grid has {architecture}")
     for name in file.grid.optimizers:
         if name not in file.optimizers:
             check.problem(f"optimizers.{name}", f"is missing, but the grid has {name}")
-    optimizers: dict[Architecture, dict[OptimizerName, Optimizer]] = {}
+    optimizers: dict[str, dict[OptimizerName, Optimizer]] = {}
     for architecture, recipe in file.recipes.items():
         _check_recipe(architecture, recipe, f"recipes.{architecture}.".__add__, check)
         optimizers[architecture] = {}
@@ -459,12 +424,17 @@ def _study(
     name: str,
     head: _StudyHead,
     file: _File,
-    optimizers: Mapping[Architecture, Mapping[OptimizerName, Optimizer]],
+    optimizers: Mapping[str, Mapping[OptimizerName, Optimizer]],
     check: _Check,
 ) -> Study | None:
     changes = head.model_extra or {}
-    if re.fullmatch(rf"({'|'.join(FAMILIES)})-({'|'.join(get_args(OptimizerName))})-\d+", name):
+    if re.fullmatch(rf"({'|'.join([*ARCHITECTURES, *file.recipes])})-({'|'.join(OPTIMIZERS)})-\d+", name):
         check.problem(f"studies.{name}", "that is the name of a cell; take another one")
+    if head.architecture in file.grid.own_architectures:
+        check.problem(
+            f"studies.{name}.architecture",
+            f"{head.architecture} is an architecture of your own, whose file DVC does not watch for a study",
+        )
     base = file.recipes.get(head.architecture)
     tuned = optimizers.get(head.architecture, {}).get(head.optimizer)
     if base is None:
@@ -498,25 +468,25 @@ def _optimizer(
     name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: _Check
 ) -> Optimizer | None:
     lr = check(_Rate, {"lr": values.get("lr")} if "lr" in values else {}, where)
-    settings = check(SETTINGS[name], {key: value for key, value in values.items() if key != "lr"}, where)
-    return Optimizer(name=name, lr=lr.lr, settings=settings) if lr and settings else None  # type: ignore[arg-type]
+    settings = check(
+        OPTIMIZERS[name].settings, {key: value for key, value in values.items() if key != "lr"}, where
+    )
+    return Optimizer(name=name, lr=lr.lr, settings=settings) if lr and settings else None
 
 
 class _Rate(Strict):
     lr: Positive
 
 
-def _check_recipe(
-    architecture: Architecture, recipe: Recipe, where: Callable[[str], str], check: _Check
-) -> None:
-    family = FAMILIES[architecture]
-    if family == "vgg" and not isinstance(recipe.dropout, tuple):
+def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str], check: _Check) -> None:
+    rates = dropout_rates(architecture)
+    if rates == 3 and not isinstance(recipe.dropout, tuple):
         check.problem(where("dropout"), "VGG-16 takes three rates, as in [0.3, 0.4, 0.5]")
-    if family != "vgg" and isinstance(recipe.dropout, tuple):
+    if rates != 3 and isinstance(recipe.dropout, tuple):
         check.problem(where("dropout"), f"{architecture} takes one rate, not three")
-    elif family == "cifar_resnet" and recipe.dropout != 0:
+    elif rates == 0 and recipe.dropout != 0:
         check.problem(where("dropout"), f"{architecture} has no dropout layer, so it must be 0.0")
-    if recipe.initial_weights.name == "imagenet" and family != "vgg":
+    if recipe.initial_weights.name == "imagenet" and architecture != "vgg16":
         check.problem(where("initial_weights"), "imagenet weights exist for vgg16 only")
 
 
@@ -529,7 +499,8 @@ Model = TypeVar("Model", bound=BaseModel)
 class _Check:
     """Validates values against models, and keeps a line `key.path: what is wrong (value)` a mistake."""
 
-    def __init__(self) -> None:
+    def __init__(self, own_architectures: Sequence[str] = ()) -> None:
+        self.own_architectures = own_architectures
         self.problems: list[str] = []
 
     def problem(self, key: str, what: str) -> None:
@@ -542,7 +513,9 @@ class _Check:
         """`value` as a `model`, or None where it has mistakes; `where` gives the place of a path in it."""
         try:
             # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
-            return model.model_validate_json(json.dumps(value, default=str), strict=True)
+            return model.model_validate_json(
+                json.dumps(value, default=str), strict=True, context=self.own_architectures
+            )
         except ValidationError as error:
             for key, what in _explain(error.errors(), value):
                 self.problem(where(key), what)

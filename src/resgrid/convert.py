@@ -26,23 +26,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resgrid.config import FAMILIES, NORMALIZATIONS, Architecture, Triple
+from resgrid.config import NORMALIZATIONS
 from resgrid.errors import ResgridError
 from resgrid.filetype import HDF5, KERAS, SAFETENSORS, TORCH, identify, refuse
-from resgrid.models import build_model
+from resgrid.models import ARCHITECTURES, build_model, family_of
+from resgrid.schema import Triple
 from resgrid.weights import WeightsInfo, check_shapes, expected_shapes, filled, save_weights
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 
+_OF_KERAS = ("cifar_resnet", "vgg")  # the families of its original
 
 # --- Keras ----------------------------------------------------------------------------------------
 
 
 def import_keras(
     source: Path,
-    architecture: Architecture,
+    architecture: str,
     out: Path,
     class_names: Sequence[str] | None = None,
     normalization: tuple[Triple, Triple] = NORMALIZATIONS["keras"],
@@ -54,10 +56,9 @@ def import_keras(
     Raises ResgridError: for a file that is missing, of another kind, not self-contained, or of another model.
     """
     info = _info(architecture, class_names, normalization)
-    if FAMILIES[architecture] == "wide_resnet":
+    if architecture not in (known := [a for a in ARCHITECTURES if family_of(a) in _OF_KERAS]):
         raise ResgridError(
-            f"{source}: the Keras original has no {architecture}. Name one of "
-            f"{', '.join(name for name, family in FAMILIES.items() if family != 'wide_resnet')}."
+            f"{source}: the Keras original has no {architecture}. Name one of {', '.join(known)}."
         )
     kind = identify(source)
     if kind not in (HDF5, KERAS):
@@ -234,7 +235,7 @@ def _read(source: Path, array: h5py.Dataset) -> Tensor:
 
 def import_torch(
     source: Path,
-    architecture: Architecture,
+    architecture: str,
     out: Path,
     class_names: Sequence[str] | None = None,
     normalization: tuple[Triple, Triple] = NORMALIZATIONS["kuangliu"],
@@ -438,7 +439,7 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
-# The customary names of a wide ResNet's parts, and ours.
+# The customary names of the parts of PyTorch's ResNets, and ours.
 _CUSTOMARY = (
     (r"^conv1\.", "base.stem."),
     (r"^bn1\.", "base.norm."),
@@ -460,7 +461,7 @@ def _rename(
     tensors: dict[str, Tensor], info: WeightsInfo, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The same tensors by our names, or as they are where those cannot be told."""
-    if FAMILIES[info.architecture] != "wide_resnet" or tensors.keys() == expected.keys():
+    if family_of(info.architecture) in _OF_KERAS or tensors.keys() == expected.keys():
         return tensors
     renamed = {_our_name(name): tensor for name, tensor in tensors.items()}
     if renamed.keys() == expected.keys():
@@ -475,7 +476,7 @@ def _rename(
 
 
 def _info(
-    architecture: Architecture, class_names: Sequence[str] | None, normalization: tuple[Triple, Triple]
+    architecture: str, class_names: Sequence[str] | None, normalization: tuple[Triple, Triple]
 ) -> WeightsInfo:
     names = CIFAR10_CLASSES if class_names is None else tuple(class_names)
     mean, std = normalization
@@ -499,15 +500,14 @@ def _kernels(shapes: Iterable[tuple[int, ...]]) -> Counter[tuple[int, ...]]:
 def _look_alike(kernels: list[tuple[int, ...]], info: WeightsInfo) -> str:
     """Which other architecture, or number of classes, has convolutions and dense layers of these shapes."""
     num_classes = kernels[-1][0] if kernels else 0
-    for architecture in (info.architecture, *FAMILIES) if 0 < num_classes <= MAX_CLASSES else ():
+    for architecture in (info.architecture, *ARCHITECTURES) if 0 < num_classes <= MAX_CLASSES else ():
         if _kernels(kernels) != _kernels(expected_shapes(architecture, num_classes).values()):
             continue
         if architecture != info.architecture:
             return f"These look like the weights of {architecture}."
-        if num_classes != len(info.class_names):
-            return (
-                f"They have {num_classes} classes, not {len(info.class_names)}: name them with --class-names."
-            )
+        if num_classes == len(info.class_names):
+            return ""
+        return f"They have {num_classes} classes, not {len(info.class_names)}: name them with --class-names."
     return ""
 
 
@@ -547,8 +547,8 @@ def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
             "and networks that compute otherwise have the same ones. If it is this very network, save it "
             f"with the names of {call}.state_dict()."
         )
-    wide = FAMILIES[architecture] == "wide_resnet"
-    renamed = {_our_name(name) if wide else name: shape for name, shape in shapes.items()}
+    customary = family_of(architecture) not in _OF_KERAS
+    renamed = {_our_name(name) if customary else name: shape for name, shape in shapes.items()}
     for name, shape in renamed.items():
         if name in expected and shape != expected[name]:
             return (

@@ -99,18 +99,23 @@ def _dump(params: Any) -> str:
 def migrate(path: Path) -> Path:
     """Rewrite the params.yaml `path` of an earlier version, whose former text is kept beside it; where.
 
-    Comments at its head stay, others do not. Raises ResgridError for a file that is not of that form.
+    Of the form with `learning_rates` the comments at its head stay, others do not. Raises ResgridError for a
+    file that is not of an earlier form.
     """
     text, old = read_yaml(path)  # aliases and merge keys become values
-    if not isinstance(old, dict) or "learning_rates" not in old:
-        raise ResgridError(f"{path}: has no learning_rates, so it is not of the earlier form.")
     try:
-        new = _migrated(old)
+        if "learning_rates" in old:
+            lines = text.splitlines(keepends=True)
+            head = "".join(takewhile(lambda line: not line.strip() or line.startswith("#"), lines))
+            written = head + rewritten(_dump(_migrated(old)))
+        elif "own_architectures" not in old["grid"]:
+            new = _yaml().load(text)
+            new["grid"]["own_architectures"] = []
+            written = _dump(new)
+        else:
+            raise ResgridError(f"{path}: has no learning_rates, so it is not of the earlier form.")
     except (KeyError, TypeError, AttributeError) as error:
         raise ResgridError(f"{path}: is not of the earlier form throughout (at {error}).") from None
-    lines = text.splitlines(keepends=True)
-    head = "".join(takewhile(lambda line: not line.strip() or line.startswith("#"), lines))
-    written = head + rewritten(_dump(new))
     parse_params(YAML(typ="safe").load(written), str(path))
     kept = path.with_name("params.earlier.yaml")
     path.replace(kept)
@@ -137,7 +142,7 @@ def _migrated(old: dict[str, Any]) -> dict[str, Any]:
         "data": {key: value for key, value in old["data"].items() if value is not None} | added,
         "preprocess": old["preprocess"],
         "engine": old["engine"],
-        "grid": old["grid"],
+        "grid": old["grid"] | {"own_architectures": []},
         "recipes": recipes,
         "tuning": {
             name: {optimizer: {"lr": rates[name][optimizer]} for optimizer in old["optimizers"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,24 +12,25 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resgrid.config import Triple
 from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.runs import WEIGHTS, Run, Status, read_history, read_json, verify_weights
+from resgrid.schema import Triple
 from resgrid.training.engine import Scores, score
 from resgrid.weights import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model says of each image of a split, in their order.
+    """What a model says of each image of a split, in their order: all of it that the report needs.
 
-    Held in memory and written nowhere: the top class and its probability are all that the report needs
-    (130 kB a cell for 10,000 images, at any number of classes), and the weights they come from are at hand.
+    130 kB a cell for 10,000 images, at any number of classes; the logits stand in `reports/predictions`.
     """
 
     classes: NDArray[np.int64]  # (N,)
@@ -50,9 +52,16 @@ class Result:
     history: pd.DataFrame | None = None  # runs/<cell>/history.csv
 
 
-def evaluate(run: Run, test: Split, device: torch.device) -> Result:
+def evaluate(
+    run: Run,
+    test: Split,
+    device: torch.device,
+    validation: Split | None = None,
+    predictions: Path | None = None,
+) -> Result:
     """Score the weights of a current run on `test`; others are told as they are.
 
+    Its logits for both splits go into the folder `predictions`, where one is given.
     Raises ResgridError for files of a current run that cannot be read or do not belong together.
     """
     result = Result(cell=run.cell, status=run.status, cause=run.reason, metrics=run.record)
@@ -63,34 +72,60 @@ def evaluate(run: Run, test: Split, device: torch.device) -> Result:
         return result
     verify_weights(run.folder, run.record, run.cell.stage)
     model, info = load_model(run.folder / WEIGHTS)
-    scores, predictions = predict(model, test, info.mean, info.std, device)
-    history = read_history(run.folder / "history.csv")
-    return replace(result, scores=scores, predictions=predictions, history=history)
+    scores, logits = predict(model, test, info.mean, info.std, device)
+    if predictions is not None:
+        held = {"test": logits}
+        if validation is not None:
+            held["validation"] = predict(model, validation, info.mean, info.std, device)[1]
+        about = {"cell": run.cell.id, "weights_sha256": run.record["weights_sha256"]}
+        predictions.mkdir(parents=True, exist_ok=True)
+        save_file(held, predictions / f"{run.cell.id}.safetensors", {"resgrid": json.dumps(about)})
+    top = logits.argmax(1, keepdim=True)  # (N, 1)
+    return replace(
+        result,
+        scores=scores,
+        predictions=Predictions(
+            classes=top.flatten().numpy(),
+            confidence=logits.softmax(1).gather(1, top).nan_to_num(0.0).flatten().numpy(),
+            correct=(top.flatten() == test.labels.cpu()).numpy(),
+        ),
+        history=read_history(run.folder / "history.csv"),
+    )
 
 
 def predict(
     model: nn.Module, split: Split, mean: Triple, std: Triple, device: torch.device
-) -> tuple[Scores, Predictions]:
-    """`score`, with what the model said of each image in that same pass."""
-    classes: list[Tensor] = []
-    confidence: list[Tensor] = []
-
-    def listen(_model: nn.Module, _images: tuple[Tensor], logits: Tensor) -> None:
-        top = logits.argmax(1, keepdim=True)  # (B, 1)
-        classes.append(top)
-        confidence.append(logits.float().softmax(1).gather(1, top).nan_to_num(0.0))
-
-    hook = model.register_forward_hook(listen)
+) -> tuple[Scores, Tensor]:
+    """`score`, with the model's logits for each image in that same pass: (N, classes), fp32, on the CPU."""
+    logits: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _model, _images, output: logits.append(output.float().cpu()))
     try:
         scores = score(model, split, mean, std, device)
     finally:
         hook.remove()
-    predicted = torch.cat(classes).flatten().cpu()
-    return scores, Predictions(
-        classes=predicted.numpy(),
-        confidence=torch.cat(confidence).flatten().cpu().numpy(),
-        correct=(predicted == split.labels.cpu()).numpy(),
-    )
+    return scores, torch.cat(logits)
+
+
+def load_logits(
+    predictions: Path, cell: str, split: str, weights_sha256: str | None = None
+) -> NDArray[np.float32]:
+    """What `evaluate` kept of a cell: logits (N, classes) for every image of a split, in the split's order.
+
+    Raises ResgridError: where it kept none, or those of other weights than `weights_sha256`.
+    """
+    path = predictions / f"{cell}.safetensors"
+    way_on = "`dvc repro evaluate` makes it."
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()["resgrid"])
+            if weights_sha256 not in (None, about["weights_sha256"]):
+                raise ResgridError(f"{path}: is of other weights than {cell} has now. {way_on}")
+            if split not in file.keys():  # noqa: SIM118
+                raise ResgridError(f"{path}: has no {split} split; it has {', '.join(file.keys())}.")
+            logits: NDArray[np.float32] = file.get_tensor(split)
+    except (OSError, SafetensorError) as error:
+        raise ResgridError(f"{path}: cannot be read ({error}). {way_on}") from None
+    return logits
 
 
 def score_file(

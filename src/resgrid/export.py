@@ -16,12 +16,13 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from resgrid.data.dataset import SIDE, load_split
 from resgrid.errors import ResgridError
+from resgrid.models.classifier import Classifier
 from resgrid.predict import Predictor
-from resgrid.weights import METADATA_KEY, WeightsInfo, load_model, save_weights
+from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
 
 Format = Literal["onnx", "pt2", "pt", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -30,15 +31,18 @@ EXAMPLE = (2, 3, 32, 32)  # of one image it would fix the number
 ANY_NUMBER = ({0: torch.export.Dim.DYNAMIC},)  # of images
 
 
-def export(weights: Path, form: Format, out: Path, images: NDArray[np.uint8]) -> float | None:
-    """Write the model of a weights file to `out`, whole or not at all.
+def export(
+    model: nn.Module, info: WeightsInfo, form: Format, out: Path, images: NDArray[np.uint8]
+) -> float | None:
+    """Write `model`, as `load_model` or `load_ensemble` gives it, to `out`, whole or not at all.
 
     A program is run on `images` (N, 32, 32, 3), and compared with the model in PyTorch. Returns
     the largest difference of a probability, or None for the formats that are weights and no program.
-    Raises ResgridError for weights that cannot be read, a file that cannot be written, and a difference of
+    Raises ResgridError for an ensemble as mere weights, a file that cannot be written, and a difference of
     more than TOLERANCE.
     """
-    model, info = load_model(weights)
+    if form in ("pt", "safetensors") and not isinstance(model, Classifier):
+        raise ResgridError(f"{info.architecture}: an ensemble is a program: `--format onnx` or `pt2`.")
     predictor = Predictor(model, info)
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # (N, 3, 32, 32)
     difference = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from resgrid.config import FAMILIES, Architecture, Engine, Family, Optimizer, Params, Recipe, Strict
+from resgrid.config import Engine, Optimizer, Params, Recipe
 from resgrid.errors import ResgridError, suggest
+from resgrid.models import family_of, own_file
+from resgrid.schema import Strict
 
 
 class Cell(Strict):
@@ -16,7 +19,7 @@ class Cell(Strict):
 
     id: str  # its folder, its MLflow run and its Prefect task are called by this name
     study: str | None  # None: a cell of the grid
-    architecture: Architecture
+    architecture: str
     optimizer: Optimizer
     seed: int
     recipe: Recipe
@@ -24,13 +27,14 @@ class Cell(Strict):
     changes: dict[str, Any]  # of a study: what params.yaml says differs from the architecture's own cell
 
     @property
-    def family(self) -> Family:
-        return FAMILIES[self.architecture]
+    def family(self) -> str:
+        return family_of(self.architecture)
 
     @property
-    def depth(self) -> int:
-        """The number in the architecture's name: its layers with weights, as its authors count."""
-        return int("".join(filter(str.isdigit, self.architecture)))
+    def depth(self) -> int | None:
+        """The first number in the architecture's name: its layers with weights, as its authors count."""
+        match = re.search(r"\d+", self.architecture)
+        return int(match[0]) if match else None
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -46,7 +50,9 @@ class Cell(Strict):
     @property
     def stage(self) -> str:
         """The name of its stage in `dvc.yaml`."""
-        return f"train-study@{self.study}" if self.study else f"train@{self.id}"
+        if self.study:
+            return f"train-study@{self.study}"
+        return f"train-own@{self.id}" if own_file(self.architecture) else f"train@{self.id}"
 
     def key(self, name: str) -> str:
         """Where its value of a recipe's key stands in params.yaml, such as `recipes.resnet20.epochs`."""
@@ -68,7 +74,7 @@ def expand(params: Params) -> list[Cell]:
             engine=params.engine,
             changes={},
         )
-        for architecture in params.grid.architectures
+        for architecture in params.grid.architectures + params.grid.own_architectures
         for optimizer in params.grid.optimizers
         for seed in params.grid.seeds
     ]
@@ -80,15 +86,17 @@ def expand(params: Params) -> list[Cell]:
 def flat(numbers: dict[str, Any]) -> dict[str, Any]:
     """A cell's numbers each under a key of its own: `learning_rate`, `schedule`, `schedule.factor`."""
     optimizer = numbers["optimizer"]
-    return {
+    values: dict[str, Any] = {
         "architecture": numbers["architecture"],
         "optimizer": optimizer["name"],
         "learning_rate": optimizer["lr"],
-        **optimizer["settings"],
+        **optimizer["settings"],  # here for their order
         "seed": numbers["seed"],
         **dict(_leaves(numbers["recipe"])),
         **numbers["engine"],
     }
+    values.update(optimizer["settings"])  # a decoupled optimizer's weight decay takes the recipe's place
+    return values
 
 
 def _leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

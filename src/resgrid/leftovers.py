@@ -21,6 +21,7 @@ from pathlib import Path
 
 from resgrid.config import MlflowWeights
 from resgrid.grid import Cell
+from resgrid.models import own_file
 from resgrid.provenance import code_digest
 
 MAX_HEAD_BYTES = 2**24  # of a checkpoint; 250 epochs take 80 kB
@@ -76,9 +77,11 @@ def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: s
     folder = checkpoint_folder(root, pipeline)
     for path in _recorded(folder, pipeline / "dvc.lock"):
         reasons[path] = "its training is recorded in dvc.lock"
-    current, code = {cell.id: cell.digest for cell in cells}, code_digest()
+    own = {cell.id: own_file(cell.architecture, pipeline) for cell in cells}
+    code = {file: code_digest(own=file) for file in set(own.values())}
+    current = {cell.id: {"cell": cell.digest, "code": code[own[cell.id]]} for cell in cells}
     for path in checkpoint_files(folder):
-        if path.suffix in (".0", ".1") and (why := _useless(path, current, data_digest, code)):
+        if path.suffix in (".0", ".1") and (why := _useless(path, current, data_digest)):
             reasons.setdefault(path, why)
     for path in checkpoint_files(folder):
         if path.suffix == ".done" and not any(
@@ -161,7 +164,7 @@ def _recorded(folder: Path, lock: Path) -> list[Path]:
     return found
 
 
-def _useless(path: Path, current: dict[str, str], data_digest: str | None, code: str) -> str | None:
+def _useless(path: Path, current: dict[str, dict[str, str]], data_digest: str | None) -> str | None:
     """Why no training goes on from a checkpoint any more."""
     cell_id = path.name.partition(".")[0]
     if cell_id not in current:
@@ -170,7 +173,7 @@ def _useless(path: Path, current: dict[str, str], data_digest: str | None, code:
         with path.open("rb") as file:
             file.readline(MAX_HEAD_BYTES)
             owner = json.loads(file.readline(MAX_HEAD_BYTES))["owner"]
-        now = {"cell": current[cell_id], "data": data_digest or owner["data"], "code": code}
+        now = {"data": data_digest or owner["data"]} | current[cell_id]
         changed = [key for key, value in now.items() if owner[key] != value]
     except (OSError, ValueError, TypeError, KeyError):
         return "it is damaged"

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from resgrid.errors import ResgridError
 
 PACKAGE = Path(__file__).parent
-CODE = ("data/batches.py", "models", "training")  # as a cell's dependencies in dvc.yaml
+CODE = ("data/batches.py", "models", "optimizers.py", "training")  # as a cell's dependencies in dvc.yaml
 
 
 def git_commit() -> tuple[str, str]:
@@ -37,14 +37,24 @@ def git_commit() -> tuple[str, str]:
     return commit, "true" if changed else "false"
 
 
-def code_digest(package: Path = PACKAGE) -> str:
-    """`sha256:…` of the source files of `package` that can change a cell's weights."""
+def code_digest(package: Path = PACKAGE, own: Path | None = None) -> str:
+    """`sha256:…` of the source files of `package` that can change a cell's weights.
+
+    `own` is the file of the cell's architecture, where that is a person's own.
+    """
     sha256 = hashlib.sha256()
-    for name in CODE:
-        for path in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
-            content = path.read_bytes()
-            sha256.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    paths = [path for name in CODE for path in _sources(package / name)]
+    files = {path: path.relative_to(package).as_posix() for path in paths}
+    if own and own.is_file():
+        files[own] = own.name
+    for path, name in files.items():
+        content = path.read_bytes()
+        sha256.update(f"{name} {len(content)}\n".encode() + content)
     return f"sha256:{sha256.hexdigest()}"
+
+
+def _sources(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
 
 
 def package_of(pipeline: Path) -> Path:

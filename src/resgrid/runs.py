@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
+from resgrid.models import own_file
 from resgrid.provenance import code_digest, package_of
 
 if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wait for
@@ -54,8 +55,10 @@ def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
     code; `other data`: on other images (where the data are not here, that is not asked). `failed`: the
     training ended with an error. `missing`: there is no whole result.
     """
-    data, code = data_digest(pipeline), code_digest(package_of(pipeline))
-    return [run_in(pipeline / "runs" / cell.id, cell, data, code) for cell in cells]
+    data, package = data_digest(pipeline), package_of(pipeline)
+    files = {cell.architecture: own_file(cell.architecture, pipeline) for cell in cells}
+    code = {file: code_digest(package, file) for file in set(files.values())}
+    return [run_in(pipeline / "runs" / cell.id, cell, data, code[files[cell.architecture]]) for cell in cells]
 
 
 def data_digest(pipeline: Path) -> str | None:
@@ -96,7 +99,9 @@ def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
     ]
     reasons = [f"trained with {', '.join(changed)} (params.yaml now)"] if changed else []
     if other_code:
-        reasons.append("trained by other code in models/, training/ or data/batches.py")
+        file = own_file(cell.architecture)
+        own = f"{file}, " if file else ""
+        reasons.append(f"trained by other code in {own}models/, training/ or data/batches.py")
     if other_data:
         reasons.insert(0, f"trained on other data than {data}: {record['data_digest']}")
     if reasons:
@@ -140,6 +145,21 @@ def noted_failure(run_folder: Path) -> Iterator[None]:
             run_folder.mkdir(parents=True, exist_ok=True)
             (run_folder / FAILURE).write_text(message + "\n", encoding="utf-8")
         raise
+
+
+def trained_run(cell: Cell, pipeline: Path) -> Run:
+    """What was trained for `cell`, its weights checked, also where that is another cell by now.
+
+    Raises ResgridError: where nothing was, or the weights are not those of its record.
+    """
+    [run] = find_runs([cell], pipeline)
+    if run.record is None:
+        raise ResgridError(
+            f"{cell.id}: this cell has no result ({run.reason or 'not trained yet'}). "
+            f"`dvc repro {cell.stage}` trains it."
+        )
+    verify_weights(run.folder, run.record, cell.stage)
+    return run
 
 
 def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> None:

@@ -193,7 +193,7 @@ def _stages(folder: Path, root: Path | None) -> str:
         files = sorted(place.rglob("*.py")) if outside and place.is_dir() else [place]
         lines += [f"{indent}{_quoted(os.path.relpath(file, folder))}" for file in files]
     head = (
-        "# download -> preprocess -> train@<cell>, train-study@<name> -> evaluate\n"
+        "# download -> preprocess -> train@<cell>, train-own@<cell>, train-study@<name> -> evaluate\n"
         "# Made by `resgrid init`: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
     )
     return head + "\n".join(lines) + "\n"
@@ -252,7 +252,8 @@ def _params(name: str, location: str, data: Path, found: Found) -> str:
     sgd: {{lr: {sgd}}}
     adam: {{lr: {adam}}}
     rmsprop: {{lr: {rmsprop}}}
-    adagrad: {{lr: {adagrad}}}"""
+    adagrad: {{lr: {adagrad}}}
+    adamw: {{lr: {adam}, weight_decay: 0.05}}"""
     return rewritten(f"""\
 # {_counts(found)}.
 # A grid to start with: widen its lists, add seeds, train for longer.
@@ -284,6 +285,7 @@ grid:
   - adam
   seeds:
   - 0
+  own_architectures: [] # each is a file architectures/<name>.py
 recipes:
   # How each architecture is trained, whatever the optimizer.{recipes}
 
@@ -299,6 +301,7 @@ optimizers:
     lr_decay: 0.0
     initial_accumulator_value: 0.0
     eps: 1e-10
+  adamw: {{betas: [0.9, 0.999], eps: 1e-08}} # its decoupled weight decay takes the place of the recipe's
 
 studies: {{}} # cells of their own, each of which names what it changes
 """)

@@ -6,15 +6,17 @@ a convolution of VGG-16 with its ReLU, BN and dropout another.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resgrid.config import FAMILIES, Architecture
-from resgrid.models import build_model, wide_resnet
+from resgrid.models import ARCHITECTURES, build_model, family_of
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    architecture: Architecture
+    architecture: str
     rows: tuple[Row, ...]
     total: int
     trainable: int
     non_trainable: int
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON shows of it: family, blocks of a wide ResNet, layers, and the three totals."""
-        blocks = wide_resnet.BLOCKS.get(self.architecture)
+        """What JSON shows of it: family, blocks, layers, and the three totals."""
+        entry = ARCHITECTURES.get(self.architecture)
         return {
-            "family": FAMILIES[self.architecture],
-            **({"blocks": list(blocks)} if blocks else {}),
+            "family": family_of(self.architecture),
+            **({"blocks": list(entry.blocks)} if entry else {}),
             "layers": [row.as_dict() for row in self.rows],
             "total": self.total,
             "trainable": self.trainable,
@@ -76,12 +78,15 @@ class Summary:
 
 
 def summarize(
-    architecture: Architecture, num_classes: int = 10, dropout: float | tuple[float, float, float] = 0.0
+    architecture: str,
+    num_classes: int = 10,
+    dropout: float | tuple[float, float, float] = 0.0,
+    pipeline: Path = Path(),
 ) -> Summary:
     """The table of a model that is trained end to end, torch's generator left as it was."""
     # A real model, for on the meta device its forward would import torch._dynamo, which takes 4 s.
     with torch.random.fork_rng(devices=[]):
-        model = build_model(architecture, num_classes, dropout).eval()
+        model = build_model(architecture, num_classes, dropout, pipeline).eval()
     shapes: dict[nn.Module, tuple[int, ...]] = {}
     for module in model.modules():
         module.register_forward_hook(lambda module, _, output: shapes.update({module: _shape(output)}))
@@ -91,13 +96,13 @@ def summarize(
     rows = []
     for layer, kind, path in _layers(architecture, model):
         module = model.get_submodule(path)
-        rows.append(Row(layer, kind, shapes[module], count_parameters(module)[0]))
-    if FAMILIES[architecture] != "wide_resnet":
+        if module in shapes:  # else the code of somebody else does not call it
+            rows.append(Row(layer, kind, shapes[module], count_parameters(module)[0]))
+    if family_of(architecture) in ("cifar_resnet", "vgg"):
         # The softmax that ends the Keras models; here the loss has it.
-        kind = "Activation" if FAMILIES[architecture] == "cifar_resnet" else None
+        kind = "Activation" if family_of(architecture) == "cifar_resnet" else None
         rows.append(Row("activation", kind, shapes[model], 0))
     total, trainable, non_trainable = count_parameters(model)
-    assert sum(row.params for row in rows) == total
     return Summary(architecture, tuple(rows), total, trainable, non_trainable)
 
 
@@ -116,42 +121,42 @@ def _shape(output: Tensor) -> tuple[int, ...]:
     return (*shape[1:], shape[0])  # (C, H, W) as (H, W, C); (C,) as it is
 
 
-def _layers(architecture: Architecture, model: nn.Module) -> list[tuple[str, str | None, str]]:
+# Keras's names for torch's layers; others go by torch's.
+_KERAS = {
+    "AvgPool2d": "AveragePooling2D",
+    "BatchNorm2d": "BatchNormalization",
+    "Conv2d": "Conv2D",
+    "Linear": "Dense",
+    "MaxPool2d": "MaxPooling2D",
+}
+
+
+def _layers(architecture: str, model: nn.Module) -> Iterator[tuple[str, str | None, str]]:
     """Each row's name and type in Keras, and the module of ours that it is."""
-    match FAMILIES[architecture]:
-        case "cifar_resnet":
-            return [
-                ("conv2d", "Conv2D", "base.stem"),
-                ("sequential", "Sequential", "base.stage1"),
-                ("sequential_1", "Sequential", "base.stage2"),
-                ("sequential_2", "Sequential", "base.stage3"),
-                ("batch_normalization", "BatchNormalization", "head.norm"),
-                ("conv2d_1", "Conv2D", "head.classifier"),
-            ]
-        case "wide_resnet":  # known by its totals alone; named in the same style
-            return [
-                ("conv2d", "Conv2D", "base.stem"),
-                ("batch_normalization", "BatchNormalization", "base.norm"),
-                ("sequential", "Sequential", "base.stage1"),
-                ("sequential_1", "Sequential", "base.stage2"),
-                ("sequential_2", "Sequential", "base.stage3"),
-                ("sequential_3", "Sequential", "base.stage4"),
-                ("average_pooling2d", "AveragePooling2D", "head.pool"),
-                ("flatten", "Flatten", "head.flatten"),
-                ("dense", "Dense", "head.classifier"),
-            ]
-        case "vgg":
-            rows: list[tuple[str, str | None, str]] = []
-            seen: Counter[str] = Counter()
-            for name, _ in model.get_submodule("base").named_children():
-                layer = {"conv": "conv_bn_relu", "pool": "max_pooling2d"}.get(name[:4], name)
-                rows.append((f"{layer}_{seen[layer]}" if seen[layer] else layer, None, f"base.{name}"))
-                seen[layer] += 1
-            # Numbers 0 to 12 are inside the 13 groups. Both dropouts are one layer in Keras, so one row.
-            return [
-                *rows,
-                ("dropout_13", None, "head.dropout1"),
-                ("dense", None, "head.dense"),
-                ("batch_normalization_13", None, "head.norm"),
-                ("dense_1", None, "head.classifier"),
-            ]
+    family = family_of(architecture)
+    seen: Counter[str] = Counter()
+    for part, module in model.named_children():
+        # A part that is no sequence of layers is a row by itself.
+        children = module.named_children() if isinstance(module, nn.Sequential) else [("", module)]
+        for child, layer in children:
+            kind = _KERAS.get(type(layer).__name__, type(layer).__name__)
+            # Keras's CIFAR ResNets and VGG-16 are known by their tables, which have these as parts of others.
+            if kind == "ReLU" or (family == "cifar_resnet" and kind in ("AdaptiveAvgPool2d", "Flatten")):
+                continue
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+            number = seen[name]
+            seen[name] += 1
+            path = f"{part}.{child}".rstrip(".")
+            if family != "vgg":
+                yield f"{name}_{number}" if number else name, kind, path
+                continue
+            if child == "dropout2":  # one layer with dropout1 in Keras, so one row
+                continue
+            # Numbers 0 to 12 are inside the 13 groups.
+            inner = {
+                "sequential": "conv_bn_relu",
+                "dropout": "dropout_13",
+                "batch_norm1d": "batch_normalization_13",
+            }
+            name = inner.get(name, name)
+            yield f"{name}_{number}" if number else name, None, path

@@ -29,7 +29,8 @@ from resgrid.data.batches import statistics
 from resgrid.data.dataset import Meta, Split, load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.models import Classifier
+from resgrid.models import origin_of, own_file
+from resgrid.models.classifier import Classifier
 from resgrid.provenance import code_digest
 from resgrid.runs import METRICS, RUN, read_json
 from resgrid.summary import count_parameters, summarize
@@ -170,7 +171,8 @@ def _record(
         "num_trainable": trainable,  # of a frozen base: the head's
         "num_non_trainable": non_trainable,
         "data_digest": meta.digest,
-        "code_digest": code_digest(),
+        "code_digest": code_digest(own=own_file(cell.architecture)),
+        "architecture_origin": origin_of(cell.architecture),
         "weights_sha256": weights_sha256,
         "numbers": cell.numbers,  # all that the cell was trained with
     }

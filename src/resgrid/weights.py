@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resgrid.config import Architecture, Positive, Resize, Strict, Triple
+from resgrid.config import Resize
 from resgrid.errors import ResgridError
 from resgrid.filetype import SAFETENSORS, identify, refuse
-from resgrid.models import Classifier, build_model
+from resgrid.models import build_model
+from resgrid.models.classifier import Classifier
+from resgrid.schema import Positive, Strict, Triple
 
 METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed order
 
@@ -28,7 +30,7 @@ METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed
 class WeightsInfo(Strict):
     """What a weights file says about itself."""
 
-    architecture: Architecture
+    architecture: str
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]  # in the order of the logits
     mean: Triple  # of the input's red, green and blue, on the 0-1 scale
     std: tuple[Positive, Positive, Positive]
@@ -55,8 +57,10 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
         ) from None
 
 
-def load_weights(path: Path) -> tuple[WeightsInfo, dict[str, Tensor]]:
+def load_weights(path: Path, pipeline: Path = Path()) -> tuple[WeightsInfo, dict[str, Tensor]]:
     """What is in `path`: float32 tensors on the CPU by their names in the state dict.
+
+    `pipeline` is the folder that has the architecture, if it is one of a person's own.
 
     Raises ResgridError: for a file that is missing, cut, not safetensors, without this project's metadata,
     or with other tensors than its architecture has.
@@ -89,34 +93,38 @@ def load_weights(path: Path) -> tuple[WeightsInfo, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ResgridError(f"{path}: {name} is {tensor.dtype}, but weights files hold torch.float32.")
-    check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, info)
+    check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, info, pipeline)
     return info, tensors
 
 
-def load_model(path: Path) -> tuple[Classifier, WeightsInfo]:
+def load_model(path: Path, pipeline: Path = Path()) -> tuple[Classifier, WeightsInfo]:
     """The model of a weights file, on the CPU, in eval mode; raises ResgridError as `load_weights` does."""
-    info, tensors = load_weights(path)
-    return filled(info, tensors), info
+    info, tensors = load_weights(path, pipeline)
+    return filled(info, tensors, pipeline), info
 
 
-def filled(info: WeightsInfo, tensors: Mapping[str, Tensor]) -> Classifier:
+def filled(info: WeightsInfo, tensors: Mapping[str, Tensor], pipeline: Path = Path()) -> Classifier:
     """The model of `info`, in eval mode, with these tensors as its own."""
     with torch.device("meta"):  # draws no weights, only to overwrite them
-        model = build_model(info.architecture, len(info.class_names))
+        model = build_model(info.architecture, len(info.class_names), pipeline=pipeline)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def expected_shapes(architecture: Architecture, num_classes: int) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    architecture: str, num_classes: int, pipeline: Path = Path()
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a weights file, by name, in the order of the network."""
     with torch.device("meta"):
-        model = build_model(architecture, num_classes)
+        model = build_model(architecture, num_classes, pipeline=pipeline)
     return {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
 
 
-def check_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]], info: WeightsInfo) -> None:
+def check_shapes(
+    source: Path, shapes: Mapping[str, tuple[int, ...]], info: WeightsInfo, pipeline: Path = Path()
+) -> None:
     """Raises ResgridError, which names the tensor, unless `shapes` are those of the model in `info`."""
-    expected = expected_shapes(info.architecture, len(info.class_names))
+    expected = expected_shapes(info.architecture, len(info.class_names), pipeline)
     model = f"{info.architecture} with {len(info.class_names)} classes"
     fix = "Check the name of the model and the number of classes."
     if missing := [name for name in expected if name not in shapes]:

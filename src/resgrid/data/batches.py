@@ -22,10 +22,10 @@ from resgrid.config import (
     FixedStatistics,
     Normalization,
     ScalarStatistics,
-    Triple,
 )
 from resgrid.data.dataset import SIDE, Meta, Split
 from resgrid.errors import ResgridError
+from resgrid.schema import Triple
 
 
 class Draws(NamedTuple):

@@ -19,12 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resgrid.config import (
-    Resize,
-    Strict,
-    Triple,
-)
+from resgrid.config import Resize
 from resgrid.errors import ResgridError
+from resgrid.schema import Strict, Triple
 
 SIDE = 32  # pixels
 FIX = "`dvc repro preprocess` makes it anew."

@@ -27,20 +27,19 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resgrid.config import Architecture
 
-# Residual units a stage, (depth - 2) / 6: two convolutions a unit, three stages, the stem and the head.
-UNITS: dict[Architecture, int] = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+def build(blocks: tuple[int, ...], num_classes: int, dropout: float) -> tuple[nn.Module, nn.Module]:
+    """Base, images (N, 3, 32, 32) to (N, 64, 8, 8), and head, from there to logits (N, num_classes).
 
-
-def build(units: int, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Base, images (N, 3, 32, 32) to (N, 64, 8, 8), and head, from there to logits (N, num_classes)."""
+    `blocks`: units a stage, (depth - 2) / 6 in each, for two convolutions a unit, the stem and the head.
+    """
+    assert dropout == 0, "this family has no dropout"
     base = nn.Sequential(
         OrderedDict(
             stem=nn.Conv2d(3, 16, 3, padding=1, bias=False),  # (N, 16, 32, 32)
-            stage1=_stage(units, 16, 16, stride=1, opens_network=True),
-            stage2=_stage(units, 16, 32, stride=2),  # (N, 32, 16, 16)
-            stage3=_stage(units, 32, 64, stride=2),  # (N, 64, 8, 8)
+            stage1=_stage(blocks[0], 16, 16, stride=1, opens_network=True),
+            stage2=_stage(blocks[1], 16, 32, stride=2),  # (N, 32, 16, 16)
+            stage3=_stage(blocks[2], 32, 64, stride=2),  # (N, 64, 8, 8)
         )
     )
     head = nn.Sequential(

@@ -21,19 +21,21 @@ from resgrid.errors import ResgridError
 from resgrid.models.convolution import Conv3x3
 from resgrid.models.dropout import Dropout
 
-# Convolutions a block, and their filters; a 2x2 max-pooling ends each block.
-BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+FILTERS = (64, 128, 256, 512, 512)  # of a block's convolutions; a 2x2 max-pooling ends each block
 
 
-def build(num_classes: int, dropout: tuple[float, float, float]) -> tuple[nn.Module, nn.Module]:
+def build(
+    blocks: tuple[int, ...], num_classes: int, dropout: float | tuple[float, float, float]
+) -> tuple[nn.Module, nn.Module]:
     """Base, images (N, 3, 32, 32) to (N, 512), and head, from there to logits (N, num_classes).
 
-    `dropout`: after the first convolution, after the others that do not end a block, around the dense layer.
+    `blocks`: convolutions a block. `dropout`: after the first convolution, after the others that do not end a
+    block, around the dense layer; one rate stands for all three.
     """
-    first, others, dense = dropout
+    first, others, dense = dropout if isinstance(dropout, tuple) else (dropout, dropout, dropout)
     base: OrderedDict[str, nn.Module] = OrderedDict()
     in_channels = 3
-    for block, (convolutions, channels) in enumerate(BLOCKS, start=1):
+    for block, (convolutions, channels) in enumerate(zip(blocks, FILTERS, strict=True), start=1):
         for index in range(1, convolutions + 1):
             rate = first if in_channels == 3 else others if index < convolutions else 0.0
             base[f"conv{block}_{index}"] = _convolution(in_channels, channels, rate)

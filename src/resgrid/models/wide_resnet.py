@@ -20,18 +20,11 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resgrid.config import Architecture
 from resgrid.models.convolution import Conv3x3
 from resgrid.models.dropout import Dropout
 
-BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
-    "resnet10": (1, 1, 1, 1),
-    "resnet18": (2, 2, 2, 2),
-    "resnet26": (3, 3, 3, 3),
-}
 
-
-def build(blocks: tuple[int, int, int, int], num_classes: int, dropout: float) -> tuple[nn.Module, nn.Module]:
+def build(blocks: tuple[int, ...], num_classes: int, dropout: float) -> tuple[nn.Module, nn.Module]:
     """Base, images (N, 3, 32, 32) to (N, 512, 4, 4), and head, from there to logits (N, num_classes)."""
     base = nn.Sequential(
         OrderedDict(

@@ -6,21 +6,26 @@ Accuracies are shown in %, differences in percentage points. The colours of trac
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from resgrid.config import FAMILIES, OptimizerName
 from resgrid.evaluation import Predictions, Result
+from resgrid.models import place_of
+from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.findings import Comparison, Findings, Group, Published, Study, points
 from resgrid.report.statistics import Interval, confusion, reliability
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY = "#888888"
-OF_OPTIMIZER = dict(zip(get_args(OptimizerName), (BLUE, ORANGE, GREEN, PINK), strict=True))
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "star", "x")
-OF_ARCHITECTURE = dict(zip(FAMILIES, SYMBOLS, strict=True))
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)  # again from the first where there is more to show
+OF_OPTIMIZER = dict(zip(OPTIMIZERS, cycle(COLOURS), strict=False))
+SYMBOLS = (
+    "circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "star", "x",
+    "cross", "hexagram", "bowtie", "hourglass", "diamond-tall",
+)  # fmt: skip
 ROW = 26  # pixels of height for a row of a chart that has one a cell
 MAX_CLASSES = 40  # that a confusion matrix can show and a person can read
 
@@ -111,7 +116,7 @@ def trade_off(findings: Findings, cost: str, title: str) -> go.Figure:
                 marker={
                     "size": 10,
                     "color": OF_OPTIMIZER[optimizer],
-                    "symbol": [OF_ARCHITECTURE[g.architecture] for g in own],
+                    "symbol": [SYMBOLS[place_of(g.architecture) % len(SYMBOLS)] for g in own],
                 },
                 name=optimizer,
             )
@@ -210,7 +215,7 @@ def study(found: Study) -> go.Figure:
     is_number = len(values) == len(levels)
     is_log = is_number and min(values) > 0 and max(values) / min(values) >= 8
     traces = []
-    for series, colour in zip(found.series, (BLUE, ORANGE, GREEN, PINK, SKY, RED) * 9, strict=False):
+    for series, colour in zip(found.series, cycle(COLOURS), strict=False):
         held = [(level, level.accuracy) for level in series.levels if level.accuracy is not None]
         if not held:
             continue

@@ -13,19 +13,21 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from resgrid import __version__
-from resgrid.config import FAMILIES, Architecture, OptimizerName
 from resgrid.data.dataset import Meta, Split
 from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, flat
+from resgrid.models import family_of, place_of
+from resgrid.optimizers import OPTIMIZERS
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
+from resgrid.report.ensembles import Ensemble
 from resgrid.report.leaderboard import leaderboard
 from resgrid.report.published import differing, publication
 from resgrid.report.statistics import (
@@ -45,8 +47,8 @@ from resgrid.report.statistics import (
 class Group:
     """The replicates of an architecture with an optimizer: cells that differ in their seed alone."""
 
-    architecture: Architecture
-    optimizer: OptimizerName
+    architecture: str
+    optimizer: str
     results: list[Result]  # a result a seed, also those that did not complete
 
     @property
@@ -155,6 +157,8 @@ class Findings:
     depths: list[Comparison]
     published: list[Published]
     studies: list[Study]
+    ensembles: list[Ensemble]
+    no_ensembles: list[str]  # why there are no others, a sentence each
     made: dict[str, str]  # how the report came about
 
     @property
@@ -176,8 +180,16 @@ class Findings:
         return [groups[place] for place in front]
 
 
-def find(results: list[Result], test: Split, meta: Meta, name: str, device: str) -> Findings:
-    """All that the report says of `results`, scored on the split `test` on `device`."""
+def find(
+    results: list[Result],
+    test: Split,
+    meta: Meta,
+    name: str,
+    device: str,
+    ensembles: Sequence[Ensemble] = (),
+    no_ensembles: Sequence[str] = (),
+) -> Findings:
+    """All that the report says of `results`, scored on `test` on `device`, and of their ensembles."""
     frame = leaderboard(results, meta)
     groups = _groups([result for result in results if result.cell.study is None])
     optimizers, depths = _optimizers(groups), _depths(groups)
@@ -193,18 +205,20 @@ def find(results: list[Result], test: Split, meta: Meta, name: str, device: str)
         depths=compared[len(optimizers) :],
         published=_published(groups, meta),
         studies=_studies(results),
+        ensembles=list(ensembles),
+        no_ensembles=list(no_ensembles),
         made=_made(results, meta, device),
     )
 
 
 def _groups(results: list[Result]) -> list[Group]:
-    replicates: dict[tuple[Architecture, OptimizerName], list[Result]] = {}
+    replicates: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         replicates.setdefault((result.cell.architecture, result.cell.optimizer.name), []).append(result)
     return [
         Group(architecture=architecture, optimizer=optimizer, results=replicates[architecture, optimizer])
-        for architecture in FAMILIES
-        for optimizer in get_args(OptimizerName)
+        for architecture in sorted(dict.fromkeys(name for name, _ in replicates), key=place_of)
+        for optimizer in OPTIMIZERS
         if (architecture, optimizer) in replicates
     ]
 
@@ -219,17 +233,23 @@ def mean_accuracy(results: list[Result]) -> Interval | None:
     correct = np.stack([_correct(result) for result in results])  # (seeds, test images)
     num_seeds, num_images = correct.shape
     if num_seeds == 1:
-        low, high = wilson(int(correct.sum()), num_images)
-        return Interval(float(correct.mean()), low, high, float("nan"), f"{num_images:,} test images")
+        return of_one_model(int(correct.sum()), num_images)
     interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
     return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
+
+
+def of_one_model(num_correct: int, num_images: int) -> Interval:
+    """The accuracy of one trained model, or of one ensemble, over test images."""
+    low, high = wilson(num_correct, num_images)
+    return Interval(num_correct / num_images, low, high, float("nan"), f"{num_images:,} test images")
 
 
 def _optimizers(groups: list[Group]) -> list[Comparison]:
     grid = {(group.optimizer, group.architecture): group for group in groups}
     optimizers = list(dict.fromkeys(group.optimizer for group in groups))
+    architectures = list(dict.fromkeys(group.architecture for group in groups))
     return [
-        _compare(first, second, [(a, grid.get((first, a)), grid.get((second, a))) for a in FAMILIES])
+        _compare(first, second, [(a, grid.get((first, a)), grid.get((second, a))) for a in architectures])
         for first, second in combinations(optimizers, 2)
     ]
 
@@ -238,11 +258,11 @@ def _depths(groups: list[Group]) -> list[Comparison]:
     """Each architecture against the next shallower one of its family, the deepest also against the first."""
     grid = {(group.architecture, group.optimizer): group for group in groups}
     comparisons = []
-    for family in dict.fromkeys(FAMILIES.values()):
-        depths = list(dict.fromkeys(g.architecture for g in groups if FAMILIES[g.architecture] == family))
+    for family in dict.fromkeys(family_of(group.architecture) for group in groups):
+        depths = list(dict.fromkeys(g.architecture for g in groups if family_of(g.architecture) == family))
         pairs = [*pairwise(depths), (depths[0], depths[-1])] if len(depths) > 2 else list(pairwise(depths))
         for shallow, deep in pairs:
-            both = [(o, grid.get((deep, o)), grid.get((shallow, o))) for o in get_args(OptimizerName)]
+            both = [(o, grid.get((deep, o)), grid.get((shallow, o))) for o in OPTIMIZERS]
             comparisons.append(_compare(deep, shallow, both))
     return comparisons
 

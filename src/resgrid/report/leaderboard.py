@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
-from resgrid.config import FAMILIES, OptimizerName
 from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
 from resgrid.evaluation import Result
 from resgrid.grid import Cell
+from resgrid.models import place_of
+from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.published import differing, publication
 from resgrid.report.statistics import calibration_error
-from resgrid.runs import STATUSES, Run
+from resgrid.runs import STATUSES, Run, read_json
 
 
 def leaderboard(results: list[Result], meta: Meta) -> pd.DataFrame:
@@ -39,10 +40,10 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return ranked.drop(columns="order").reset_index(drop=True)
 
 
-def _row(result: Result, meta: Meta) -> dict[str, Any]:
+def _row(result: Result, meta: Meta | None) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
-    published = publication(cell, meta)
-    differences = differing(cell, meta, published) if published else []
+    published = publication(cell, meta) if meta else None
+    differences = differing(cell, meta, published) if meta and published else []
     accuracy = published.accuracy if published and not differences else None
     notes = remarks(cell)
     if differences:
@@ -97,8 +98,8 @@ def remarks(cell: Cell) -> list[str]:
 def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
     """Architecture x optimizer: the test accuracy of the grid's cells, as text with its spread over seeds."""
     grid = frame[frame["study"].isna()]
-    architectures = [name for name in FAMILIES if name in set(grid["architecture"])]
-    optimizers = [name for name in get_args(OptimizerName) if name in set(grid["optimizer"])]
+    architectures = sorted(grid["architecture"].unique(), key=place_of)
+    optimizers = [name for name in OPTIMIZERS if name in set(grid["optimizer"])]
     table = pd.DataFrame(index=pd.Index(architectures, name="architecture"), columns=optimizers, dtype=object)
     for (architecture, optimizer), cells in grid.groupby(["architecture", "optimizer"]):
         table.loc[architecture, optimizer] = spread(cells)
@@ -136,21 +137,21 @@ def missing(frame: pd.DataFrame) -> list[str]:
 
 
 def as_of_now(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
-    """The leaderboard that `evaluate` wrote, with the status that each cell has by now."""
-    rows = {row["cell"]: row for row in frame.to_dict(orient="records")}
+    """The leaderboard that `evaluate` wrote, with the status that each cell has by now.
+
+    The figures of a cell that has been trained since are those of its training.
+    """
+    rows: dict[Any, dict[Any, Any]] = {row["cell"]: row for row in frame.to_dict(orient="records")}
     now = []
     for run in runs:
         row = rows.get(run.cell.id, {})
-        trained = run.record["weights_sha256"] if run.record else None
-        state: dict[str, Any] = {"status": run.status, "cause": run.reason}
-        if trained is None or row.get("weights_sha256") != trained:  # the figures are not of these weights
-            cell = run.cell
-            row = {"cell": cell.id, "architecture": cell.architecture, "optimizer": cell.optimizer.name}
-            row |= {"seed": cell.seed, "study": cell.study}
-        if trained is not None and "test_accuracy" not in row:
-            state = {"status": "missing", "cause": "not compared yet: `dvc repro -s evaluate`"}
-        now.append(row | state)
-    return _ranked(pd.DataFrame(now, columns=list(frame.columns)))
+        if run.record is None or row.get("weights_sha256") != run.record["weights_sha256"]:
+            timing = read_json(run.folder / "timing.json") if run.record else None
+            row = _row(Result(cell=run.cell, status=run.status, metrics=run.record, timing=timing), None)
+            if run.record:
+                row["remark"] = "scored by its training: `dvc repro evaluate` compares it"
+        now.append(row | {"status": run.status, "cause": run.reason})
+    return _ranked(pd.DataFrame(now))
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:

@@ -36,13 +36,19 @@ def markdown(findings: Findings) -> str:
         "Depths compared": tables.comparisons(findings.depths),
         "Accuracy and its cost": tables.costs(findings),
         "Generalisation and calibration": tables.trust(findings),
+        "Ensembles": tables.ensembles(findings),
         "Studies": tables.studies(findings),
         "Published and measured": tables.published(findings),
         "Every cell": readable(frame),
     }
     for title, table in sections.items():
-        if not table.empty:
-            parts += [f"## {title}", _table(table)]
+        notes = findings.no_ensembles if title == "Ensembles" else []
+        if not table.empty or notes:
+            parts += [
+                f"## {title}",
+                _table(table) if len(table) else "",
+                "\n".join(f"- {note}" for note in notes),
+            ]
     parts += [BEST, "## How it was made"]
     parts.append("\n".join(f"- {key}: {_escaped(value)}" for key, value in findings.made.items()))
     return "\n\n".join(filter(None, parts)) + "\n"

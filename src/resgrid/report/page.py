@@ -22,7 +22,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from resgrid.config import FAMILIES
 from resgrid.data.dataset import Split
 from resgrid.evaluation import Predictions, Result
 from resgrid.report import figures, tables
@@ -96,7 +95,7 @@ def _grid(findings: Findings) -> dict[str, Any]:
     """The architecture x optimizer table: of each place its text, its shade and its cells."""
     groups = {(group.architecture, group.optimizer): group for group in findings.groups}
     optimizers = list(dict.fromkeys(group.optimizer for group in findings.groups))
-    architectures = [name for name in FAMILIES if any(a == name for a, _ in groups)]
+    architectures = list(dict.fromkeys(group.architecture for group in findings.groups))
     frame = findings.frame.set_index("cell", drop=False)
     half_an_image = 0.5 / findings.meta.num_images["test"]
     # By the logarithm of the error, else one cell that has learned nothing takes all other shades away.

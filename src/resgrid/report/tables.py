@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from resgrid.report.findings import Comparison, Findings, points
+from resgrid.report.findings import Comparison, Findings, of_one_model, points
 from resgrid.report.leaderboard import remarks
 from resgrid.report.statistics import Interval
 
@@ -57,6 +57,22 @@ def trust(findings: Findings) -> pd.DataFrame:
             "gap, points": (100 * between).map("{:+.2f}".format),
             "calibration error, points": (100 * frame["calibration_error"]).map("{:.2f}".format),
         }
+    )
+
+
+def ensembles(findings: Findings) -> pd.DataFrame:
+    """A row an ensemble: what it reaches, beside its members' mean, and how often two of them disagree."""
+    return pd.DataFrame(
+        {
+            "ensemble": each.name,
+            "mean of": each.over,
+            "members": ", ".join(f"{cell} × {n}" if n > 1 else cell for cell, n in each.members.items()),
+            "test % (95 % interval)": accuracy(of_one_model(each.num_correct, len(findings.test.labels))),
+            "members, test %": f"{100 * each.member_accuracy:.2f}",
+            "calibration error, points": f"{100 * each.calibration_error:.2f}",
+            "disagreement, %": f"{100 * each.disagreement:.2f}",
+        }
+        for each in findings.ensembles
     )
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resgrid.config import load_params
-from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
-from resgrid.runs import WEIGHTS, find_runs, verify_weights
+from resgrid.runs import WEIGHTS, trained_run
 from resgrid.tracking.store import Store, fetch
 
 if TYPE_CHECKING:
@@ -150,13 +149,7 @@ def find_weights(model: str, runs: Path) -> Path:
     path = Path(model)
     if path.is_file() or path.suffix == ".safetensors":
         return path
-    [run] = find_runs([find_cell(load_params(), model)], runs.parent)
-    if run.record is None:
-        raise ResgridError(
-            f"{model}: this cell has no result ({run.reason or 'not trained yet'}). "
-            f"`dvc repro {run.cell.stage}` trains it."
-        )
+    run = trained_run(find_cell(load_params(), model), runs.parent)
     if not run.is_current:
         print(f"resgrid: {model} is {run.status}: {run.reason}", file=sys.stderr)
-    verify_weights(run.folder, run.record, run.cell.stage)
     return run.folder / WEIGHTS

@@ -143,7 +143,8 @@ def _guide(store: Store, run_id: str) -> str:
 
 def _files(reports: Path) -> Iterator[Path]:
     for file in sorted(reports.rglob("*")):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(reports).parts):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(reports).parts)
+        if file.is_file() and not is_hidden and file.suffix != ".safetensors":  # logits, 400 kB a cell
             yield file
 
 

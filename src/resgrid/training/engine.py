@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-from resgrid.config import Triple
 from resgrid.data.batches import Batches, in_order
 from resgrid.data.dataset import Split
 from resgrid.errors import OutOfMemory, ResgridError
 from resgrid.grid import Cell
-from resgrid.models import Classifier
+from resgrid.models.classifier import Classifier
+from resgrid.schema import Triple
 from resgrid.training.device import Execution, choose_execution
 from resgrid.training.graph import GraphedStep
 from resgrid.training.optimizers import build_optimizer, set_learning_rate

@@ -10,7 +10,8 @@ from resgrid.config import ImageNetWeights, MlflowWeights, RandomWeights, Weight
 from resgrid.data.fetch import verify
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.models import Classifier, build_model
+from resgrid.models import build_model
+from resgrid.models.classifier import Classifier
 from resgrid.models.vgg import imagenet_vgg16_base
 from resgrid.training.engine import stream_seed
 from resgrid.weights import load_weights
