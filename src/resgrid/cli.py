@@ -136,7 +136,7 @@ def _parser() -> _Root:
     def command(
         name: str, run: Callable[[argparse.Namespace], int | None], text: str
     ) -> argparse.ArgumentParser:
-        example = f"such as:\n{EXAMPLES.get(name, f'resgrid {name}')}"
+        example = "such as:\n  " + EXAMPLES.get(name, f"resgrid {name}").replace("\n", "\n  ")
         form = argparse.RawDescriptionHelpFormatter
         sub = commands.add_parser(name, help=text, description=text, epilog=example, formatter_class=form)
         sub.set_defaults(run=run)
@@ -273,7 +273,7 @@ def _parser() -> _Root:
     )
 
     sub = command("summary", _summary, "Print an architecture's table of layers and parameters")
-    sub.add_argument("model", choices=FAMILIES)
+    sub.add_argument("model", choices=tuple(FAMILIES))
     sub.add_argument("--num-classes", type=_count, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
@@ -283,7 +283,7 @@ def _parser() -> _Root:
     ):
         sub = command(f"import-{kind}", _import, f"Make a weights file of {files}")
         sub.add_argument("file", type=Path, help=files)
-        sub.add_argument("--model", required=True, choices=FAMILIES, help="its architecture")
+        sub.add_argument("--model", required=True, choices=tuple(FAMILIES), help="its architecture")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
             "--class-names",
@@ -293,7 +293,7 @@ def _parser() -> _Root:
         )
         sub.add_argument(
             "--normalization",
-            choices=NORMALIZATIONS,
+            choices=tuple(NORMALIZATIONS),
             help=f"of the images it was trained on (default: {assumed})",
         )
         for name in ("mean", "std"):
