@@ -1,9 +1,19 @@
 # `make demo` and `make test` set up everything; `make` alone lists what there is.
 
 VENV := .venv# not absolute, for make splits a path at its spaces
-SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUITS)' 2>/dev/null && echo $$p && break; done)
+
+define NO_PYTHON
+ResGrid needs Python 3.11 to 3.14, and none of them is on the PATH.
+  Debian, Ubuntu:  apt-get install python3 python3-venv
+  Fedora:          dnf install python3
+  macOS:           brew install python@3.14
+  without root:    install uv (https://docs.astral.sh/uv); `make` then lets it fetch a Python
+  elsewhere:       make PYTHON=/path/to/python
+endef
+export NO_PYTHON
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -16,14 +26,16 @@ export DO_NOT_TRACK := 1
 	lock clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@awk 'BEGIN { FS = ":[^#]*## *" } /^##@ / { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
 
+##@ Use it: the first time `make demo`, then source .venv/bin/activate
 install: $(VENV)/installed  ## Make .venv with the locked dependencies and this package
 
 $(VENV)/installed: requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "ResGrid needs Python 3.11, 3.12 or 3.13; none was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || command -v uv >/dev/null || { echo "$$NO_PYTHON"; exit 1; }
 	@echo "Setting up .venv: about 3 GB to fetch the first time, most of it torch"
-	"$(PYTHON)" -m venv $(VENV)
+	if [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv $(VENV); else uv venv --seed --clear --python 3.13 $(VENV); fi
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
 	$(VENV)/bin/uv pip install --python $(VENV) --compile-bytecode --require-hashes -r requirements.lock
 	$(VENV)/bin/uv pip install --python $(VENV) --quiet --no-deps --editable .
@@ -49,6 +61,7 @@ ui: install  ## Serve MLflow's pages (PIPELINE=examples/digits for the demo's)
 repro: install  ## Run the whole grid on CIFAR-10: weeks without a GPU
 	dvc repro
 
+##@ Test and measure
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: install  ## Run the tests
 	$(PYTEST)
@@ -83,6 +96,7 @@ gpu-wheels: install  ## Fetch what a Linux machine with torch alone needs beside
 		--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
 	@du -sh .gpu/wheels
 
+##@ Change it
 PRIVATE := ^\s*(import dvc|from dvc[. ])|PREFECT__|(prefect|mlflow)(\.[a-z_]+)*\._
 check: install  ## Style, types, import contracts, and other projects' public parts alone
 	ruff check .
@@ -98,7 +112,7 @@ format: install  ## Put the code into shape
 	ruff check --fix .
 	ruff format .
 
-lock:  ## Resolve the dependencies anew, for Linux and macOS and Python 3.11 to 3.13
+lock:  ## Resolve the dependencies anew, for Linux and macOS and Python 3.11 to 3.14
 	$(VENV)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev \
 		--no-header --constraints constraints.txt pyproject.toml -o requirements.lock
 

@@ -681,6 +681,7 @@ def test_a_real_browser_draws_every_chart_and_its_console_stays_empty(here, caps
     places = (here / "reports/index.html").read_text().count('<div class="chart" data-')
     assert done.stdout.count('class="chart js-plotly-plot"') == places > 8
     assert done.stdout.count("<figcaption>") >= 1
+    assert '<th scope="col" tabindex="0">' in done.stdout  # a table is sorted from the keyboard as well
 
 
 def test_points_are_written_with_their_sign():

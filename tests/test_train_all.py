@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -115,6 +117,18 @@ class Server:
         begun.end()
         return begun
 
+    def resgrid(self, repository: Sleeping, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["resgrid", *arguments]
+        return subprocess.run(
+            command,
+            cwd=repository.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
     def tasks(self, flow_run: str) -> dict[str, str]:
         """The state's name by the task run's; of several with the same name the last."""
         runs: list[Any] = []
@@ -197,6 +211,26 @@ def plain(repository: Sleeping) -> Iterator[Sleeping]:
         *repository.root.glob("closed*"),
     ]:
         file.unlink()
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[str]]]:
+    """An address on loopback, and the texts that were posted there."""
+    texts: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{receiver.server_port}/hook", texts
+        receiver.shutdown()
 
 
 def left_over(repository: Sleeping) -> list[str]:
@@ -286,7 +320,14 @@ def test_only_the_chosen_cells_are_trained_and_a_wrong_name_is_told(server, plai
     assert (data.state, data.message) == ("Completed", "up to date")
 
 
-def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_tried_again(server, plain):
+def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_tried_again(
+    server, plain, webhook
+):
+    address, texts = webhook
+    for _ in range(2):  # a second time changes nothing
+        notified = server.resgrid(plain, "notify", address)
+        assert notified.returncode == 0, notified.stderr
+    assert len(server.ask("automations/filter", {})) == 3
     plain.change_code()
     plain.behave("resnet10-sgd-0", "fail null 'recipes.resnet10.epochs: must be 1 or more'")
     # Out of memory as long as a neighbour has it.
@@ -317,6 +358,19 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_t
     assert str(status(Pipeline.find(plain.root))).splitlines()[1:] == [
         "3 of 4 cells done, 1 failed.", "Failed: resnet10-sgd-0",
     ]  # fmt: skip
+
+    wait_until(lambda: len(texts) >= 5)  # the first two are those that try it
+    told = {text.partition("\n")[0]: text for text in texts[2:]}
+    assert set(told) == {"resnet10-adam-0 failed", "resnet10-sgd-0 failed", "train-all: Failed"}
+    assert "recipes.resnet10.epochs: must be 1 or more" in told["resnet10-sgd-0 failed"]
+    ended = told["train-all: Failed"]
+    assert "resnet10-sgd-0 failed (3 trained, 1 failed)." in ended
+    assert f"/runs/flow-run/{flow.id}" in ended
+    assert server.resgrid(plain, "notify", "--remove").returncode == 0
+    assert server.ask("automations/filter", {}) == []
+    nobody = server.resgrid(plain, "notify", "http://127.0.0.1:9/hook")
+    assert nobody.returncode == 1
+    assert "127.0.0.1 did not take the message" in nobody.stderr
 
 
 def test_when_the_data_fail_nothing_is_trained(server, plain):

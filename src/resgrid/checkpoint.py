@@ -85,6 +85,11 @@ class Checkpoints:
         self.started = self._latest.started if self._latest else datetime.now(UTC).isoformat()
 
     @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epochs of an earlier start, until `restore` takes them."""
+        return self._latest.epochs if self._latest else []
+
+    @property
     def latest(self) -> Path | None:
         """The file of the last checkpoint that is whole on the disk."""
         path = self._slots[1 - self._turn]

@@ -20,13 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from resgrid import __version__
 from resgrid.config import NORMALIZATIONS, load_params, read_yaml
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 from resgrid.models import ARCHITECTURES
+from resgrid.overview import EXAMPLES, overview
 from resgrid.progress import Progress, amount
 from resgrid.record import recorded
 from resgrid.schema import Triple
@@ -102,8 +103,28 @@ def _terminated(signum: int, frame: object) -> NoReturn:
 
 
 class _Parser(argparse.ArgumentParser):
+    completed: ClassVar[dict[str, object]] = {}  # "path" and "cell", in shtab's terms
+
+    def add_argument(self, *names: Any, **keywords: Any) -> argparse.Action:
+        action = super().add_argument(*names, **keywords)
+        kind = "path" if keywords.get("type") is Path else names[0].removesuffix("s")
+        if kind in self.completed:
+            action.complete = self.completed[kind]  # type: ignore[attr-defined]
+        return action
+
     def error(self, message: str) -> NoReturn:
         raise ResgridError(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
+class _Root(_Parser):
+    """Lists its commands in groups, which argparse has no way to."""
+
+    def format_help(self) -> str:
+        return overview(self.texts)
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.texts: dict[str, str] = {}  # what each command does, in a line
 
 
 def _count(text: str) -> int:
@@ -112,20 +133,19 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="resgrid",
-        description="Architectures x optimizers, compared. Run it in a folder that has a params.yaml.",
-        epilog="`dvc repro` runs the whole pipeline; `resgrid COMMAND --help` tells more of one command.",
-    )
+def _parser() -> _Root:
+    parser = _Root(prog="resgrid")
     parser.add_argument("--version", action="version", version=f"resgrid {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(
         name: str, run: Callable[[argparse.Namespace], int | None], text: str
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        example = "such as:\n  " + EXAMPLES.get(name, f"resgrid {name}").replace("\n", "\n  ")
+        form = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, epilog=example, formatter_class=form)
         sub.set_defaults(run=run)
+        parser.texts[name] = text
         return sub
 
     def json_flag(sub: argparse._ActionsContainer) -> None:
@@ -194,8 +214,9 @@ def _parser() -> argparse.ArgumentParser:
         "--slots", type=_count, help="cells at once (default: as many as the machine is good for)"
     )
     json_flag(sub)
-    sub = command("status", _status, "Show a running grid")
+    sub = command("status", _status, "Show a running grid; --watch: with curves, until it ends")
     sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
+    sub.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C leaves it")
     json_flag(sub)
     sub = command("up", _up, "Start Prefect, MLflow and a worker on this machine; Ctrl-C ends them")
     for service, port in (("prefect", "4200"), ("mlflow", "5000")):
@@ -207,6 +228,15 @@ def _parser() -> argparse.ArgumentParser:
             help=f"on 127.0.0.1; the next free one if it is taken (default: ${variable}, else {port})",
         )
     sub.add_argument("--workers", type=_count, default=1, help="(default: %(default)s)")
+
+    sub = command("notify", _notify, "Be told when a grid has ended or a cell has failed")
+    sub.add_argument(
+        "url",
+        nargs="?",
+        help="a webhook (Slack, Discord, any that takes JSON), or an address as Apprise writes it, such as "
+        "mailtos://user:password@gmail.com",
+    )
+    sub.add_argument("--remove", action="store_true", help="be told no more")
 
     sub = command("worker", _worker, "Train cells of a work pool on this machine; Ctrl-C ends it")
     sub.add_argument(
@@ -258,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(f"import-{kind}", _import, f"Make a weights file of {files}")
         sub.add_argument("file", type=Path, help=files)
-        sub.add_argument("--model", required=True, choices=ARCHITECTURES, help="its architecture")
+        sub.add_argument("--model", required=True, choices=tuple(ARCHITECTURES), help="its architecture")
         sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
         sub.add_argument(
             "--class-names",
@@ -268,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument(
             "--normalization",
-            choices=NORMALIZATIONS,
+            choices=tuple(NORMALIZATIONS),
             help=f"of the images it was trained on (default: {assumed})",
         )
         for name in ("mean", "std"):
@@ -298,6 +328,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     json_flag(sub)
     _device_option(sub)
+
+    sub = command("doctor", _doctor, "Say what this machine offers and what stands in the way")
+    json_flag(sub)
+    sub = command("completion", _completion, "Print a shell's completion of these commands")
+    sub.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
     return parser
 
 
@@ -408,8 +443,9 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     from resgrid.allocator import keep_freed_memory
     from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
-    from resgrid.train import train_cell, write_metrics
+    from resgrid.train import show_history, train_cell, write_metrics
     from resgrid.training.device import choose_device, choose_execution, device_name
+    from resgrid.training.engine import Epoch
 
     watch.watch()
     keep_freed_memory()
@@ -434,7 +470,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         ) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
-        progress.say(f"{cell.id}  {execution} on {device_name(device)}")
+        progress.say(f"{cell.id}  {execution} on {device_name(device)}; curves: `resgrid status --watch`")
         if cell.engine.compile == "always" and not execution.compiled:
             progress.say(f"{cell.id}  is not compiled: there is no C++ compiler with Python's headers here")
         for damaged in checkpoints.refused:
@@ -447,8 +483,11 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         def on_step(images: int, images_an_epoch: int) -> None:
             progress.update(finished * images_an_epoch + images)
 
+        epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
         for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
+            epochs_so_far.append(epoch)
+            show_history(RUNS / cell.id, epochs_so_far)
             run.log_epoch(epoch)
             run.share_checkpoint(checkpoints.latest)
             test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
@@ -456,7 +495,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
             progress.say(
                 f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
                 f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
-                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining() or '0:00'} left"
+                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining()}".rstrip()
             )
         write_metrics(RUNS / cell.id, params.name)
         run.complete(RUNS / cell.id)
@@ -639,6 +678,11 @@ def _status(options: argparse.Namespace) -> None:
     from tasks.stage import Pipeline
 
     pipeline = Pipeline.find(options.pipeline)
+    if options.watch:
+        from tasks.live import watch
+
+        watch(pipeline)
+        return
     now = status(pipeline)
     runs = find_runs(expand(load_params(pipeline.folder / "params.yaml")), pipeline.folder)
     if options.json:
@@ -664,10 +708,44 @@ def _up(options: argparse.Namespace) -> int:
     )
 
 
+def _notify(options: argparse.Namespace) -> None:
+    from tasks.notify import notify, remove
+
+    if bool(options.url) == options.remove:
+        raise ResgridError("notify: give either an address to send to, or --remove.")
+    print(remove(Path.cwd()) if options.remove else notify(Path.cwd(), options.url))
+
+
 def _worker(options: argparse.Namespace) -> int:
     from tasks.worker import work
 
     return work(Path.cwd(), options.pool, options.slots, options.name)
+
+
+# --- this machine -----------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from resgrid.doctor import examine
+
+    findings = []
+    for each in examine():
+        findings.append(each)
+        if not options.json:
+            mark = {"good": " ", "note": "·", "problem": "!"}[each.level]
+            print(f"{mark} {each.what:<16} {each.value}")
+            if each.advice:
+                print(f"{'':18} → {each.advice}")
+    if options.json:
+        print(json.dumps([asdict(each) for each in findings], indent=2))
+    return 1 if any(each.level == "problem" for each in findings) else 0
+
+
+def _completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    _Parser.completed = {"path": shtab.FILE, "cell": shtab.cmd("resgrid cells 2>/dev/null")}
+    print(shtab.complete(_parser(), options.shell))
 
 
 # --- a trained model --------------------------------------------------------------------------------

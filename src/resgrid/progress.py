@@ -5,6 +5,7 @@ rich draws the bar; where it is not installed (a machine with torch and little e
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -43,13 +44,13 @@ class Progress:
                 progress.BarColumn(bar_width=24),
                 amounts,
                 progress.TextColumn("{task.fields[speed]}"),
-                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[left]}"),
                 progress.TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
                 refresh_per_second=5,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, speed="", note="")
+            self._task = self._bar.add_task(self.title, total=self.total, speed="", left="", note="")
         return self
 
     def __exit__(
@@ -86,35 +87,30 @@ class Progress:
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def remaining(self) -> str:
-        """`1:02:03` until the end at the speed so far, or nothing while it is unknown."""
-        if not self.total or self.done <= self._before:
+        """`about 2 days left` at the speed so far, or nothing while that is unknown."""
+        if not self.total or not self._before < self.done < self.total:
             return ""
-        return clock((self.total - self.done) / self.speed)
+        return f"about {duration((self.total - self.done) / self.speed)} left"
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         speed = f"{amount(self.speed, self.unit)}/s"
-        self._bar.update(self._task, completed=self.done, total=self.total, speed=speed, note=self.note)
+        fields = {"speed": speed, "left": self.remaining(), "note": self.note}
+        self._bar.update(self._task, completed=self.done, total=self.total, **fields)
 
     def _line(self) -> str:
         share = f"{100 * self.done / self.total:.0f} %" if self.total else amount(self.done, self.unit)
-        left = f", {self.remaining()} left" if self.remaining() else ""
+        left = f", {self.remaining()}" if self.remaining() else ""
         return f"{self.title}: {share}, {amount(self.speed, self.unit)}/s{left}"
-
-
-def clock(seconds: float) -> str:
-    """`0:07`, `1:02:03`."""
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def duration(seconds: float) -> str:
     """`40 seconds`, `12 minutes`, `5.1 hours`, `9 days`: as one says it."""
-    for limit, unit, size in ((90, "seconds", 1), (90 * 60, "minutes", 60), (48 * 3600, "hours", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}" if unit == "hours" else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86400:,.0f} days"
+    units = ((90, 1, "second"), (90 * 60, 60, "minute"), (36 * 3600, 3600, "hour"), (math.inf, 86400, "day"))
+    size, unit = next((size, unit) for limit, size, unit in units if seconds < limit)
+    decimals = 1 if unit == "hour" and seconds < 10 * size else 0
+    number = f"{seconds / size:,.{decimals}f}".removesuffix(".0")
+    return f"{number} {unit}{'' if number == '1' else 's'}"
 
 
 def amount(number: float, unit: str) -> str:

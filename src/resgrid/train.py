@@ -15,7 +15,8 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,16 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _history(epochs: tuple[Epoch, ...]) -> str:
+def show_history(run_folder: Path, epochs: Sequence[Epoch]) -> None:
+    """Write the epochs so far into `history.csv`, for whoever watches, unless a whole result stands there."""
+    if (run_folder / RUN).exists():
+        return
+    with suppress(OSError):  # a full disk is no reason to stop
+        run_folder.mkdir(parents=True, exist_ok=True)
+        _write(run_folder / "history.csv", _history(epochs))
+
+
+def _history(epochs: Sequence[Epoch]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HISTORY)

@@ -10,18 +10,22 @@
   for (const table of all("table.sortable")) {
     const value = (row, column) => row.cells[column].textContent.trim();
     const number = (text) => parseFloat(text.replaceAll(",", ""));
-    [...table.tHead.rows[0].cells].forEach((head, column) => head.addEventListener("click", () => {
-      const falls = head.ariaSort !== "descending";
-      for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
-      head.ariaSort = falls ? "descending" : "ascending";
-      const order = (a, b) => {
-        const [one, two] = [value(a, column), value(b, column)];
-        const [x, y] = [number(one), number(two)];
-        if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? one.localeCompare(two) : isNaN(x) - isNaN(y);
-        return falls ? y - x : x - y;
-      };
-      table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
-    }));
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      head.tabIndex = 0;
+      head.addEventListener("keydown", (event) => { if (event.key === "Enter") head.click(); });
+      head.addEventListener("click", () => {
+        const falls = head.ariaSort !== "descending";
+        for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
+        head.ariaSort = falls ? "descending" : "ascending";
+        const order = (a, b) => {
+          const [one, two] = [value(a, column), value(b, column)];
+          const [x, y] = [number(one), number(two)];
+          if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? one.localeCompare(two) : isNaN(x) - isNaN(y);
+          return falls ? y - x : x - y;
+        };
+        table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+      });
+    });
   }
 
   const chooser = document.getElementById("choose-cell");

@@ -1,0 +1,157 @@
+"""`resgrid doctor`: what this machine offers, what stands in the way, and what to do about it.
+
+It imports torch alone, and survives that, so that it answers where an installation is broken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from resgrid.provenance import git_commit
+
+PYTHON = ((3, 11), (3, 15))  # from, and below which
+DISK_BYTES = 10e9  # the environment takes 7 GB, the grid on CIFAR-10 about 3
+PORTS = {"Prefect": ("RESGRID_PREFECT_PORT", 4200), "MLflow": ("RESGRID_MLFLOW_PORT", 5000)}
+PACKAGES = ("torch", "torchvision", "dvc", "prefect", "mlflow")
+SETTINGS = re.compile(r"RESGRID_|MLFLOW_TRACKING_URI$|PREFECT_API_URL$|(https?|no|all)_proxy$", re.IGNORECASE)
+CHECKOUT = Path(__file__).parents[2]
+
+
+Level = Literal["good", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; a `problem` keeps ResGrid from working, a `note` is good to know."""
+
+    what: str
+    value: str
+    level: Level = "good"
+    advice: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Each finding, as soon as it is known."""
+    commit, changed = git_commit()
+    state = ", with changed files" if changed == "true" else ""
+    yield Finding("ResGrid", f"{_version('resgrid')}, commit {commit[:12]}{state}")
+    yield Finding("System", f"{platform.platform()}, {os.cpu_count()} processors")
+    fits = PYTHON[0] <= sys.version_info[:2] < PYTHON[1]
+    python = f"{platform.python_version()} ({sys.executable})"
+    yield _check(fits, "Python", python, "3.11 to 3.14 are supported: make PYTHON=…", "problem")
+    yield from _packages()
+    git = _output("git", "--version").removeprefix("git version ")
+    yield _check(git != "", "git", git or "not on the PATH", "install it: DVC needs it", "problem")
+    above = (Path.cwd(), *Path.cwd().parents)
+    inside = next((str(path) for path in above if (path / ".dvc").is_dir()), "")
+    way = "go to a clone; `resgrid init` makes a pipeline elsewhere"
+    yield _check(inside != "", "DVC repository", inside or "none around this folder", way)
+    free = shutil.disk_usage(Path.cwd()).free
+    yield _check(
+        free > DISK_BYTES, "Disk", f"{free / 1e9:.1f} GB free here", "`resgrid plan` says what a grid needs"
+    )
+    yield from _devices()
+    yield from _ports()
+    yield from _settings()
+
+
+def _check(good: bool, what: str, value: str, advice: str, level: Level = "note") -> Finding:
+    return Finding(what, value) if good else Finding(what, value, level, advice)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    """Against the versions that were tested together, in a checkout's constraints.txt."""
+    tested = CHECKOUT / "constraints.txt"
+    lines = tested.read_text(encoding="utf-8").splitlines() if tested.is_file() else []
+    wanted = dict(line.split("==") for line in lines if "==" in line)
+    for name in PACKAGES:
+        version = _version(name)
+        level: Level = "problem" if version is None and name.startswith("torch") else "note"
+        asked = wanted.get(name, version)
+        advice = f"{asked} was tested: make install"
+        good = version is not None and version.partition("+")[0] == asked
+        yield _check(good, name, version or "not installed", advice, level)
+
+
+def _devices() -> Iterator[Finding]:
+    """The GPUs as the driver shows them, and what torch can use of them."""
+    cards = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("GPU", f"torch cannot be imported: {error}", "problem", "make clean install")
+        return
+    if cards:
+        value = f"{'; '.join(cards.splitlines())} (driver); torch is built for CUDA {torch.version.cuda}"
+        yield _check(
+            torch.cuda.is_available(), "GPU", value, "torch cannot use it: update its driver", "problem"
+        )
+        shares = shutil.which("nvidia-cuda-mps-control")
+        yield _check(
+            shares is not None, "NVIDIA MPS", shares or "not there", "each card trains one cell at a time"
+        )
+    elif torch.backends.mps.is_available():
+        yield Finding("GPU", "Apple's (mps)")
+    else:
+        yield Finding("GPU", "none", "note", "cells train on the CPU: `resgrid cost` says how long")
+
+
+def _ports() -> Iterator[Finding]:
+    for service, (variable, default) in PORTS.items():
+        port = os.environ.get(variable, default)
+        free = not _answers("127.0.0.1", int(port))
+        value = f"{service}'s: {'free' if free else 'taken'}"
+        yield _check(
+            free, f"Port {port}", value, "by `make up`, if it runs; otherwise that takes the next free one"
+        )
+
+
+def _settings() -> Iterator[Finding]:
+    """Environment variables that change what happens, without passwords; servers that do not answer."""
+    names = sorted(filter(SETTINGS.match, os.environ))
+    for name in names:
+        yield Finding(name, re.sub(r"//[^/@]*@", "//…@", os.environ[name]))
+    direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in names):
+        advice = "export NO_PROXY=127.0.0.1,localhost, or servers here are asked through the proxy"
+        yield _check("127.0.0.1" in direct, "NO_PROXY", direct or "not set", advice)
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        url = urlsplit(os.environ.get(name, ""))
+        if url.scheme in ("http", "https"):
+            good = _answers(url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+            advice = "start that server, or unset the variable"
+            yield _check(good, f"{name} answers", "yes" if good else "no", advice, "problem")
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
