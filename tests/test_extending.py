@@ -21,11 +21,14 @@ from sklearn.metrics import accuracy_score, log_loss
 from small import GRID, ROOT, Project
 
 import resgrid
+from resgrid.cli import main
 from resgrid.config import load_params, parse_params
-from resgrid.data.dataset import load_split
+from resgrid.data.dataset import load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
+from resgrid.report.ensembles import load_ensemble
 from resgrid.runs import find_runs
+from resgrid.summary import summarize
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 BLOCKS = [
@@ -54,7 +57,7 @@ def with_network(project: Project, name: str, grid: dict[str, Any]) -> None:
 def project(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The small pipeline, in which a cell of the page's own network has been trained and compared."""
     project = small.copy(tmp_path_factory.mktemp("extending") / "a project")
-    (project.root / "architectures").mkdir()
+    (project.root / "architectures").mkdir(exist_ok=True)
     (project.root / "architectures/tiny.py").write_text(block("from torch import nn"))
     with_network(project, "tiny", YAML(typ="safe").load(block("grid:"))["grid"])
     for stage in ("train-own@tiny-sgd-0", "evaluate"):
@@ -75,8 +78,7 @@ def test_a_network_of_ones_own_is_trained_compared_and_loaded_from_anywhere(proj
     )
     assert pipeline.model("tiny-sgd-0")(torch.rand(3, 3, 32, 32)).sum(1) == pytest.approx(torch.ones(3))
     assert "tiny-sgd-0" in (project.root / "reports/report.md").read_text()
-    summary = project.run("resgrid", "summary", "tiny")
-    assert "Total parameters: 338" in summary.stdout, summary.stderr
+    assert summarize("tiny", pipeline=project.root).total == 338
     synced = project.run("resgrid", "sync")
     assert synced.returncode == 0, synced.stderr
     current = project.runs().query("`tags.grid` == 'current'").set_index("tags.cell")
@@ -189,10 +191,10 @@ def test_a_toy_network_and_a_toy_optimizer_by_the_page_alone(small: Project, tmp
     params["tuning"] = {name: rates | {"nadam": {"lr": 0.001}} for name, rates in params["tuning"].items()}
     params["grid"] |= {"architectures": ["toy2"], "optimizers": ["nadam"], "seeds": [0]}
     (project.root / "params.yaml").write_text(json.dumps(params | {"studies": {}}))
-    for command in (("train", "toy2-nadam-0"), ("evaluate",), ("summary", "toy2")):
+    for command in (("train", "toy2-nadam-0"), ("evaluate",)):
         done = project.run(sys.executable, "-m", "resgrid", *command, PYTHONPATH=str(project.root / "src"))
         assert done.returncode == 0, done.stderr
-    assert "Total parameters: 898" in done.stdout
+    assert "Total parameters: 898" in (project.root / "runs/toy2-nadam-0/summary.txt").read_text()
     assert "toy2-nadam" in (project.root / "reports/index.html").read_text()
 
 
@@ -261,29 +263,61 @@ def test_the_selection_is_made_on_the_validation_split_alone(
 
 
 def test_an_ensemble_predicts_and_is_exported_by_its_name(
-    project: Project, ensembles: dict[str, Any], tmp_path: Path
-) -> None:
-    pictures = sorted((project.root / "images/test").rglob("*.png"))[:5]
+    project: Project, ensembles: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(project.root)
     name = "ensemble-sgd"
-    done = project.run("resgrid", "predict", "--model", name, "--json", "--top", "10", *map(str, pictures))
-    assert done.returncode == 0, done.stderr
-    split = load_split(project.root / "data/processed", "test")
-    exported = project.run("resgrid", "export", name, "--format", "onnx", "--out", str(tmp_path / "e.onnx"))
-    assert exported.returncode == 0, exported.stderr
-    session = onnxruntime.InferenceSession(tmp_path / "e.onnx", providers=["CPUExecutionProvider"])
-    [given] = session.run(None, {"images": split.images.permute(0, 3, 1, 2).numpy().astype(np.float32) / 255})
     expected = np.mean(
         [softmax(logits(project, cell), axis=1) for cell in ensembles[name]["members"]], axis=0
     )
-    np.testing.assert_allclose(given, expected, atol=1e-5)
-    names = resgrid.load(project.root).predictions("tiny-sgd-0").columns
-    classes = [column.removeprefix("probability.") for column in names if column.startswith("probability.")]
-    for place, told in enumerate(json.loads(done.stdout)):  # the split's order is that of the names
+    classes = load_meta(Path("data/processed")).class_names
+
+    pictures = map(
+        str, sorted(Path("images/test").rglob("*.png"))[:5]
+    )  # the split's order is that of the names
+    assert main(["predict", "--model", name, "--json", "--top", "10", "--device", "cpu", *pictures]) == 0
+    for place, told in enumerate(json.loads(capsys.readouterr().out)):
         said = {each["class"]: each["probability"] for each in told["top"]}
         np.testing.assert_allclose([said[each] for each in classes], expected[place], atol=1e-5)
-    refused = project.run("resgrid", "export", name, "--format", "pt")
-    assert "ensemble-sgd: an ensemble is a program" in refused.stderr
-    assert (
-        "there is no ensemble 'ensemble-sdg'; did you mean ensemble-sgd"
-        in project.run("resgrid", "predict", "--model", "ensemble-sdg", str(pictures[0])).stderr
+
+    assert main(["export", name, "--format", "onnx", "--out", str(tmp_path / "e.onnx")]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "e.onnx", providers=["CPUExecutionProvider"])
+    images = (
+        load_split(Path("data/processed"), "test").images.permute(0, 3, 1, 2).numpy().astype(np.float32) / 255
     )
+    [given] = session.run(None, {"images": images})
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "ensemble-sgd", "--format", "pt"], "ensemble-sgd: an ensemble is a program"),
+        (
+            ["predict", "--model", "ensemble-sdg", "images"],
+            "no ensemble 'ensemble-sdg'; did you mean ensemble-sgd",
+        ),
+    ],
+)
+def test_what_no_ensemble_can_is_refused(
+    arguments: list[str], said: str, project: Project,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(project.root)
+    assert main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_ensemble_whose_member_was_trained_again_is_refused(project: Project, tmp_path: Path) -> None:
+    for name in ("runs", "reports", "architectures"):
+        shutil.copytree(project.root / name, tmp_path / name, symlinks=True)
+    shutil.copy(project.root / "params.yaml", tmp_path)
+    file = tmp_path / "reports/ensembles.json"
+    file.write_text(
+        file.read_text().replace(
+            json.loads((tmp_path / "runs/tiny-sgd-0/run.json").read_text())["weights_sha256"], "0"
+        )
+    )
+    with pytest.raises(ResgridError, match="ensemble-sgd: tiny-sgd-0 was trained again since"):
+        load_ensemble("ensemble-sgd", tmp_path)

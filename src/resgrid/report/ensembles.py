@@ -62,12 +62,12 @@ def mean_probabilities(logits: Sequence[NDArray[np.float32]], counts: Sequence[i
 
 
 def cross_entropy(probabilities: Floats, labels: NDArray[np.integer[Any]]) -> float:
-    """The mean of -log of the true class's probability; one of 0 counts as the smallest normal float."""
+    """The mean of -log of the true class's probability; as in scikit-learn one of 0 counts as 2.2e-16."""
     return _surprise(probabilities[np.arange(len(labels)), labels])
 
 
 def _surprise(true: Floats) -> float:
-    return float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean())
+    return float(-np.log(np.maximum(true, np.finfo(np.float64).eps)).mean())
 
 
 def select(logits: Mapping[str, NDArray[np.float32]], labels: NDArray[np.integer[Any]]) -> dict[str, int]:
