@@ -192,9 +192,6 @@ def profile(architecture: str, batches: int) -> None:
 
 def _as_in_training(architecture: str):
     """The cell as its full training on CIFAR-10 computes it, with crop and flip; its device and execution."""
-    from resgrid.allocator import keep_freed_memory
-
-    keep_freed_memory()
     from resgrid.config import Engine, Recipe, load_params
     from resgrid.grid import find_cell
     from resgrid.training.device import choose_device, choose_execution
