@@ -142,7 +142,11 @@ def test_a_file_without_our_metadata_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "resnet21"}, "architecture in its metadata is wrong"),
+        ({"architecture": "../resnet20"}, "architecture in its metadata is wrong"),
+        (
+            {"architecture": "resnet21"},
+            "this package has no resnet21, and there is no architectures/resnet21.py",
+        ),
         ({"std": [0.4, 0.0, 0.6]}, r"std\.1 in its metadata is wrong"),
         ({"class_names": []}, "class_names in its metadata is wrong"),
         ({"colour": "red"}, "colour in its metadata is wrong"),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resgrid.config import Resize
+from resgrid.config import OwnArchitecture, Resize
 from resgrid.errors import ResgridError
 from resgrid.filetype import SAFETENSORS, identify, refuse
 from resgrid.models import build_model
@@ -30,7 +30,7 @@ METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed
 class WeightsInfo(Strict):
     """What a weights file says about itself."""
 
-    architecture: str
+    architecture: OwnArchitecture  # or one of a package: its name is a file's, so never a path
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]  # in the order of the logits
     mean: Triple  # of the input's red, green and blue, on the 0-1 scale
     std: tuple[Positive, Positive, Positive]
@@ -124,7 +124,10 @@ def check_shapes(
     source: Path, shapes: Mapping[str, tuple[int, ...]], info: WeightsInfo, pipeline: Path = Path()
 ) -> None:
     """Raises ResgridError, which names the tensor, unless `shapes` are those of the model in `info`."""
-    expected = expected_shapes(info.architecture, len(info.class_names), pipeline)
+    try:
+        expected = expected_shapes(info.architecture, len(info.class_names), pipeline)
+    except ResgridError as error:  # an architecture that is not here
+        raise ResgridError(f"{source}: {error}") from None
     model = f"{info.architecture} with {len(info.class_names)} classes"
     fix = "Check the name of the model and the number of classes."
     if missing := [name for name in expected if name not in shapes]:

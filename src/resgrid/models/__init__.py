@@ -135,7 +135,7 @@ def _from_elsewhere(
     origin = str(file) if file else f"the entry point {installed()[architecture].value}"
     if file and not file.is_file():
         raise ResgridError(
-            f"{architecture}: this package has no such architecture, and there is no {file}. Known are "
+            f"this package has no {architecture}, and there is no {file}. Known are "
             f"{', '.join([*ARCHITECTURES, *installed()])}."
         )
     try:
