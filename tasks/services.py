@@ -2,7 +2,7 @@
 
 All of them listen on loopback alone and keep their state in the project's `.resgrid`.
 
-What Prefect 3.8.8 does with a worker that is told to end, read in its sources and tried:
+What Prefect does with a worker that is told to end, read in the sources of 3.8.8 and tried with it and 3.9.1:
 
 - SIGTERM makes a process worker send itself SIGINT, which cancels its event loop. That kills each flow run's
   process with SIGKILL at once (`anyio.Process.aclose`): the flow cannot end its children, and its state stays

@@ -37,8 +37,6 @@ state = train_all(**json.loads(sys.argv[1]), return_state=True)
 print(json.dumps([state.name, state.message]))
 """
 
-EPOCHS = 150  # of three cells at once that train for longer than Prefect's server is away
-
 # A nap is made of short ones, so that a process that was stopped has the rest of it before it; and what came
 # to an end is told.
 NAP = "for i in $(seq ${NAP:-0}); do sleep 1; done"
@@ -258,17 +256,20 @@ def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Pro
 
 @pytest.mark.long
 def test_cells_that_train_while_prefects_server_is_away_are_not_trained_again(real: Project) -> None:
-    """For two minutes, so that each is declared lost when it is back; three cells, each a fifth longer."""
-    real.origin.edit("params.yaml", "epochs: 1\n", f"epochs: {EPOCHS}\n")
+    """For two minutes, so that each of three cells, which take longer, is declared lost when it is back."""
+    real.origin.edit(
+        "dvc.yaml", "cmd: resgrid train ${item.arch", "cmd: sleep 200 && resgrid train ${item.arch"
+    )
     real.origin.edit("params.yaml", "optimizers: [sgd, adam]", "optimizers: [sgd, adam, rmsprop]")
     commit(real)
     worker = real.work("worker", slots=3)
     grid = real.train_all()
-    wait_until(lambda: len(real.mlflow_runs()) == 3, 240, "no three cells train")
+    log = "train@resnet20-*.log"
+    wait_until(lambda: len(list((worker.root / ".resgrid/logs").glob(log))) == 3, 300, "no three cells train")
     real.cluster.kill("prefect")
     time.sleep(120)
     real.cluster.start("prefect")
-    assert not list((worker.root / "runs").glob("*/run.json")), "they are over already: more epochs"
+    assert not list((worker.root / "runs").glob("*/run.json")), "they are over already"
     said, _ = grid.communicate(timeout=900)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "3 cells: 3 trained"], said
     states = real.states()

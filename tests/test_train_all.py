@@ -456,13 +456,15 @@ def test_a_server_that_is_away_does_not_stop_the_grid(server, plain):
 
 
 @pytest.mark.long
-def test_a_lost_connection_is_tried_again_and_at_most_twice(server, plain):
+def test_a_lost_connection_and_a_failed_card_are_tried_again_and_at_most_twice(server, plain):
     plain.change_code()
     plain.behave("resnet20-sgd-0", 'fail \'"connection"\' "the server does not answer"')
+    plain.behave("resnet20-adam-0", 'fail \'"card"\' "CUDA error"')
     before = len(plain.trained())
     flow = server.run(plain, slots=2)
-    assert flow.message.startswith("resnet20-sgd-0 failed (3 trained, 1 failed).")
-    assert plain.trained()[before:].count("resnet20-sgd-0") == 3
+    assert "(2 trained, 2 failed)." in flow.message
+    again = plain.trained()[before:]
+    assert [again.count(cell) for cell in ("resnet20-sgd-0", "resnet20-adam-0")] == [3, 3]
 
 
 @pytest.mark.long
