@@ -334,7 +334,7 @@ def test_when_the_data_fail_nothing_is_trained(server, plain):
 
 def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(server, plain):
     assert server.run(plain).state == "Completed"
-    plain.behave("resnet20-sgd-0", "touch begun; sleep 6")
+    plain.behave("resnet20-sgd-0", "touch begun; until [ -f go ]; do sleep 0.1; done; sleep 3")
     before = len(plain.trained())
     kept = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
     kept.mkdir(parents=True)
@@ -343,6 +343,9 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     first = server.begin(plain, cells=["resnet20-*"], force=True, slots=1)
     wait_until((plain.root / "begun").exists)
     second = server.begin(plain, cells=["*-sgd-*"], force=True, slots=1)
+    at_work = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    wait_until(lambda: len(server.ask("flow_runs/filter", at_work)) == 2, 120)
+    (plain.root / "go").touch()
     second.end()
     first.end()
     assert (first.message, second.message) == ("2 cells: 2 trained", "2 cells: 1 trained, 1 up to date")
