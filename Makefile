@@ -74,7 +74,7 @@ bench: install  ## Measure the speed against the standard loop: a quarter of an 
 
 # Neither of these two installs anything but the wheels that `make gpu-wheels` left in .gpu/wheels: they run on a
 # machine with a GPU, torch and no network, with PYTHON=python3.
-ON_GPU = PYTHONPATH=$(CURDIR)/src:$(CURDIR):$(CURDIR)/.gpu/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+ON_GPU = PYTHONPATH=$(CURDIR)/src:$(CURDIR)/.gpu/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 CARRIED = @[ -d $(VENV) ] || [ ! -d .gpu/wheels ] || $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	--no-compile --no-cache-dir --upgrade --target .gpu/site .gpu/wheels/*.whl
 bench-gpu:  ## Measure training steps on a GPU: five minutes at most, no `make install` needed

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
 import convolutions  # noqa: E402
 
+from resgrid import mps  # noqa: E402
 from resgrid.config import FAMILIES, load_params  # noqa: E402
 from resgrid.data.batches import Batches, in_order  # noqa: E402
 from resgrid.data.dataset import Split  # noqa: E402
@@ -38,7 +39,6 @@ from resgrid.training.device import Execution, choose_device, choose_precision, 
 from resgrid.training.engine import SCORING_BATCH, Totals, make_step, score  # noqa: E402
 from resgrid.training.graph import GraphedStep  # noqa: E402
 from resgrid.training.optimizers import build_optimizer, set_learning_rate  # noqa: E402
-from tasks import mps  # noqa: E402
 
 PARAMS = load_params(HERE.parent / "params.yaml")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

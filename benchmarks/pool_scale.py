@@ -39,7 +39,7 @@ from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Pending, Running  # noqa: E402
 from sleeping import Sleeping, sleeping  # noqa: E402
-from test_pool import GUARDED, Project, commit  # noqa: E402
+from test_pool import NAPPING, Project, commit  # noqa: E402
 
 from tasks.stage import DVC_COMMAND  # noqa: E402
 
@@ -90,7 +90,7 @@ def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
     folder.mkdir()
     seeds = ", ".join(str(seed) for seed in range(-(-num // 24)))
     origin = sleeping(folder / "origin", SIX, FOUR, seeds)
-    (origin.root / "work.sh").write_text(GUARDED)
+    (origin.root / "work.sh").write_text(NAPPING)
     project = Project(cluster, origin)
     commit(project)
     chosen = _cells(origin)[:num]
@@ -206,7 +206,7 @@ def _record(folder: Path, num_seeds: int) -> tuple[float, float]:
 def workers(cluster: Cluster, folder: Path) -> None:
     """12 cells of 10 s on three workers, each in a clone of its own: ideally 40 s."""
     origin = sleeping(folder / "w" / "origin", SIX, "sgd, adam")
-    (origin.root / "work.sh").write_text(GUARDED)
+    (origin.root / "work.sh").write_text(NAPPING)
     project = Project(cluster, origin)
     commit(project)
     try:
@@ -231,7 +231,7 @@ class Costs:
     place: float  # a cell
     record: float  # a cell
     growth: float  # more of recording, for each cell of the grid
-    command: float  # each `dvc repro --pull`, for however many cells
+    command: float  # each `dvc repro --pull`, whatever it records
     command_growth: float  # more of it, for each cell of the grid
 
 
@@ -253,8 +253,8 @@ def model(costs: Costs, overhead: float = 15.5) -> None:
 def simulate(costs: Costs, cells: int, slots: int, length: float, overhead: float) -> tuple[float, float]:
     """(when the last cell is recorded, how long recording was at work), in seconds.
 
-    Cells are placed one after the other, and each is taken by the slot that is free first. One command
-    records whatever has ended since the one before it. Cells differ by ± 20 % in length.
+    Cells are placed one after the other, and each is taken by the slot that is free first. They are recorded
+    one after the other, a command each, and differ by ± 20 % in length.
     """
     draws = np.random.default_rng(0).uniform(0.8, 1.2, cells) * length
     free = [0.0] * slots  # when each slot is
@@ -263,15 +263,11 @@ def simulate(costs: Costs, cells: int, slots: int, length: float, overhead: floa
         began = max(heapq.heappop(free), (number + 1) * costs.place)
         ends.append(began + draw + overhead)
         heapq.heappush(free, ends[-1])
-    ends.sort()
-    clock = busy = 0.0
-    recorded = 0
-    while recorded < cells:
-        clock = max(clock, ends[recorded])
-        batch = int(np.searchsorted(ends, clock, side="right")) - recorded
-        work = costs.command + costs.command_growth * cells + batch * (costs.record + costs.growth * cells)
-        clock, busy, recorded = clock + work, busy + work, recorded + batch
-    return clock, busy
+    work = costs.command + costs.record + (costs.command_growth + costs.growth) * cells
+    clock = 0.0
+    for end in sorted(ends):
+        clock = max(clock, end) + work
+    return clock, work * cells
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks import mps
+from resgrid import mps
 from tasks.grid import EVALUATE, HERE, grid_run, sync
 from tasks.order import DATA_STAGES
 from tasks.slots import Slot
 
 
-@flow(name="train-all", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False)  # type: ignore[arg-type]
+@flow(name="train-all", task_runner=ThreadPoolTaskRunner(max_workers=1024), persist_result=False)  # type: ignore[arg-type]
 def train_all(
     pipeline: str = ".",
     cells: list[str] | None = None,
@@ -37,18 +37,15 @@ def train_all(
         if not all(grid.run(name) for name in DATA_STAGES):
             return grid.verdict()
         queue = grid.queue()  # the longest first
-        if where == HERE:
-            free: SimpleQueue[Slot] = SimpleQueue()
-            for slot in grid.slots:
-                free.put(slot)
-            with mps.shared((slot.card for slot in grid.slots), grid.say):
-                for cell in queue:
-                    grid.submit(cell, free.get(), then=free.put)
-                grid.wait()
-            for cell in grid.crowded:  # too little memory beside others
-                grid.run(cell, grid.slots[0])
-        else:
-            grid.place(queue)
+        free: SimpleQueue[Slot] = SimpleQueue()
+        for slot in grid.slots:  # shares of this machine, or places in the queue of a pool
+            free.put(slot)
+        with mps.shared((slot.card for slot in grid.slots), grid.say):
+            for cell in queue:
+                grid.submit(cell, free.get(), then=free.put)
+            grid.wait()
+        for cell in grid.crowded:  # too little memory beside others
+            grid.run(cell, grid.slots[0])
         grid.run(EVALUATE)  # what there is, whether or not cells failed
         sync(grid, return_state=True)  # after it, for the comparison goes to MLflow as well
         grid.publish()

@@ -6,16 +6,17 @@ what the first has not done.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
@@ -23,14 +24,15 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from resgrid import watch
-from resgrid.errors import ResgridError, suggest
+from resgrid.errors import ResgridError
+from resgrid.grid import choose
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
-from resgrid.progress import duration
+from resgrid.progress import amount, duration
 from tasks.lockfile import repair
 from tasks.order import DATA_STAGES, Order
 from tasks.order import remote as dvc_remote
 from tasks.plan import Busy, Plan, Step, expect, longest_first, make_plan, makespan, slots_for
-from tasks.pool import Ended, Moved, Pool, push_data
+from tasks.pool import MAX_UNTAKEN, Pool
 from tasks.publish import (
     CUT,
     FAILED,
@@ -45,11 +47,19 @@ from tasks.publish import (
     save,
 )
 from tasks.slots import Slot, whole_machine
-from tasks.stage import Pipeline, StageFailed, Stopped, held, reproduce, run_logged
+from tasks.stage import (
+    DVC_COMMAND,
+    PASSING,
+    Pipeline,
+    StageFailed,
+    Stopped,
+    held,
+    reproduce,
+    run_logged,
+)
 
 EVALUATE = "evaluate"  # after them
 HERE = "here"  # where cells train: on this machine; anything else names a work pool
-POOL_REFRESH_SECONDS = 5.0  # of what a terminal and Prefect's page show of a pool
 RETRIES = 2  # of a stage whose fault can pass
 PAUSE_SECONDS = 15.0  # before each
 BUSY_SECONDS = 2.0  # between two looks whether DVC answers
@@ -95,9 +105,9 @@ def end_with_worker() -> None:
 
 
 def can_pass(task: Task[..., State], run: TaskRun, state: State) -> bool:
-    """Whether a stage failed by what can pass by itself: a lost connection, or something in DVC's way."""
+    """Whether a stage failed by what can pass by itself: a lost connection, for instance."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StageFailed) and error.fault in ("connection", "dvc")
+    return isinstance(error, StageFailed) and error.fault in PASSING
 
 
 @task(
@@ -153,6 +163,9 @@ class Grid:
         self.seconds: dict[str, float] = {}  # expected, by stage
         self.slots: list[Slot] = [whole_machine()]
         self.futures: dict[str, PrefectFuture[State]] = {}
+        self.pool: Pool | None = None
+        self._held: dict[str, Callable[[], None]] = {}  # by cell: what gives its slot back
+        self._exits = ExitStack()
         self.progress = Progress(asked, watch.describe(os.getpid()), 0, self.env.get("RESGRID_FLOW_RUN_URL"))
         self._lock = threading.Lock()
 
@@ -167,11 +180,12 @@ class Grid:
         elif self.device:
             raise ResgridError("device: is for a work pool; here, RESGRID_DEVICE says what cells train on.")
         self.plan = self._ask()
-        self.chosen = choose(self.plan, patterns)
+        meant = {cell.id for cell in choose(self.plan.params, ["*"] if patterns is None else patterns)}
+        self.chosen = [step.title for step in self.plan.cells if step.title in meant]
         if self.plan.disk_needed > self.plan.disk_free:
             raise ResgridError(
-                f"{self.pipeline.folder}: the grid takes about {self.plan.disk_needed / 1e9:.1f} GB of disk; "
-                f"{self.plan.disk_free / 1e9:.1f} GB are free. Free some, or choose fewer cells."
+                f"{self.pipeline.folder}: the grid takes about {amount(self.plan.disk_needed, 'B')} of disk; "
+                f"{amount(self.plan.disk_free, 'B')} are free. Free some, or choose fewer cells."
             )
 
     def run(self, title: str, slot: Slot | None = None) -> bool:
@@ -182,9 +196,17 @@ class Grid:
         return title not in self.failures
 
     def submit(self, title: str, slot: Slot, then: Callable[[Slot], None]) -> None:
-        """Begin to bring a stage up to date on a free slot, which `then` gets back after the last retry."""
+        """Begin to bring a stage up to date on a free slot, which `then` gets back.
+
+        That is after the last retry; of a pool it is a place in the queue, free when a worker takes the cell.
+        """
+        self._held[title] = partial(then, slot)
         self.futures[title] = stage.submit(title, slot.name, self, slot.env)
-        self.futures[title].add_done_callback(lambda future: then(slot))
+        self.futures[title].add_done_callback(lambda future: self._free(title))
+
+    def _free(self, title: str) -> None:
+        if give_back := self._held.pop(title, None):
+            give_back()
 
     def wait(self) -> None:
         """Until all that was submitted has ended."""
@@ -206,7 +228,9 @@ class Grid:
         if self.where == HERE:
             cells = [step.cell for step in steps if step.cell]
             self.slots = slots_for(self.pipeline, self.plan.params, cells, self.num_slots)
-        place = _said(self.slots) if self.where == HERE else f"in the work pool {self.where}"
+        elif todo:
+            self._open_pool()
+        place = f"in the work pool {self.where}" if self.pool else _said(self.slots)
         self.say(f"{len(todo)} of {len(chosen)} cells to train, {place}")
         self.show()
         return todo
@@ -234,6 +258,7 @@ class Grid:
         self.stop.set()
         for future in self.futures.values():
             future.wait(timeout=15)
+        self._exits.close()
         if self.progress.cells:
             self.progress.ended, self.progress.until = time.time(), None
             for cell, status in self.progress.cells.items():
@@ -251,14 +276,22 @@ class Grid:
             return Completed(name="Up to date")
         if force and tries == 1:  # or an interrupted training would go on
             delete(checkpoint_files(checkpoint_folder(self.pipeline.root, self.pipeline.folder), title))
-        self.running[title] = time.time()
-        self._set(title, RUNNING)
         say = get_run_logger().info
         status = CUT
         try:
-            outcome = reproduce(
-                self.pipeline, step.stage, {**env, **self.env}, say, force=force, stop=self.stop, slot=slot
-            )
+            if self.pool and step.cell:
+                outcome = self.pool.train(step, say, partial(self._follow, title))
+            else:
+                self._follow(title, True)
+                outcome = reproduce(
+                    self.pipeline,
+                    step.stage,
+                    {**env, **self.env},
+                    say,
+                    force=force,
+                    stop=self.stop,
+                    slot=slot,
+                )
             self.failures.pop(title, None)
             status = TRAINED if outcome.ran else RESTORED if step.state == "stale" else FRESH
             self.did[title], self.took[title] = status, outcome.seconds
@@ -270,7 +303,7 @@ class Grid:
             if failure.fault == "memory" and len(self.running) > 1:
                 status = WAITING
                 self.crowded.append(title)
-            elif failure.fault in ("connection", "card", "dvc") and tries <= RETRIES:
+            elif failure.fault in PASSING and tries <= RETRIES:
                 status = WAITING
                 say(f"{title}: {failure.why}: this can pass, so it is tried again")
             raise
@@ -280,7 +313,7 @@ class Grid:
             self.failures[title] = StageFailed(step.stage, str(error), [], log, None)
             raise
         finally:
-            del self.running[title]
+            self.running.pop(title, None)
             self._set(title, status)
         if outcome.ran and step.cell:
             for cell, link in mlflow_runs(self.pipeline.root, self.plan.params.name, [title]).items():
@@ -288,10 +321,21 @@ class Grid:
         name = "Completed" if outcome.ran else status.capitalize()
         return Completed(name=name, message=f"took {duration(outcome.seconds)}")
 
+    def _follow(self, title: str, is_running: bool) -> None:
+        """Take down that a stage has begun, or that it waits for another worker."""
+        if is_running:
+            self.running[title] = time.time()
+        else:
+            self.running.pop(title, None)
+        if self.pool and is_running:
+            self._free(title)
+        self._set(title, RUNNING if is_running else WAITING)
+
     def show(self) -> None:
         """How far the run is and how long it takes yet, in the terminal and on Prefect's page."""
         by_title = self.plan.by_title
         running = dict(self.running)
+        num_slots = max(1, len(running)) if self.pool else len(self.slots)
         waiting = [title for title, status in self.progress.cells.items() if status == WAITING]
         steps = [by_title[title] for title in (*running, *waiting)]
         # A stage that runs has lost the record of its earlier time: what was known once stays.
@@ -301,8 +345,8 @@ class Grid:
             now = time.time()
             left = [max(0.0, self.seconds[by_title[t].stage] - now + since) for t, since in running.items()]
             left += [self.seconds[step.stage] for step in longest_first(by_title[title] for title in waiting)]
-            self.progress.until = now + makespan(left, len(self.slots))
-        self.progress.slots = len(self.slots)
+            self.progress.until = now + makespan(left, num_slots)
+        self.progress.slots = num_slots
         save(self.pipeline, self.progress)
         self.page.progress(self.progress)
 
@@ -357,51 +401,14 @@ class Grid:
             )
         dvc_remote(self.pipeline)
 
-    def place(self, titles: list[str]) -> None:
-        """Let the workers of a pool train these cells; what came of each is here when this returns."""
-        if not titles:
-            return
+    def _open_pool(self) -> None:
+        """Let the workers of a pool train the cells: these get the data, and the cells a queue."""
         order = Order.of(self.pipeline, self.device)
-        push_data(self.pipeline, self.say, self.stop)
-        pool = Pool(self.where, self.pipeline, order, self.env, self.say, self.stop)
-        shown = 0.0
-        for event in pool.train([self.plan.by_title[title] for title in titles]):
-            match event:
-                case Moved(step, "running"):
-                    self.running[step.title] = time.time()
-                    self.progress.cells[step.title] = RUNNING
-                case Moved(step, "waiting"):
-                    self.running.pop(step.title, None)
-                    self.progress.cells[step.title] = WAITING
-                case Ended(step, result):
-                    self.running.pop(step.title, None)
-                    if isinstance(result, StageFailed):
-                        self.failures[step.title] = result
-                        self.progress.cells[step.title] = FAILED
-                    else:
-                        self.took[step.title] = result.seconds
-                        self.did[step.title] = self.progress.cells[step.title] = TRAINED
-            if time.monotonic() - shown > POOL_REFRESH_SECONDS:
-                shown = time.monotonic()
-                self.slots = [whole_machine()] * max(1, len(self.running))
-                self.show()
-
-
-def choose(plan: Plan, patterns: list[str] | None) -> list[str]:
-    """The ids of the cells that any of `patterns` matches, in the plan's order; all of them without patterns.
-
-    Raises ResgridError for a pattern that matches none.
-    """
-    ids = [step.title for step in plan.cells]
-    if patterns is None:
-        return ids
-    for pattern in patterns:
-        if not fnmatch.filter(ids, pattern):
-            raise ResgridError(
-                f"cells: no cell is called {pattern!r}{suggest(pattern, ids)} `resgrid cells` lists all of "
-                "them; resnet20-* and *-adam-? are patterns."
-            )
-    return [cell for cell in ids if any(fnmatch.fnmatchcase(cell, pattern) for pattern in patterns)]
+        push = [*DVC_COMMAND, "push", "--run-cache", *DATA_STAGES]
+        run_logged(self.pipeline, "push-data", push, {}, self.say, self.stop)
+        client = self._exits.enter_context(get_client(sync_client=True))
+        self.pool = Pool(client, self.where, self.pipeline, order, self.env, self.say, self.stop)
+        self.slots = [Slot(self.where, whole_machine().threads)] * MAX_UNTAKEN
 
 
 def _said(slots: list[Slot]) -> str:

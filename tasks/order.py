@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import subprocess
@@ -22,6 +23,7 @@ DATA_STAGES = ("download", "preprocess")  # the cells are trained on what the la
 class Order(BaseModel, frozen=True):
     """Under what a cell is to be trained: by the same code, with the same packages, on the same data."""
 
+    pipeline: str  # its folder in the repository
     commit: str
     versions: dict[str, str]  # by package, of those that pyproject.toml names
     data: str  # DVC's hash of data/processed
@@ -41,12 +43,13 @@ class Order(BaseModel, frozen=True):
             )
         data = recorded_data(pipeline)
         assert data is not None, "the data stages have just been brought up to date"
-        return cls(commit=commit, versions=installed(), data=data, device=device)
+        return cls(pipeline=pipeline.name, commit=commit, versions=installed(), data=data, device=device)
 
     @property
     def tag(self) -> str:
-        """Of the flow runs under this order."""
-        return f"order-{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]}"
+        """Of the flow runs under this order; with a cell's id it names one training."""
+        content = json.dumps(self.model_dump(), sort_keys=True)  # PostgreSQL gives keys back in its own order
+        return f"order-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def refusal(self, pipeline: Pipeline) -> str | None:
         """Why this checkout must not train under the order; None if it may."""

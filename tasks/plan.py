@@ -27,7 +27,7 @@ from resgrid.config import Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import cache_folder
-from resgrid.progress import duration
+from resgrid.progress import amount, duration
 from resgrid.record import read_state, write_state
 from tasks.lockfile import keep, read_lock
 from tasks.slots import Slot, share, shared_speed
@@ -165,7 +165,7 @@ class Plan:
                 "",
                 f"{total}.",
                 f"{slots}. Expected time: {takes}.",
-                f"Disk: {_bytes(self.disk_needed)} needed, {_bytes(self.disk_free)} free"
+                f"Disk: {amount(self.disk_needed, 'B')} needed, {amount(self.disk_free, 'B')} free"
                 + (f" (DVC's cache is {self.cache})." if elsewhere else "."),
             ]
         )
@@ -470,10 +470,6 @@ def _needs(step: Step, params: Params, recorded: Mapping[str, Any]) -> int:
         return int(COPIES * 4e6 * MILLIONS.get(step.cell.architecture, max(MILLIONS.values())))
     known = CIFAR10_BYTES.get(step.stage, 0) if params.data.source == "cifar10" else 0
     return 2 * (sum(out.get("size", 0) for out in recorded.get("outs", ())) or known)
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _said(step: Step) -> str:

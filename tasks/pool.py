@@ -1,113 +1,81 @@
-"""A grid's cells as flow runs in a Prefect work pool, each followed until its result is recorded here.
+"""A cell on another machine: a flow run in a Prefect work pool, and its result from the DVC remote.
 
-A worker trains a cell in a clone of its own and pushes what came of it, with DVC's run cache, to the DVC
+A worker trains the cell in a clone of its own and pushes what came of it, with DVC's run cache, to the DVC
 remote. `dvc repro --pull` here then takes it from there and lists it in dvc.lock; it trains nothing, for the
-stage's command refuses to (RECORD_ONLY). That is also how a cell is known to be done: what Prefect says of a
-flow run only tells when to look. So a run whose end nobody heard of is not trained twice, and one that said
-to be done and left no result is placed again.
+stage's command refuses to (RECORD_ONLY). That alone says whether a cell is done: what Prefect says of its run
+tells when to look.
 
-A run shows that it lives by Prefect's heartbeats, which a worker's flows send every 30 s, the least that
-Prefect allows. Times are taken here and when a beat is first seen: the machines' clocks need not agree.
+The runs of a cell are numbered, and the number stands in the idempotency key: however often one is asked
+for, by however many coordinators, it is the same run. The newest owns the cell; a worker with an older one
+lets it go.
+
+Who is alive, Prefect's server says: two automations declare a run lost of which nothing is heard. That is no
+proof of death, for after an outage of the server they strike at once. A run that finds itself declared lost
+says that it is running, so it is given the time to do so before the cell is placed again.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Literal
-from uuid import UUID, uuid4
+from datetime import timedelta
+from typing import TypeVar
+from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
-    FlowRunFilterId,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.deployments import run_deployment
-from prefect.events.filters import (
-    EventFilter,
-    EventNameFilter,
-    EventOccurredFilter,
-    EventResourceFilter,
-)
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed
 
 from resgrid.errors import ResgridError
 from tasks.lockfile import RECORD_ONLY
-from tasks.order import DATA_STAGES, Order
-from tasks.stage import DVC_COMMAND, Outcome, Pipeline, StageFailed, Stopped, run_logged
-
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
-
-    from tasks.plan import Step
+from tasks.order import Order
+from tasks.plan import Step
+from tasks.stage import Fault, Outcome, Pipeline, StageFailed, Stopped, reproduce
 
 FLOW = "train-cell"
-# names of a failed run's state
+WATCHED = "resgrid-watched"  # the tag of deployments in pools of processes, where silence means an end
+# names of a run's state
 REFUSED = "Refused"  # by a worker whose clone is another
-PASSING = "Passing"  # by a fault that can pass
+PASSING = "Passing"  # failed by a fault that can pass
+LOST = "Lost"  # declared crashed by an automation
 
-MAX_WAITING = 100  # cells in the pool that no worker has taken yet
+MAX_UNTAKEN = 100  # cells in the pool that no worker has taken yet
 PAGE = 200  # flow runs that the server tells of at once
 POLL_SECONDS = 2.0
-BEAT_SECONDS = 30  # between two signs of life
-SILENCE_SECONDS = 50.0  # without one, a run is lost
-START_SECONDS = 90.0  # from a worker's taking of a run to its first sign of life
-TRIES = 3  # of a cell that ended by a fault that can pass, or left no result
+BEAT_SECONDS = 30  # between two signs of life: the least that Prefect allows
+SILENCE_SECONDS = 60  # without one, a run is lost
+START_SECONDS = 90  # likewise, from a worker's taking of a run to its first sign of life
+RETURN_SECONDS = 2.0 * BEAT_SECONDS  # for a run that was declared lost to say that it lives
+LOOK_PAUSES = (0.0, 1.0, 5.0, 15.0)  # before each look for the result of a run that ended well
+TRIES = 3  # of a cell whose result does not come
 MAX_LOST = 10  # times that a cell's worker may go away
-LOOKS = 4  # for a result in the remote, before it counts as missing
 AWAY_SECONDS = 20.0  # between two looks while the remote is away
 IDLE_SECONDS = 60.0  # without a cell at work, after which a person is told
 
+Answer = TypeVar("Answer")
 _AWAY = (httpx.HTTPError, PrefectException, OSError)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """What became of a cell."""
-
-    step: Step
-    result: Outcome | StageFailed
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A cell that a worker has begun, or that waits for one again."""
-
-    step: Step
-    to: Literal["running", "waiting"]
-
-
-@dataclass(eq=False)
-class Place:
-    """A cell in the pool, or on its way there."""
-
-    step: Step
-    tries: int = 0
-    lost: int = 0
-    refused: int = 0
-    looks: int = 0  # for its result
-    state: StateType | None = None
-    since: float = 0.0  # when it was first seen in that state, by this process's clock
-    beat: tuple[datetime, float] | None = None  # the latest, and when it was first seen
-    began: float = field(default_factory=time.time)
-
-
 class Pool:
-    """The work pool `name`, as one run of a grid uses it."""
+    """The work pool `name`, as one run of a grid uses it, with a thread for each cell."""
 
     def __init__(
         self,
+        client: SyncPrefectClient,
         name: str,
         pipeline: Pipeline,
         order: Order,
@@ -115,340 +83,276 @@ class Pool:
         say: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
+        """Make the pool and its deployment if need be; raises ResgridError if the server lacks ours."""
         self.name, self.pipeline, self.order, self.env = name, pipeline, order, env
-        self.say, self.stop = say, stop
-        self.placed: dict[UUID, Place] = {}
-        self.waiting: deque[Place] = deque()
-        self.ended: list[Place] = []  # whose result is to be taken from the remote
-        self._key = uuid4()  # of this coordinator's requests
-        self._looked = self._answering = time.monotonic()  # since when the server has answered all along
-        self._away = False
-        self._worked = time.monotonic()  # when a cell was last at work
-        self._thread = ThreadPoolExecutor(1, "record")
-        self._recording: Future[Recorded] | None = None
-        self._look_again = 0.0  # not before
+        self._client, self._say, self._stop = client, say, stop
+        self._asking, self._recording = threading.Lock(), threading.Lock()
+        self._alive: dict[UUID, State] = {}  # runs that have not ended
+        self._looked = 0.0
+        self._answering = self._worked = time.monotonic()  # since when the server does; when a cell last was
+        self._is_away = False
+        self._deployment = _deploy(client, name)
 
-    def train(self, queue: Sequence[Step]) -> Iterator[Moved | Ended | None]:
-        """Place the cells in this order, and tell what happens to each; None from time to time.
+    def train(self, step: Step, say: Callable[[str], None], follow: Callable[[bool], None]) -> Outcome:
+        """Have a worker train the cell; its result is here when this returns.
 
-        Runs of an earlier coordinator under the same order are taken over. On the way out by an exception all
-        runs are cancelled. Raises ResgridError if the server lacks the deployments, and Stopped after `stop`.
+        `follow` is told whenever the cell begins to run, and when it waits again. Raises StageFailed, and
+        Stopped, by which the run is cancelled.
         """
-        self.waiting = deque(Place(step) for step in queue)
-        with get_client(sync_client=True) as client:
-            deployment = self._deployment(client)
-            try:
-                self._take_over(client)
-                while self.waiting or self.placed or self.ended or self._recording:
-                    try:
-                        self._place(deployment)
-                        yield from self._follow(client)
-                        self._remind(client)
-                        self._away = False
-                    except _AWAY as error:
-                        self._note_away(error)
-                    yield from self._record()
-                    yield None
-                    if self.stop.wait(POLL_SECONDS):
-                        raise Stopped
-            except BaseException:
-                self._cancel(client)
-                raise
-            finally:
-                self._thread.shutdown(wait=False, cancel_futures=True)
+        began, lost, missing = time.time(), 0, 0
+        run = self._ask(lambda: newest_run(self._client, self.order, step.title))
+        state = run.state if run else None
+        if run is None or (state and state.is_final() and not (state.is_completed() or state.name == LOST)):
+            run = self._place(step, run)
+        else:
+            say(f"it has been placed before, as flow run {run.id}")
+        while True:
+            state = self._end(run.id, follow)
+            if state.is_completed() or state.is_crashed():
+                for pause in LOOK_PAUSES if state.is_completed() else LOOK_PAUSES[:1]:
+                    self._pause(pause)
+                    if self._record(step, say):
+                        return Outcome(step.stage, True, time.time() - began, self.pipeline.log(step.stage))
+            why, *lines = (state.message or f"ended as {state.name}").splitlines()
+            is_over = state.name != REFUSED
+            if state.is_completed():
+                missing += 1
+                why, is_over = "it was trained, but the DVC remote has no result of it", missing == TRIES
+            elif state.is_crashed():
+                lost += 1
+                why, is_over = f"its worker went away, time {lost} ({why})", lost > MAX_LOST
+            if is_over:
+                why = why.removeprefix(f"{step.stage}: ")
+                tail = [line.strip() for line in lines if not line.startswith("    All of it:")]
+                where = f"flow run {run.name} ({run.id})"
+                fault: Fault | None = "connection" if state.name == PASSING else None
+                raise StageFailed(step.stage, why, tail, where, fault)
+            say(f"{why}; it is placed again")
+            follow(False)
+            run = self._place(step, run)
 
-    # --- the server ---------------------------------------------------------------------------------
-
-    def _deployment(self, client: SyncPrefectClient) -> UUID:
-        """That of `train-cell` in this pool; both are made if need be."""
-        try:
-            base = client.read_deployment_by_name(f"{FLOW}/{FLOW}")
-        except ObjectNotFound:
-            raise ResgridError(
-                f"Prefect's server has no deployment {FLOW}: `prefect deploy --all` in the project's folder "
-                "registers it."
-            ) from None
-        make_pool(client, self.name)
-        return client.create_deployment(
-            flow_id=base.flow_id,
-            name=self.name,
-            description=base.description,
-            tags=base.tags,
-            entrypoint=base.entrypoint,
-            path=base.path,
-            pull_steps=base.pull_steps,
-            parameter_openapi_schema=base.parameter_openapi_schema,
-            job_variables=base.job_variables,
-            work_pool_name=self.name,
-        )
-
-    def _take_over(self, client: SyncPrefectClient) -> None:
-        """Go on with the runs that an earlier coordinator has placed under this order."""
-        by_cell = {place.step.title: place for place in self.waiting}
-        of_order = FlowRunFilter(tags=FlowRunFilterTags(all_=[self.order.tag]))
-        runs: list[FlowRun] = []
-        while found := client.read_flow_runs(flow_run_filter=of_order, limit=PAGE, offset=len(runs)):
-            runs += found
-        ours: list[tuple[FlowRun, State, Place]] = []
-        for run in runs:
-            place = by_cell.get(run.parameters.get("cell", ""))
-            if place and run.state and run.parameters.get("pipeline") == self.pipeline.name:
-                ours.append((run, run.state, place))
-        for run, state, place in ours:
-            if place in self.waiting and not state.is_final() and not state.is_cancelling():
-                self.placed[run.id] = place
-                self.waiting.remove(place)
-        for _, state, place in ours:
-            if place in self.waiting and state.is_completed():
-                place.state = StateType.COMPLETED
-                self.waiting.remove(place)
-                self.ended.append(place)
-        if self.placed or self.ended:
-            self.say(f"{len(self.placed)} cells are in the pool already, {len(self.ended)} have ended there")
-
-    def _place(self, deployment: UUID) -> None:
-        while self.waiting and self._num_untaken() < MAX_WAITING:
-            place = self.waiting[0]
-            attempt = f"{place.tries}.{place.lost}.{place.refused}"
-            run = run_deployment(  # in a thread without an event loop it answers at once
-                deployment,
+    def _place(self, step: Step, before: FlowRun | None) -> FlowRun:
+        """The cell's run after `before`: one that is there already, or a new one."""
+        number = 0 if before is None else _number(before) + 1
+        run = self._ask(
+            lambda: run_deployment(  # in a thread without an event loop it answers at once
+                self._deployment,
                 parameters={
-                    "cell": place.step.title,
+                    "cell": step.title,
                     "pipeline": self.pipeline.name,
                     "order": self.order.model_dump(),
                 },
-                flow_run_name=place.step.title,
+                flow_run_name=step.title,
                 tags=[self.order.tag],
-                # One run for each try, also if the answer to the request was lost.
-                idempotency_key=f"{self._key} {place.step.title} {attempt}",
+                idempotency_key=f"{self.order.tag} {step.title} {number}",
                 work_queue_name=self.order.device or "default",
                 timeout=0,
+                as_subflow=False,
             )
-            assert isinstance(run, FlowRun)
-            self.waiting.popleft()
-            place.state, place.beat, place.looks = None, None, 0
-            self.placed[run.id] = place
+        )
+        assert isinstance(run, FlowRun)
+        return run
 
-    def _num_untaken(self) -> int:
-        return sum(place.state is not StateType.RUNNING for place in self.placed.values())
+    def _end(self, run: UUID, follow: Callable[[bool], None]) -> State:
+        """The state in which a run has ended: Crashed as well if somebody has deleted it.
 
-    def _follow(self, client: SyncPrefectClient) -> Iterator[Moved | Ended]:
-        """Look at every run once; what ended well, or went away, is added to `ended`."""
-        runs: dict[UUID, FlowRun] = {}
-        for ids in _pages(list(self.placed), PAGE):
-            some = FlowRunFilter(id=FlowRunFilterId(any_=ids))
-            runs |= {run.id: run for run in client.read_flow_runs(flow_run_filter=some, limit=PAGE)}
-        self._hear(client, [number for number, run in runs.items() if run.state and run.state.is_running()])
-        now = time.monotonic()
-        if now - self._looked > SILENCE_SECONDS / 4:  # what was said meanwhile may not have been heard
-            self._answering = now
-        self._looked = now
-        for number, place in list(self.placed.items()):
-            run = runs.get(number)
-            if run is None:  # somebody has deleted it
-                yield from self._lose(number, place)
-                continue
-            state = run.state
-            if state is None:
-                continue
-            if state.type != place.state:
-                place.state, place.since = state.type, now
-                if state.is_running():
-                    place.began = time.time()
-                    yield Moved(place.step, "running")
-            if state.is_completed():
-                del self.placed[number]
-                self.ended.append(place)
-            elif state.is_crashed():
-                yield from self._lose(number, place)
-            elif self._is_lost(place, state):
-                why = f"No sign of life for {SILENCE_SECONDS:.0f} s: its worker is gone, or cut off."
-                with suppress(ObjectNotFound):
-                    # by which a worker that comes back late lets the cell go
-                    client.set_flow_run_state(number, Crashed(message=why), force=True)
-                yield from self._lose(number, place)
-            elif state.is_final():
-                del self.placed[number]
-                yield self._failed(place, run, state)
-        if any(place.state is StateType.RUNNING for place in self.placed.values()):
-            self._worked = now
+        It counts as lost only when it has not come back in time, of which the server's absence is no part.
+        """
+        runs, lost = False, None
+        try:
+            while True:
+                state = self._ask(lambda: self._state(run))
+                lost = (lost or time.monotonic()) if state.name == LOST else None
+                if lost and time.monotonic() - max(lost, self._answering) > RETURN_SECONDS:
+                    return state
+                if state.is_final() and not lost:
+                    return state
+                if state.is_running() and not runs:
+                    runs = True
+                    follow(True)
+                self._pause(POLL_SECONDS)
+        except Stopped:
+            with suppress(*_AWAY):  # then it goes on, and its result is kept
+                self._client.set_flow_run_state(run, Cancelling())
+            raise
 
-    def _hear(self, client: SyncPrefectClient, running: list[UUID]) -> None:
-        """Take in the latest heartbeat of each of these runs."""
-        day = timedelta(days=1)  # by whatever a worker's clock says
-        now = datetime.now(UTC)
-        for ids in _pages(running, 50):  # the events that the server tells of at once
-            latest = EventFilter(
-                occurred=EventOccurredFilter(since=now - day, until=now + day),
-                event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
-                resource=EventResourceFilter(id=[f"prefect.flow-run.{run}" for run in ids], distinct=True),
-            )
-            for event in client.read_events(latest, limit=50).events:
-                place = self.placed[UUID(event.resource.id.rpartition(".")[2])]
-                if place.beat is None or event.occurred > place.beat[0]:
-                    place.beat = (event.occurred, time.monotonic())
+    def _state(self, run: UUID) -> State:
+        """One request to the server answers for all cells, as long as they are alive."""
+        with self._asking:
+            if time.monotonic() - self._looked > POLL_SECONDS:
+                self._alive = self._read_alive()
+                self._looked = time.monotonic()
+                self._remind()
+        if run in self._alive:
+            return self._alive[run]
+        try:
+            state = self._client.read_flow_run(run).state
+        except ObjectNotFound:
+            return Crashed(message="Somebody has deleted its flow run.")
+        assert state is not None
+        return state
 
-    def _is_lost(self, place: Place, state: State) -> bool:
-        """Whether nothing was heard for too long, although the server was there to hear it."""
-        heard = max(place.since, place.beat[1] if place.beat else 0.0, self._answering)
-        limit = START_SECONDS if state.is_pending() else SILENCE_SECONDS
-        is_taken = state.is_pending() or state.is_running() or state.is_cancelling()
-        return is_taken and time.monotonic() - heard > limit
+    def _read_alive(self) -> dict[UUID, State]:
+        wanted = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[self.order.tag]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))),
+        )
+        runs: list[FlowRun] = []
+        while page := self._client.read_flow_runs(flow_run_filter=wanted, limit=PAGE, offset=len(runs)):
+            runs += page
+            if len(page) < PAGE:
+                break
+        return {run.id: run.state for run in runs if run.state}
 
-    def _lose(self, number: UUID, place: Place) -> Iterator[Moved | Ended]:
-        del self.placed[number]
-        place.lost += 1
-        place.state = StateType.CRASHED
-        self.say(f"{place.step.title}: its worker went away; it is placed again, unless its result is there")
-        if place.lost > MAX_LOST:
-            why = f"its worker went away {place.lost} times"
-            yield Ended(place.step, StageFailed(place.step.stage, why, [], f"flow run {number}", None))
-        else:
-            self.ended.append(place)
-
-    def _failed(self, place: Place, run: FlowRun, state: State) -> Moved | Ended:
-        why, *lines = (state.message or f"ended as {state.name}").splitlines()
-        why = why.removeprefix(f"{place.step.stage}: ")
-        if state.name == REFUSED:
-            place.refused += 1
-            self.say(f"{place.step.title}: {why}")
-        elif state.name == PASSING and place.tries + 1 < TRIES:
-            place.tries += 1
-            self.say(f"{place.step.title}: {why}: this can pass, so it is tried again")
-        else:
-            return Ended(place.step, self._failure(place, run, why, lines))
-        return self._again(place)
-
-    def _failure(self, place: Place, run: FlowRun, why: str, lines: list[str]) -> StageFailed:
-        tail = [line.strip() for line in lines if not line.startswith("    All of it:")]
-        return StageFailed(place.step.stage, why, tail, f"flow run {run.name} ({run.id})", None)
-
-    def _remind(self, client: SyncPrefectClient) -> None:
+    def _remind(self) -> None:
         """Say so if nobody works although cells wait."""
         now = time.monotonic()
-        if not self.placed or now - self._worked < IDLE_SECONDS:
+        if not self._alive or any(state.is_running() for state in self._alive.values()):
+            self._worked = now
+        if now - self._worked < IDLE_SECONDS:
             return
         self._worked = now
-        workers = client.read_workers_for_work_pool(self.name)
+        workers = self._client.read_workers_for_work_pool(self.name)
         online = [worker.name for worker in workers if worker.status == "ONLINE"]
         device = f" with the device {self.order.device}" if self.order.device else ""
         who = f"none of the workers {', '.join(online)} takes a cell" if online else "there is no worker"
-        self.say(
+        self._say(
             f"{who} in the pool {self.name!r}: `resgrid worker --pool {self.name}` starts one, in a clone at "
             f"commit {self.order.commit[:10]}{device}"
         )
 
-    def _note_away(self, error: Exception) -> None:
-        """Raises `error` again if it is no server that is away."""
-        known = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-        if known or isinstance(error, ObjectNotFound):
-            raise error
-        self._answering = time.monotonic()
-        if not self._away:
-            self.say(f"Prefect's server does not answer ({type(error).__name__}); the cells go on")
-        self._away = True
-
-    def _cancel(self, client: SyncPrefectClient) -> None:
-        for number, place in self.placed.items():
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """The server's answer, as soon as it is there to give one; that it is away is said once."""
+        while True:
+            began = time.monotonic()
             try:
-                client.set_flow_run_state(number, Cancelling())
+                answer = question()
             except _AWAY as error:
-                self.say(f"{place.step.title} is not cancelled ({type(error).__name__}): its result is kept")
+                known = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+                if known or isinstance(error, ObjectNotFound):
+                    raise
+                self._answering = time.monotonic()
+                if not self._is_away:
+                    self._say(f"Prefect's server does not answer ({type(error).__name__}); the cells go on")
+                self._is_away = True
+                self._pause(POLL_SECONDS)
+                continue
+            if time.monotonic() - began > BEAT_SECONDS / 3:  # Prefect's client has tried it more than once
+                self._answering = time.monotonic()
+            self._is_away = False
+            return answer
 
-    # --- DVC ----------------------------------------------------------------------------------------
+    def _record(self, step: Step, say: Callable[[str], None]) -> bool:
+        """Whether the cell's result is here, as the remote gives it; waits for a remote that is away."""
+        while True:
+            with self._recording:  # one `dvc` at a time
+                self._pause(0.0)
+                is_here = record(self.pipeline, step.stage, self.env, say, self._stop)
+            if is_here is not None:
+                return is_here
+            self._pause(AWAY_SECONDS)
 
-    def _record(self) -> Iterator[Moved | Ended]:
-        """Take over from the remote what has ended, beside all else; what has none there is placed again.
-
-        As many cells as there are in one command, for each command looks through the whole run cache.
-        """
-        if self._recording is not None:
-            if not self._recording.done():
-                return
-            found, self._recording = self._recording.result(), None
-            ended, self.ended = self.ended, []
-            for place in ended:
-                yield from self._settle(place, found)
-        if self.ended and time.monotonic() >= self._look_again:
-            stages = [place.step.stage for place in self.ended]
-            self._recording = self._thread.submit(
-                record, self.pipeline, stages, self.env, self.say, self.stop
-            )
-
-    def _settle(self, place: Place, found: Recorded) -> Iterator[Moved | Ended]:
-        """What is said of one cell that ended, by its looks for a result."""
-        stage, log = place.step.stage, self.pipeline.log("record")
-        if stage in found.here:
-            yield Ended(place.step, Outcome(stage, True, time.time() - place.began, log))
-            return
-        if stage not in found.missing:  # it came meanwhile, or the remote is away
-            if stage in found.asked:
-                self._look_again = time.monotonic() + AWAY_SECONDS
-            self.ended.append(place)
-            return
-        place.looks += 1
-        if place.state is StateType.COMPLETED and place.looks < LOOKS:
-            self._look_again = time.monotonic() + place.looks
-            self.ended.append(place)
-        elif place.state is StateType.COMPLETED and place.tries + 1 == TRIES:
-            why = "a worker has trained it, but the DVC remote does not give its result"
-            yield Ended(place.step, StageFailed(stage, why, [], log, None))
-        else:
-            place.tries += place.state is StateType.COMPLETED
-            yield self._again(place)
-
-    def _again(self, place: Place) -> Moved:
-        self.waiting.append(place)
-        return Moved(place.step, "waiting")
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What came of taking over the results of stages; of the others that were asked for, nothing is known."""
-
-    asked: frozenset[str]
-    here: frozenset[str]  # in this checkout and its dvc.lock
-    missing: frozenset[str]  # the remote has no result
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped
 
 
 def record(
     pipeline: Pipeline,
-    stages: Sequence[str],
+    stage: str,
     env: Mapping[str, str],
     say: Callable[[str], None],
     stop: threading.Event,
-) -> Recorded:
-    """`dvc repro --pull` of these stages, none of whose commands may run.
+) -> bool | None:
+    """Whether the DVC remote has a result of `stage`, which is then here; None if it does not answer.
 
-    Raises Stopped after `stop`.
+    Its command does not run. Raises Stopped after `stop`.
     """
-    command = [*DVC_COMMAND, "repro", "--pull", "--keep-going", "--single-item", *stages]
-    asked, heard = frozenset(stages), list[str]()
     try:
-        run_logged(pipeline, "record", command, {**env, RECORD_ONLY: "1"}, heard.append, stop)
+        reproduce(pipeline, stage, {**env, RECORD_ONLY: "1"}, say, pull=True, stop=stop)
     except StageFailed as failure:
-        errors = [line for line in heard if line.startswith("ERROR: ")]
-        failed = {stage for stage in asked if any(f"'{stage}'" in line for line in errors)}
-        refused = {line.split("'")[1] for line in heard if line.startswith("Running stage '")}
-        settled = {line.split("'")[1] for line in heard if line.startswith("Stage '")}
-        if failed - refused or not failed or any("Failed to pull run cache" in line for line in heard):
-            say(f"the DVC remote does not answer as it should: {failure.why}\n    All of it: {failure.log}")
-            return Recorded(asked, frozenset(settled & asked - failed), frozenset())
-        return Recorded(asked, asked - failed, frozenset(failed))
-    return Recorded(asked, asked, frozenset())
+        if failure.fault is None and not any("Failed to pull run cache" in line for line in failure.tail):
+            return False  # its command was about to run
+        say(f"the DVC remote does not answer as it should: {failure.why}\n    All of it: {failure.log}")
+        return None
+    return True
 
 
-def _pages(ids: list[UUID], size: int) -> list[list[UUID]]:
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
+def newest_run(client: SyncPrefectClient, order: Order, cell: str) -> FlowRun | None:
+    """The run that owns a cell under an order."""
+    of_cell = FlowRunFilter(tags=FlowRunFilterTags(all_=[order.tag]), name=FlowRunFilterName(any_=[cell]))
+    return max(client.read_flow_runs(flow_run_filter=of_cell, limit=PAGE), key=_number, default=None)
 
 
-def push_data(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event) -> None:
-    """To the DVC remote, for every worker. Raises StageFailed if it cannot be written."""
-    command = [*DVC_COMMAND, "push", "--run-cache", *DATA_STAGES]
-    run_logged(pipeline, "push-data", command, {}, say, stop)
+def _number(run: FlowRun) -> int:
+    number = (run.idempotency_key or "").rpartition(" ")[2]
+    return int(number) if number else -1  # a copy that a person made on Prefect's page
 
 
 def make_pool(client: SyncPrefectClient, name: str) -> None:
     """A work pool of processes, unless there is one of that name, of whatever type."""
     with suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+
+def watch_runs(client: SyncPrefectClient) -> None:
+    """Have the server declare runs lost of which nothing is heard: two automations, made once.
+
+    A worker that dies before the flow begins leaves its run Pending, or Submitting, which follows at once and
+    so is no sign of life. One that dies in the moment of the beginning leaves it Running without a heartbeat.
+    """
+
+    def events(*names: str) -> set[str]:
+        return {f"prefect.flow-run.{name}" for name in names}
+
+    ended = events("Completed", "Failed", "Crashed", "Cancelled", REFUSED, PASSING, LOST)
+    for name, after, expect, seconds in (
+        ("no heartbeat", events("Running", "heartbeat"), events("heartbeat"), SILENCE_SECONDS),
+        ("taken, but not begun", events("Pending"), events("Running"), START_SECONDS),
+    ):
+        title = f"ResGrid's cells: {name} for {seconds} s"
+        if client.read_automations_by_name(title):
+            continue
+        trigger = EventTrigger(
+            after=after,
+            expect=expect | ended,
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={
+                "prefect.resource.role": "tag",
+                "prefect.resource.id": f"prefect.tag.{WATCHED}",
+            },
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        )
+        message = f"No sign of life for {seconds} s: its worker is gone, or cut off."
+        action = ChangeFlowRunState(state=StateType.CRASHED, name=LOST, message=message)
+        client.create_automation(AutomationCore(name=title, trigger=trigger, actions=[action]))
+
+
+def _deploy(client: SyncPrefectClient, name: str) -> UUID:
+    """The deployment of `train-cell` in the pool `name`; both are made if need be."""
+    try:
+        base = client.read_deployment_by_name(f"{FLOW}/{FLOW}")
+    except ObjectNotFound:
+        raise ResgridError(
+            f"Prefect's server has no deployment {FLOW}: `prefect deploy --all` in the project's folder "
+            "registers it."
+        ) from None
+    make_pool(client, name)
+    watch_runs(client)
+    # Of a pod silence means less: it may be on its way, or send no heartbeats.
+    tags = [WATCHED] if client.read_work_pool(name).type == "process" else []
+    return client.create_deployment(
+        flow_id=base.flow_id,
+        name=name,
+        description=base.description,
+        tags=[*base.tags, *tags],
+        entrypoint=base.entrypoint,
+        path=base.path,
+        pull_steps=base.pull_steps,
+        parameter_openapi_schema=base.parameter_openapi_schema,
+        job_variables=base.job_variables,
+        work_pool_name=name,
+    )

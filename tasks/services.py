@@ -2,7 +2,7 @@
 
 All of them listen on loopback alone and keep their state in the project's `.resgrid`.
 
-What Prefect 3.8.8 does with a worker that is told to end, read in its sources and tried:
+What Prefect does with a worker that is told to end, read in the sources of 3.8.8 and tried with it and 3.9.1:
 
 - SIGTERM makes a process worker send itself SIGINT, which cancels its event loop. That kills each flow run's
   process with SIGKILL at once (`anyio.Process.aclose`): the flow cannot end its children, and its state stays
@@ -90,7 +90,7 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000, workers
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     if workers < 1:
         raise ResgridError(f"--workers {workers}: flows need at least one.")
-    for folder in ("prefect", "logs", "locks"):  # the first is PREFECT_HOME; Prefect makes no parents
+    for folder in ("logs", "locks"):
         (root / ".resgrid" / folder).mkdir(parents=True, exist_ok=True)
     with _alone(root), _signals() as stop:
         services = _Services(root, stop)
@@ -338,28 +338,37 @@ class _Services:
             self.stop.pause()
 
 
-def _environment(root: Path, prefect: str) -> dict[str, str]:
-    """Of every service, and so of the flows and trainers that the worker starts."""
-    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
-    names = [name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name]
+def environment(root: Path, **more: str) -> dict[str, str]:
+    """Of every service of the project in `root`, and so of the flows and trainers that a worker starts."""
+    (root / ".resgrid/prefect").mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
     return os.environ | {
         # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        # Before whatever else has a module called tasks or flows.
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
         "PREFECT_HOME": str(root / ".resgrid/prefect"),
-        "PREFECT_API_URL": f"{prefect}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",  # how long a run waits to be taken; 10 by default
         "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # of runs that are still pending as well
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DVC_NO_ANALYTICS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "NO_PROXY": ",".join(names),
-        "no_proxy": ",".join(names),
+        **more,
     }
+
+
+def _environment(root: Path, prefect: str) -> dict[str, str]:
+    """Of those of this machine, with Prefect at the address `prefect`."""
+    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
+    names = [name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name]
+    return environment(
+        root,
+        # Before whatever else has a module called tasks or flows.
+        PYTHONPATH=os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
+        PYTHONUNBUFFERED="1",
+        PREFECT_API_URL=f"{prefect}/api",
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+        PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
+        NO_PROXY=",".join(names),
+        no_proxy=",".join(names),
+    )
 
 
 def _free_port(what: str, wanted: int, taken: int | None = None) -> int:

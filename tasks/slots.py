@@ -4,7 +4,7 @@ Cores are divided, never shared: two processes of two threads on two cores reach
 one alone, while two of one thread each reach 1.2 times those of one of two. So on the CPU there are as many
 slots as cores and cells, and the threads of one are cores // slots. On a GPU a small network leaves most of
 the card idle, so under MPS several cells share it, as many as its free memory holds. Without MPS processes
-take turns on a card and gain nothing (see `mps.py`), so each card has one.
+take turns on a card and gain nothing (see `resgrid.mps`), so each card has one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from resgrid import mps
 from resgrid.errors import ResgridError
-from tasks import mps
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kubernetes set it
 GIB = 2**30

@@ -50,6 +50,7 @@ TAIL = 8  # lines of the log in a message
 DVC_COMMAND = (sys.executable, "-P", "-m", "dvc", "--wait-for-lock")
 
 Fault = Literal["memory", "connection", "card", "dvc"]  # which can pass: the command's own, and DVC's
+PASSING: tuple[Fault, ...] = ("connection", "card", "dvc")  # by themselves, with the others as they are
 
 
 # What DVC says after each stage about git and remotes; it stays in the log alone.
@@ -135,13 +136,15 @@ def reproduce(
     on_line: Callable[[str], None],
     *,
     force: bool = False,
+    pull: bool = False,
     stop: threading.Event | None = None,
     slot: str = "",
 ) -> Outcome:
     """Bring `stage` up to date with `dvc repro --single-item`; each line of output goes to `on_line`.
 
-    `env` is added to this process's environment. Setting `stop` ends the child and all that it started.
-    Raises StageFailed, with the end of the log, if the stage fails, and Stopped after `stop`.
+    `env` is added to this process's environment; with `pull` the DVC remote is asked for a result. Setting
+    `stop` ends the child and all that it started. Raises StageFailed, with the end of the log, if the stage
+    fails, and Stopped after `stop`.
     """
     stop = stop or threading.Event()
     before = _wait_for_another(pipeline, stage, on_line, stop)
@@ -149,7 +152,8 @@ def reproduce(
     log = pipeline.log(stage)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("", encoding="utf-8")
-    command = [*DVC_COMMAND, "repro", "--single-item", *(["--force"] if force else []), stage]
+    options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
+    command = [*DVC_COMMAND, "repro", "--single-item", *options, stage]
     began = time.monotonic()
     code, tail = run(command, pipeline.folder, {**env, record.SLOT: slot}, log, on_line, stop)
     now = pipeline.record(stage)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import psutil
@@ -23,25 +24,24 @@ from filelock import FileLock, Timeout
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectAlreadyExists, PrefectException
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Cancelled, Completed, Failed, Running
 
-from resgrid import tracking
+from resgrid import mps, tracking
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
-from tasks import mps
 from tasks import order as orders
 from tasks.grid import end_with_worker
 from tasks.lockfile import RECORD_ONLY
 from tasks.order import Order
-from tasks.pool import BEAT_SECONDS, PASSING, REFUSED, make_pool
+from tasks.pool import BEAT_SECONDS, LOST, PASSING, REFUSED, make_pool, newest_run
 from tasks.publish import flow_environment
-from tasks.services import POOL, running
+from tasks.services import POOL, environment, running
 from tasks.slots import Slot, cards, share
 from tasks.stage import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
 
@@ -73,16 +73,17 @@ def train_for(cell: str, folder: str, order: Order) -> State:
     stop = threading.Event()
     began = time.monotonic()
     try:
-        with _while_ours(stop), _slot(pipeline, stop) as slot:
+        with _owned(cell, order, stop) as check, _slot(pipeline, stop) as slot:
             bring_data(pipeline, order, stop)
             reproduce(pipeline, stage, {**env, **slot.env}, say, stop=stop, slot=slot.name)
+            check()
             push(pipeline, stage, say, stop)
     except NotPushed as failure:
         return Failed(name=PASSING, message=str(failure))
     except StageFailed as failure:
         return Failed(name=PASSING if failure.fault else "Failed", message=str(failure))
     except Stopped:
-        return Cancelled(message="This run was ended, or taken for lost: its worker has let the cell go.")
+        return Cancelled(message="It was ended, or another run has the cell: its worker has let the cell go.")
     finally:
         stop.set()
     return Completed(message=f"{orders.host()} {slot.name}: took {duration(time.monotonic() - began)}")
@@ -150,39 +151,35 @@ def _slot(pipeline: Pipeline, stop: threading.Event) -> Iterator[Slot]:
 
 
 @contextmanager
-def _while_ours(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` once this flow run is over for the server: it was taken for lost, or cancelled, or deleted.
+def _owned(cell: str, order: Order, stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """Set `stop` once this flow run has the cell no more: there is a newer one, or it was ended or deleted.
 
-    Since it was last scheduled, that is: a worker that comes back late adds its own states after that one.
-    Raises Stopped if it is over already.
+    If it was declared lost it says that it runs. Yields what asks at once, and raises Stopped if it is over.
     """
-    run_id = runtime.flow_run.id
+    own = UUID(runtime.flow_run.id)
 
     def ask() -> None:
-        with get_client(sync_client=True) as client:
-            try:
-                states = client.read_flow_run_states(run_id)
-            except ObjectNotFound:
+        with suppress(Exception), get_client(sync_client=True) as client:  # whatever an absent server raises
+            run = newest_run(client, order, cell)
+            if run is None or run.id != own or run.state is None:
                 stop.set()
-                return
-        for state in sorted(states, key=lambda state: state.timestamp, reverse=True):
-            if state.is_final() or state.is_cancelling():
+            elif run.state.name == LOST:
+                client.set_flow_run_state(own, Running(), force=True)
+            elif run.state.is_final() or run.state.is_cancelling():
                 stop.set()
-            if state.is_scheduled():
-                break
+
+    def check() -> None:
+        ask()
+        if stop.is_set():
+            raise Stopped
 
     def keep_asking() -> None:
         while not stop.wait(ASK_SECONDS):
-            with suppress(Exception):  # whatever a server that is away may raise
-                ask()
+            ask()
 
-    with suppress(Exception):
-        ask()
-    if stop.is_set():
-        raise Stopped
-    thread = threading.Thread(target=keep_asking, name="ours", daemon=True)
-    thread.start()
-    yield
+    check()
+    threading.Thread(target=keep_asking, name="owned", daemon=True).start()
+    yield check
 
 
 # --- the worker -------------------------------------------------------------------------------------
@@ -198,14 +195,14 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     if not (root / "prefect.yaml").is_file():
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     pipeline = Pipeline.find(root)
-    environment = _environment(root)
+    env = _environment(root)
     remote = orders.remote(pipeline)
     shares = share(slots or os.cpu_count() or 1, slots=slots)
     queues = ["default", *devices()]
     name = name or orders.host()
     commit, _ = git_commit()
-    prefect = tracking.shown(environment["PREFECT_API_URL"])
-    mlflow = tracking.shown(environment["MLFLOW_TRACKING_URI"])
+    prefect = tracking.shown(env["PREFECT_API_URL"])
+    mlflow = tracking.shown(env["MLFLOW_TRACKING_URI"])
     names = ", ".join(slot.name for slot in shares)
     print(f"Worker      {name}, at commit {commit[:10]}, in {root}")
     print(f"Slots       {len(shares)}, with {shares[0].threads} threads each: {names}")
@@ -213,24 +210,24 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     print(f"Results to  MLflow at {mlflow} and the DVC remote {remote}")
     print("Ctrl-C ends it: the cells that it trains then go to other workers.\n", flush=True)
     refusal = root / ".resgrid" / f"refusal-{os.getpid()}"
-    environment |= {SLOTS: str(len(shares)), REFUSAL: str(refusal)}
+    env |= {SLOTS: str(len(shares)), REFUSAL: str(refusal)}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     command += ["--name", name, "--limit", str(len(shares))]
     for queue in queues:
         command += ["--work-queue", queue]
-    _make_queues(pool, queues, environment)
+    _make_queues(pool, queues, env)
     if pool == POOL:  # of train-all itself: this worker is a coordinator
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        if subprocess.run(deploy, cwd=root, env=environment, check=False).returncode:
+        if subprocess.run(deploy, cwd=root, env=env, check=False).returncode:
             raise ResgridError(f"{root / 'prefect.yaml'}: its deployments cannot be registered; see above.")
     told: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: told.append(number))
     process, cards_shared = None, ExitStack()
     try:
-        environment |= cards_shared.enter_context(mps.shared(slot.card for slot in shares))
+        env |= cards_shared.enter_context(mps.shared(slot.card for slot in shares))
         while not told:
-            process = subprocess.Popen(command, cwd=root, env=environment, process_group=0)
+            process = subprocess.Popen(command, cwd=root, env=env, process_group=0)
             while process.poll() is None and not told and not refusal.exists():
                 time.sleep(POLL_SECONDS)
             if refusal.exists():
@@ -265,31 +262,24 @@ def devices() -> list[str]:
 
 def _environment(root: Path) -> dict[str, str]:
     """Of Prefect's worker, and so of its flows and trainers."""
-    environment = dict(os.environ)
-    services = running(root)
-    if services:
-        environment.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
-        environment.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
+    found = environment(
+        root,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(BEAT_SECONDS),
+        # Without a server Prefect's worker gives up after 45 times as long, and its flows end with it.
+        PREFECT_WORKER_QUERY_SECONDS=os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "5"),
+    )
+    if services := running(root):
+        found.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
+        found.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
     for variable, what, example in (
         ("PREFECT_API_URL", "Prefect's server", "http://server:4200/api"),
         ("MLFLOW_TRACKING_URI", "MLflow's server", "http://server:5000"),
     ):
-        if not environment.get(variable, "").startswith(("http://", "https://")):
+        if not found.get(variable, "").startswith(("http://", "https://")):
             raise ResgridError(
                 f"{variable} names no server: set it to the address of {what}, such as {example}."
             )
-    (root / ".resgrid/prefect").mkdir(parents=True, exist_ok=True)
-    return environment | {
-        # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PREFECT_HOME": str(root / ".resgrid/prefect"),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
-        "PREFECT_WORKER_QUERY_SECONDS": environment.get("PREFECT_WORKER_QUERY_SECONDS", "2"),
-        "PREFECT_WORKER_ENABLE_CANCELLATION": "true",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DVC_NO_ANALYTICS": "1",
-    }
+    return found
 
 
 def _make_queues(pool: str, queues: list[str], environment: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -14,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -134,6 +136,14 @@ class Cluster:
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}"
+
+    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        """Prefect's server, by its REST interface."""
+        data = None if content is None else json.dumps(content).encode()
+        url = f"{self.url('prefect')}/api/{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
 
     def start(self, name: str, wait: bool = True) -> None:
         port = str(self.ports[name])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from resgrid import mps  # noqa: E402
 from resgrid.checkpoint import Checkpoints  # noqa: E402
 from resgrid.config import Recipe, load_params  # noqa: E402
 from resgrid.data.dataset import Split  # noqa: E402
@@ -30,7 +31,6 @@ from resgrid.grid import Cell, find_cell  # noqa: E402
 from resgrid.models import build_model  # noqa: E402
 from resgrid.training.device import choose_execution  # noqa: E402
 from resgrid.training.engine import Epoch, Outcome, Totals, TrainingData, fit, score, stream_seed  # noqa: E402
-from tasks import mps  # noqa: E402
 
 DRY = os.environ.get("RESGRID_GPU_DRY") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda:0")

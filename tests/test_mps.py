@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from resgrid import mps
 from resgrid.errors import ResgridError
-from tasks import mps, slots
+from tasks import slots
 from tasks.slots import Card
 
 TWO = ["0", "0"]  # the cards of two slots

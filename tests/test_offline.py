@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch_alone
-from small import ROOT, Project, digits
+from small import Project, digits
 
+from resgrid import offline
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
-from tasks import offline
 
 CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
 
@@ -31,9 +31,8 @@ class Node:
         self.folder = shutil.copytree(
             project.root, folder, ignore=shutil.ignore_patterns(".dvc", ".git", "runs")
         )
-        shutil.copytree(ROOT / "tasks", folder / "tasks")
         packages = torch_alone.link(folder / "packages")
-        path = os.pathsep.join(map(str, (packages, folder / "src", folder)))
+        path = os.pathsep.join(map(str, (packages, folder / "src")))
         self.env = {
             "PATH": os.environ["PATH"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RESGRID_DEVICE": "cpu",
         }  # fmt: skip

@@ -12,17 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import BUCKET, Cluster, end_tree, wait_until
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from sleeping import ROOT, WORK, Sleeping, sleeping
 from small import digits
 
 from resgrid.errors import ResgridError
 from tasks.order import Order
-from tasks.pool import record
+from tasks.pool import record, watch_runs
 from tasks.stage import Pipeline
 from tasks.worker import NotPushed, push
 
@@ -66,6 +70,8 @@ class Project:
     cluster: Cluster
     origin: Sleeping
     workers: list[Worker] = field(default_factory=list)
+    coordinator: subprocess.Popen[str] | None = None
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def root(self) -> Path:
@@ -96,10 +102,11 @@ class Project:
 
     def train_all(self, **parameters: Any) -> subprocess.Popen[str]:
         content = json.dumps({"where": "pool"} | parameters)
-        return subprocess.Popen(
+        self.coordinator = subprocess.Popen(
             [sys.executable, "-c", RUN, content], cwd=self.root, env=self.cluster.env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        return self.coordinator
 
     def lines(self, name: str) -> Counter[str]:
         """How often each stage stands in that file of any checkout."""
@@ -107,7 +114,40 @@ class Project:
         text = "".join(file.read_text() for file in files if file.exists())
         return Counter(line.split()[0] for line in text.splitlines())
 
+    def runs(self) -> list[dict[str, Any]]:
+        """All flow runs of this project's cells, as Prefect's server has them."""
+        of_project = {
+            "flows": {"name": {"any_": ["train-cell"]}},
+            "flow_runs": {"expected_start_time": {"after_": self.began.isoformat()}},
+        }
+        found: list[dict[str, Any]] = self.cluster.ask("flow_runs/filter", of_project)
+        return found
+
+    def states(self) -> list[list[str]]:
+        """The names of the states of each of them, one after the other."""
+        each = [self.cluster.ask(f"flow_run_states/?flow_run_id={run['id']}") for run in self.runs()]
+        return [[state["name"] for state in sorted(of, key=lambda s: s["timestamp"])] for of in each]
+
+    def mlflow_runs(self) -> dict[str, list[str]]:
+        """The ids of the runs that MLflow has of each cell of this project, which is an experiment of its own."""
+        client = MlflowClient(self.cluster.url("mlflow"))
+        runs: dict[str, list[str]] = {}
+        if experiment := client.get_experiment_by_name(self.root.parent.name.replace("_", "-")):
+            for run in client.search_runs([experiment.experiment_id]):
+                if cell := run.data.tags.get("cell"):
+                    runs.setdefault(cell, []).append(run.info.run_id)
+        return runs
+
+    def check_recorded_once(self, cells: int) -> None:
+        """Each cell stands in dvc.lock, and MLflow has one run of it."""
+        assert (self.root / "dvc.lock").read_text().count("  train@resnet") == cells
+        assert self.run("dvc", "status", "--json").strip() == "{}"
+        assert [len(runs) for runs in self.mlflow_runs().values()] == [1] * cells
+
     def end(self) -> None:
+        if self.coordinator:
+            self.coordinator.kill()
+            self.coordinator.communicate()
         for worker in self.workers:
             worker.signal(signal.SIGKILL)
             worker.process.wait()
@@ -152,15 +192,27 @@ def project(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
     made.end()
 
 
-def test_a_killed_and_a_stopped_worker_lose_nothing_and_nothing_is_trained_twice(project: Project) -> None:
-    """24 cells over three workers, and two of them go away, in a short form: six over three."""
+def test_the_server_is_told_once_what_silence_means(cluster: Cluster) -> None:
+    url = cluster.env["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        for _ in range(2):
+            watch_runs(client)
+        assert len(client.read_automations()) == 2
+
+
+def test_killed_and_stopped_workers_and_a_killed_coordinator_cost_no_cell_and_none_is_trained_twice(
+    project: Project,
+) -> None:
+    """Six cells over three workers, of which two go away with their flows."""
     naps = {"leaves": "60", "hangs": "60", "stays": "1"}
     first, second, third = (project.work(name, NAP=nap) for name, nap in naps.items())
     grid = project.train_all()
-    wait_until(lambda: first.has_begun() and second.has_begun(), 120, "no cell has begun")
+    wait_until(lambda: first.has_begun() and second.has_begun(), 300, "no cell has begun")
+    grid.kill()
+    grid.communicate()
     first.signal(signal.SIGKILL)
     second.signal(signal.SIGSTOP)
-    said, _ = grid.communicate(timeout=400)
+    said, _ = project.train_all().communicate(timeout=600)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "6 cells: 6 trained"], said
 
     lock = (project.root / "dvc.lock").read_text()
@@ -175,6 +227,7 @@ def test_a_killed_and_a_stopped_worker_lose_nothing_and_nothing_is_trained_twice
     cells = [stage for stage in ended if stage.startswith("resnet")]
     assert sorted(cells) == sorted(path.name for path in project.root.glob("runs/*"))
     assert {ended[cell] for cell in cells} == {1}
+    assert len(project.runs()) == 8  # the two cells were placed again, by the coordinator that took over
     assert (ended["download"], ended["preprocess"], ended["evaluate"]) == (1, 1, 1)  # the data were brought
     third.process.send_signal(signal.SIGTERM)
     assert third.process.wait(30) == 0
@@ -199,6 +252,46 @@ def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Pro
     assert (project.root / "dvc.lock").read_text().count("  train@resnet") == 6
     ended = project.lines("ended")
     assert {ended[path.name] for path in project.root.glob("runs/*")} == {1}, said
+
+
+@pytest.mark.long
+def test_cells_that_train_while_prefects_server_is_away_are_not_trained_again(real: Project) -> None:
+    """For two minutes, so that each of three cells, which take longer, is declared lost when it is back."""
+    real.origin.edit(
+        "dvc.yaml", "cmd: resgrid train ${item.arch", "cmd: sleep 200 && resgrid train ${item.arch"
+    )
+    real.origin.edit("params.yaml", "optimizers: [sgd, adam]", "optimizers: [sgd, adam, rmsprop]")
+    commit(real)
+    worker = real.work("worker", slots=3)
+    grid = real.train_all()
+    log = "train@resnet20-*.log"
+    wait_until(lambda: len(list((worker.root / ".resgrid/logs").glob(log))) == 3, 300, "no three cells train")
+    real.cluster.kill("prefect")
+    time.sleep(120)
+    real.cluster.start("prefect")
+    assert not list((worker.root / "runs").glob("*/run.json")), "they are over already"
+    said, _ = grid.communicate(timeout=900)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "3 cells: 3 trained"], said
+    states = real.states()
+    assert len(states) == 3  # each was placed once
+    assert any("Lost" in of for of in states), "the automation did not strike"
+    real.check_recorded_once(3)
+
+
+@pytest.mark.long
+def test_a_worker_killed_before_its_flow_begins_loses_no_cell(real: Project) -> None:
+    commit(real)
+    first = real.work("first")
+    grid = real.train_all()
+    wait_until(lambda: any(run["state_type"] == "PENDING" for run in real.runs()), 120, "no cell was taken")
+    first.signal(signal.SIGKILL)
+    real.work("second")
+    said, _ = grid.communicate(timeout=600)
+    assert json.loads(said.splitlines()[-1]) == ["Completed", "2 cells: 2 trained"], said
+    (lost,) = [of for of in real.states() if "Lost" in of]
+    assert "Running" not in lost
+    assert not (first.root / "runs").exists()
+    real.check_recorded_once(2)
 
 
 @pytest.mark.long
@@ -249,6 +342,7 @@ def test_cells_that_need_a_gpu_do_not_go_to_a_worker_without_one(project: Projec
 def real(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
     """The project itself on the digits, to be committed by the test."""
     made = Project(cluster, Sleeping(digits(tmp_path / "origin").root))
+    made.origin.edit("params.yaml", "name: small", f"name: {tmp_path.name.replace('_', '-')}")
     yield made
     made.end()
 
@@ -262,7 +356,6 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
         real.work(name, slots=2)  # of one thread each
     said, _ = real.train_all().communicate(timeout=900)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "24 cells: 24 trained"], said
-    assert real.run("dvc", "status", "--json").strip() == "{}"
     trained = [len(list((worker.root / "runs").glob("*/run.json"))) for worker in real.workers]
     assert sum(trained) == 24
     assert min(trained) > 0
@@ -275,12 +368,7 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
         here = json.loads((cell / "run.json").read_text())
         assert here == json.loads((alone / "runs" / cell.name / "run.json").read_text())
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(real.cluster.url("mlflow"))
-    experiment = client.get_experiment_by_name("small").experiment_id
-    cells = Counter(run.data.tags.get("cell") for run in client.search_runs([experiment]))
-    assert {cells[path.name] for path in (real.root / "runs").iterdir()} == {1}  # each recorded once
+    real.check_recorded_once(24)
 
     # A colleague has all of it without training.
     real.run("dvc", "push")
@@ -300,14 +388,10 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     commit(real)
     first = real.work("first", slots=2)
     grid = real.train_all()
-    from mlflow import MlflowClient
 
     def is_shared() -> bool:
         client = MlflowClient(real.cluster.url("mlflow"))
-        if (experiment := client.get_experiment_by_name("small")) is None:
-            return False
-        runs = client.search_runs([experiment.experiment_id])
-        return any(client.list_artifacts(run.info.run_id, "checkpoint") for run in runs)
+        return any(client.list_artifacts(run, "checkpoint") for (run,) in real.mlflow_runs().values())
 
     wait_until(is_shared, 240, "no checkpoint was put with the run")
     first.signal(signal.SIGKILL)
@@ -315,6 +399,7 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     said, _ = grid.communicate(timeout=600)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "1 cells: 1 trained"], said
     assert "/60, which another machine has reached" in second.said
+    real.check_recorded_once(1)
     alone = tmp_path / "alone"
     real.run("git", "clone", "-q", str(real.root), str(alone))
     real.run("dvc", "repro", cwd=alone, RESGRID_THREADS="1", MLFLOW_TRACKING_URI="")
@@ -343,12 +428,10 @@ def clones(tmp_path: Path) -> tuple[Sleeping, Sleeping]:
     return origin, clone
 
 
-def taken(origin: Sleeping, *cells: str) -> tuple[set[str], set[str]]:
-    """Of these cells, whose result `record` has brought here, and who has none in the remote."""
-    found = record(
-        Pipeline.find(origin.root), [f"train@{cell}" for cell in cells], {}, print, threading.Event()
-    )
-    return {stage[6:] for stage in found.here}, {stage[6:] for stage in found.missing}
+def taken(origin: Sleeping, *cells: str) -> list[bool | None]:
+    """Of each of these cells, whether `record` has brought its result here."""
+    here, stop = Pipeline.find(origin.root), threading.Event()
+    return [record(here, f"train@{cell}", {}, print, stop) for cell in cells]
 
 
 def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clones) -> None:
@@ -358,10 +441,10 @@ def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clo
         assert clone.run("dvc", "repro", "--single-item", f"train@{cell}").returncode == 0
     # A worker that was cut off in the middle of its push: the outputs without their entry in the run cache.
     assert clone.run("dvc", "push", f"train@{elsewhere}").returncode == 0
-    assert taken(origin, there, elsewhere) == (set(), {there, elsewhere})
+    assert taken(origin, there, elsewhere) == [False, False]
     # The next push brings what is left of the one before as well.
     push(Pipeline.find(clone.root), f"train@{there}", print, threading.Event())
-    assert taken(origin, there, elsewhere, nowhere) == ({there, elsewhere}, {nowhere})
+    assert taken(origin, there, elsewhere, nowhere) == [True, True, False]
     lock = (origin.root / "dvc.lock").read_text()
     assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, True, False]
     assert "resnet20" not in (origin.root / "trained").read_text()
@@ -382,7 +465,7 @@ def test_a_remote_that_is_away_says_nothing_of_any_cell(clones) -> None:
     url = "s3://nobody/there"
     origin.run("dvc", "remote", "modify", "storage", "url", url)
     origin.run("dvc", "remote", "modify", "storage", "endpointurl", "http://127.0.0.1:9")
-    assert taken(origin, "resnet20-sgd-0") == (set(), set())
+    assert taken(origin, "resnet20-sgd-0") == [None]
 
 
 def test_another_commit_other_packages_and_changed_files_are_named(clones, tmp_path: Path) -> None:

@@ -388,7 +388,7 @@ def test_when_the_data_fail_nothing_is_trained(server, plain):
 
 def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(server, plain):
     assert server.run(plain).state == "Completed"
-    plain.behave("resnet20-sgd-0", "touch begun; sleep 6")
+    plain.behave("resnet20-sgd-0", "touch begun; until [ -f go ]; do sleep 0.1; done; sleep 3")
     before = len(plain.trained())
     kept = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
     kept.mkdir(parents=True)
@@ -397,6 +397,9 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     first = server.begin(plain, cells=["resnet20-*"], force=True, slots=1)
     wait_until((plain.root / "begun").exists)
     second = server.begin(plain, cells=["*-sgd-*"], force=True, slots=1)
+    at_work = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    wait_until(lambda: len(server.ask("flow_runs/filter", at_work)) == 2, 120)
+    (plain.root / "go").touch()
     second.end()
     first.end()
     assert (first.message, second.message) == ("2 cells: 2 trained", "2 cells: 1 trained, 1 up to date")
@@ -510,13 +513,15 @@ def test_a_server_that_is_away_does_not_stop_the_grid(server, plain):
 
 
 @pytest.mark.long
-def test_a_lost_connection_is_tried_again_and_at_most_twice(server, plain):
+def test_a_lost_connection_and_a_failed_card_are_tried_again_and_at_most_twice(server, plain):
     plain.change_code()
     plain.behave("resnet20-sgd-0", 'fail \'"connection"\' "the server does not answer"')
+    plain.behave("resnet20-adam-0", 'fail \'"card"\' "CUDA error"')
     before = len(plain.trained())
     flow = server.run(plain, slots=2)
-    assert flow.message.startswith("resnet20-sgd-0 failed (3 trained, 1 failed).")
-    assert plain.trained()[before:].count("resnet20-sgd-0") == 3
+    assert "(2 trained, 2 failed)." in flow.message
+    again = plain.trained()[before:]
+    assert [again.count(cell) for cell in ("resnet20-sgd-0", "resnet20-adam-0")] == [3, 3]
 
 
 @pytest.mark.long

@@ -500,8 +500,9 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
 
 
 def _train_list(options: argparse.Namespace) -> int:
+    from resgrid.grid import choose
+    from resgrid.offline import train_list
     from resgrid.tracking import project_root
-    from tasks.offline import choose, train_list
 
     if options.slots < 1:
         raise ResgridError(f"--slots {options.slots}: must be 1 or more.")
@@ -514,8 +515,8 @@ def _train_list(options: argparse.Namespace) -> int:
 
 def _take_in(options: argparse.Namespace) -> int:
     from resgrid.data.dataset import load_meta
+    from resgrid.offline import take_in
     from resgrid.tracking import project_root
-    from tasks.offline import take_in
 
     taken, refused = take_in(options.parts, load_params(), load_meta(PROCESSED).digest, project_root())
     if taken:

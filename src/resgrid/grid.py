@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from resgrid.config import Engine, Optimizer, Params, Recipe
@@ -106,6 +107,21 @@ def _leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
             yield from _leaves(value, path)
         else:
             yield path, value
+
+
+def choose(params: Params, patterns: Iterable[str]) -> list[Cell]:
+    """The cells that `patterns` match, in the order of these; raises ResgridError if one matches none."""
+    cells = {cell.id: cell for cell in expand(params)}
+    chosen: dict[str, Cell] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(cells, pattern)
+        if not names:
+            raise ResgridError(
+                f"no cell is called {pattern!r}{suggest(pattern, cells)} `resgrid cells` lists all of them; "
+                "resnet20-* and *-adam-? are patterns."
+            )
+        chosen |= {name: cells[name] for name in names}
+    return list(chosen.values())
 
 
 def find_cell(params: Params, cell_id: str) -> Cell:

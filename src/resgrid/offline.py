@@ -9,7 +9,6 @@ Imports nothing that needs more than torch, NumPy, pydantic, ruamel.yaml, safete
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import os
 import re
@@ -25,15 +24,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from resgrid import watch
+from resgrid import mps, watch
 from resgrid.config import Params
-from resgrid.errors import ResgridError, suggest
+from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.models import own_file
 from resgrid.provenance import code_digest
 from resgrid.runs import FILES, METRICS, RUN, read_json, run_in, verify_weights
-from tasks import mps
 
 PART_BYTES = 16 * 2**20  # of a pack's parts: more is too much for some ways out of a cluster
 TRIES = 3  # of a cell that died, or whose card failed: a neighbour's fault can take it along
@@ -45,20 +43,6 @@ MEMBER = re.compile(rf"runs/[^/]+/({'|'.join(map(re.escape, (*FILES, METRICS)))}
 
 
 # --- where there is torch ---------------------------------------------------------------------------
-
-
-def choose(params: Params, patterns: Iterable[str]) -> list[Cell]:
-    """The cells that `patterns` match, in the order of these; raises ResgridError if one matches none."""
-    cells = {cell.id: cell for cell in expand(params)}
-    chosen: dict[str, Cell] = {}
-    for pattern in patterns:
-        names = fnmatch.filter(cells, pattern)
-        if not names:
-            raise ResgridError(
-                f"no cell is called {pattern!r}{suggest(pattern, cells)} `resgrid cells` lists all."
-            )
-        chosen |= {name: cells[name] for name in names}
-    return list(chosen.values())
 
 
 def train_list(cells: Sequence[Cell], root: Path, slots: int, seconds: float, pack: Path | None) -> list[str]:
