@@ -168,7 +168,7 @@ def test_at_the_time_limit_what_runs_is_ended(node, packed):
 
 def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
     code, _, err = node.run("plan")
-    assert (code, err) == (1, "resgrid: this command needs the package psutil: `make install`.\n")
+    assert (code, err) == (1, "resgrid: this command needs the package tasks: `make install`.\n")
 
 
 def test_a_pattern_that_matches_no_cell_is_refused(node):
