@@ -415,7 +415,7 @@ def test_a_class_name_cannot_become_part_of_the_page():
 
 SECTIONS = [
     "Test accuracy, %", "What can be concluded", "Accuracy and its cost", "Learning curves", "Generalisation gap",
-    "Calibration", "One cell, closely", "Studies", "Published and measured", "Every cell", "How it was made",
+    "Calibration", "Ensembles", "One cell, closely", "Studies", "Published and measured", "Every cell", "How it was made",
 ]  # fmt: skip
 
 
@@ -485,6 +485,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "adam": {"lr": 0.001},
                 "rmsprop": {"lr": 0.001},
                 "adagrad": {"lr": 0.01},
+                "adamw": {"lr": 0.001, "weight_decay": 0.05},
             }
         },
         "studies": {
