@@ -360,7 +360,7 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
     ]  # fmt: skip
     assert spread[1].env == {
         "RESGRID_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "RESGRID_DEVICE": "cuda",  # whatever was asked for: the trainer sees no second card
+        "RESGRID_DEVICE": "cuda", "RESGRID_SHARING": "2",  # whatever was asked for: the trainer sees no second card
     }  # fmt: skip
     told = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
     assert [slot.card for slot in told] == ["0", "1", "0"]

@@ -167,7 +167,7 @@ def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
     timing = json.loads((finished / "timing.json").read_text())
     assert list(timing) == [
         "started", "train_seconds", "epoch_seconds", "images_per_second", "peak_memory_bytes", "device",
-        "device_name", "precision", "compiled", "graphed", "threads", "torch", "python", "platform", "resgrid",
+        "device_name", "precision", "compiled", "graphed", "sharing", "threads", "torch", "python", "platform", "resgrid",
     ]  # fmt: skip
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
     assert len(timing["epoch_seconds"]) == 2
