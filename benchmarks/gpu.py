@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 import convolutions  # noqa: E402
 
 from resgrid import mps  # noqa: E402
-from resgrid.config import FAMILIES, load_params  # noqa: E402
+from resgrid.config import load_params  # noqa: E402
 from resgrid.data.batches import Batches, in_order  # noqa: E402
 from resgrid.data.dataset import Split  # noqa: E402
 from resgrid.grid import Cell, expand, find_cell  # noqa: E402
@@ -416,7 +416,7 @@ def measure(page: Page, size: Size, device: torch.device, precision: torch.dtype
         value = attempt(what, lambda n=num, k=kind, u=under_mps: shared(n, k, u, size), 15)
         page.shares.append((num, kind, under_mps, value))
         page.save()
-    for name in FAMILIES:
+    for name in PARAMS.grid.architectures:
         if size.dry and page.steps:
             page.steps[name] = page.steps["resnet20"]
         else:

@@ -436,11 +436,20 @@ def main() -> None:
     if options.dry:
         write(options.dry, machine(), [], measure_steps(["resnet20"], 1, 1))
         return
-    from resgrid.config import FAMILIES
+    from resgrid.config import load_params
 
     found = machine()
     rows = measure_all(options.rounds)
-    write(HERE, found, rows, measure_steps(list(FAMILIES), YARDSTICK_ROUNDS, YARDSTICK_BATCHES))
+    write(
+        HERE,
+        found,
+        rows,
+        measure_steps(
+            list(load_params(HERE.parent / "params.yaml").grid.architectures),
+            YARDSTICK_ROUNDS,
+            YARDSTICK_BATCHES,
+        ),
+    )
 
 
 if __name__ == "__main__":

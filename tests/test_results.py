@@ -41,6 +41,9 @@ def test_the_page_is_what_the_program_makes_of_the_rows(results: ModuleType) -> 
     for digest in runs["weights_sha256"] if len(runs) else ():
         assert re.fullmatch(r"[0-9a-f]{64}", digest)
     assert not runs.duplicated(["pipeline", "cell"]).any()
+    start, end = results.ANSWER
+    front = results.FRONT.read_text(encoding="utf-8")
+    assert front.partition(start)[2].partition(end)[0] == f"\n{results.answer(runs)}\n"
 
 
 def test_a_difference_is_told_only_where_its_interval_and_holm_allow_it(results: ModuleType) -> None:

@@ -1,7 +1,8 @@
 """docs/results: rows of finished runs, and the page and figures that follow from them.
 
     python docs/results/results.py collect PIPELINE…    # adds or renews the rows of a pipeline's run folders
-    python docs/results/results.py write                # README.md and the figures, from runs.csv and h100/
+    python docs/results/results.py write                # README.md and the figures, from runs.csv and h100/;
+                                                        # and the answer at the top of the project's README
 
 Every figure and sentence of the page is computed here: means and intervals over seeds by
 `resgrid.report.statistics`, never typed.
@@ -24,6 +25,7 @@ from resgrid.runs import METRICS, RUN, read_json
 
 HERE = Path(__file__).parent
 RUNS, H100, PAGE = HERE / "runs.csv", HERE / "h100", HERE / "README.md"
+FRONT, ANSWER = HERE.parents[1] / "README.md", ("<!-- answer -->", "<!-- /answer -->")
 NUM_TEST = 10_000
 COLUMNS = [
     "pipeline", "cell", "architecture", "optimizer", "seed", "learning_rate", "epochs", "batch_size", "status",
@@ -235,6 +237,33 @@ def page(runs: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def answer(runs: pd.DataFrame) -> str:
+    """The project's first table and picture: each question's means, and what can be told from them."""
+    optimizers, depth = groups_of(runs, "optimizers", "optimizer"), groups_of(runs, "depth", "architecture")
+    lines = ["| | test accuracy, % | 95 % interval | seeds |", "|:--|--:|:--|--:|"]
+    told = []
+    for groups, what, name in (
+        (optimizers, "optimizer", "ResNet-20, {}"),
+        (depth, "depth", "{}, sgd"),
+    ):
+        for key, rows in groups.items():
+            found = mean(rows["test_accuracy"].to_numpy())
+            interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
+            title = name.format(key.replace("resnet", "ResNet-"))
+            lines.append(f"| {title} | **{100 * found.estimate:.1f}** | {interval} | {len(rows)} |")
+        told += [each for each in sentences(groups, what) if "Paired" not in each] if groups else []
+    epochs, card = runs["epochs"].max(), h100()
+    long = card[(card["architecture"] == "resnet20") & ~card["is_cut"]].iloc[0]
+    return f"""\
+Trained on all 50,000 CIFAR-10 images (JPEG copies, which cost about {JPEG_POINTS} points) for only {epochs} epochs, cosine to zero, each optimizer at one rate: a comparison of recipes, not of what 200 epochs would give.
+
+{chr(10).join(lines)}
+
+![Test accuracy by optimizer: a dot a training, and the 95 % interval of the mean](docs/results/optimizers.png)
+
+{" ".join(told)} [All results](docs/results/README.md), six trainings on a GPU among them (ResNet-20, {long["epochs"]} epochs: {100 * long["test_accuracy"]:.1f} %), with what can and cannot be concluded."""
+
+
 def claims(optimizers: dict[str, pd.DataFrame], depth: dict[str, pd.DataFrame], card: pd.DataFrame) -> str:
     """Each claim, and whether it holds here."""
     lines = ["| claim | here |", "|:--|:--|"]
@@ -318,6 +347,9 @@ The same cell at the same commit, torch and number of threads gives the same wei
 def write() -> None:
     runs = pd.read_csv(RUNS) if RUNS.exists() else pd.DataFrame(columns=COLUMNS)
     PAGE.write_text(page(runs), encoding="utf-8")
+    before, start, rest = FRONT.read_text(encoding="utf-8").partition(ANSWER[0])
+    _, end, after = rest.partition(ANSWER[1])
+    FRONT.write_text(f"{before}{start}\n{answer(runs)}\n{end}{after}", encoding="utf-8")
     for name, key in (("optimizers", "optimizer"), ("depth", "architecture")):
         if groups := groups_of(runs, name, key):
             figure(groups, HERE / f"{name}.png", "A dot a training; the bar is the 95 % interval of the mean")
