@@ -115,8 +115,8 @@ def standard(architecture: str, what: str, batches: int) -> None:
     serve(measure)
 
 
-def ours(architecture: str, what: str, batches: int) -> None:
-    cell, device, execution = _as_in_training(architecture)
+def ours(architecture: str, what: str, batches: int, keep: bool = True) -> None:
+    cell, device, execution = _as_in_training(architecture, keep)
     data = _data(batches)
     from resgrid.models import build_model
     from resgrid.training.engine import fit, score
@@ -190,8 +190,12 @@ def profile(architecture: str, batches: int) -> None:
     print(f"| {architecture} | {figures} |")
 
 
-def _as_in_training(architecture: str):
+def _as_in_training(architecture: str, keep: bool = True):
     """The cell as its full training on CIFAR-10 computes it, with crop and flip; its device and execution."""
+    from resgrid.allocator import keep_freed_memory
+
+    if keep:
+        keep_freed_memory()
     from resgrid.config import Engine, Recipe, load_params
     from resgrid.grid import find_cell
     from resgrid.training.device import choose_device, choose_execution
@@ -280,6 +284,24 @@ def speed_row(name: str, architecture: str, what: str, batches: int, rounds: int
         rounds=rounds,
         unit="images/s",
     )
+
+
+def allocator_rows(rounds: int) -> None:
+    """Print images/s with glibc's allocator as it is, and told to keep freed memory, in turn."""
+    for architecture, batches in BATCHES.items():
+        for what in ("train", "score"):
+            num = 2 * batches * (4 if what == "score" else 1)
+            sides = [Side(side, architecture, what, num) for side in ("default allocator", "ours")]
+            pairs = [[side.measure() for side in sides] for _ in range(rounds)]
+            for side in sides:
+                side.close()
+            default, kept = (median(each) for each in zip(*pairs, strict=True))
+            ratios = sorted(kept / default for default, kept in pairs)
+            print(
+                f"| {NAMES[architecture]}, {what} | {default:,.1f} | {kept:,.1f} | {median(ratios):.2f} "
+                f"| {ratios[0]:.2f}–{ratios[-1]:.2f} ({rounds}) |",
+                flush=True,
+            )
 
 
 def start_row(rounds: int) -> Row:
@@ -418,6 +440,9 @@ def main() -> None:
         "--dry", type=Path, metavar="FOLDER", help="ResNet-20's step alone, once, into FOLDER"
     )
     parser.add_argument(
+        "--allocator", action="store_true", help="with and without keeping freed memory (allocator.py)"
+    )
+    parser.add_argument(
         "--profile", metavar="ARCHITECTURE", help="what a step's time is made of, by torch's profiler"
     )
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)  # whose, which, what, how many batches
@@ -427,7 +452,13 @@ def main() -> None:
         if side == "yardstick":
             yardstick(architecture, int(what), int(batches))
         else:
-            (standard if side == "standard" else ours)(architecture, what, int(batches))
+            if side == "standard":
+                standard(architecture, what, int(batches))
+            else:
+                ours(architecture, what, int(batches), keep=side == "ours")
+        return
+    if options.allocator:
+        allocator_rows(options.rounds)
         return
     if options.profile:
         print(f"| | {' | '.join(KINDS)} | other |\n|---|{'---|' * (len(KINDS) + 1)}")

@@ -440,6 +440,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None:
     from resgrid import leftovers, tracking, watch
+    from resgrid.allocator import keep_freed_memory
     from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
     from resgrid.train import show_history, train_cell, write_metrics
@@ -447,6 +448,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     from resgrid.training.engine import Epoch
 
     watch.watch()
+    keep_freed_memory()
     cache = tracking.project_root() / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     device = choose_device(options.device)
