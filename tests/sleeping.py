@@ -184,3 +184,15 @@ def repository_in(root: Path) -> Sleeping:
         done = pipeline.run(*command.split())
         assert done.returncode == 0, done.stderr
     return pipeline
+
+
+def left_over(repository: Sleeping) -> list[str]:
+    """The command lines of all processes that work in the repository."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found

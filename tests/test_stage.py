@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sleeping import Sleeping, sleeping
+from sleeping import Sleeping, left_over, sleeping
 
 from tasks.plan import make_plan
 from tasks.stage import Outcome, Pipeline, StageFailed, Stopped, reproduce
@@ -69,18 +69,6 @@ class Running:
         self.thread.join(60)
         assert not self.thread.is_alive()
         return self.result
-
-
-def left_over(repository: Sleeping) -> list[str]:
-    """The command lines of all processes that work in the repository."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
 
 
 def rwlock(repository: Sleeping) -> dict:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sleeping import ROOT, Sleeping, sleeping
+from sleeping import ROOT, Sleeping, left_over, sleeping
 from small import digits
 
 from tasks.publish import status
@@ -231,17 +231,6 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=receiver.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{receiver.server_port}/hook", texts
         receiver.shutdown()
-
-
-def left_over(repository: Sleeping) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait_until(holds, seconds: float = 60) -> float:
