@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from resgrid.edit import assign
 
 ROOT = Path(__file__).parents[1]
