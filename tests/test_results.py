@@ -67,7 +67,7 @@ def test_an_interval_over_three_seeds_is_students(results: ModuleType) -> None:
 def test_with_one_seed_nothing_is_ranked(results: ModuleType) -> None:
     groups = results.groups_of(rows({"sgd": [0.9], "adam": [0.1]}), "optimizers", "optimizer")
     assert list(results.sentences(groups, "optimizer")) == [
-        "With one seed each, nothing can be said about training by other seeds: no optimizer is ranked."
+        "With fewer than two seeds in common, nothing can be said about training by other seeds: no optimizer is ranked."
     ]
 
 

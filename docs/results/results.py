@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from ruamel.yaml import YAML
 
 from resgrid.report.statistics import Interval, holm, over_seeds, wilson
 from resgrid.runs import METRICS, RUN, read_json
@@ -44,11 +45,12 @@ def collect(pipeline: Path) -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=pipeline, capture_output=True, text=True, check=True
     ).stdout.strip()
+    # Not from metrics.json: the run cache may have restored a cell that another pipeline shares.
+    name = YAML(typ="safe").load(pipeline / "params.yaml")["name"]
     rows = []
     for folder in sorted((pipeline / "runs").iterdir()):
         if (folder / METRICS).is_file():
             record, timing = read_json(folder / RUN), read_json(folder / "timing.json")
-            name = next(iter(read_json(folder / METRICS)))
             row = timing | record | {"pipeline": name, "commit": commit, "device": timing["device_name"]}
             rows.append({column: row[column] for column in COLUMNS})
     known = pd.read_csv(RUNS) if RUNS.exists() else pd.DataFrame(columns=COLUMNS)
@@ -108,7 +110,7 @@ def sentences(groups: dict[str, pd.DataFrame], what: str) -> Iterator[str]:
     pairs = {(a, b): difference(groups[a], groups[b]) for a, b in combinations(groups, 2)}
     known = {pair: interval for pair, interval in pairs.items() if interval is not None}
     if not known:
-        yield f"With one seed each, nothing can be said about training by other seeds: no {what} is ranked."
+        yield f"With fewer than two seeds in common, nothing can be said about training by other seeds: no {what} is ranked."
         return
     adjusted = dict(zip(known, holm([interval.p for interval in known.values()]), strict=True))
     told = [pair for pair, interval in known.items() if interval.excludes_zero and adjusted[pair] < 0.05]
@@ -246,6 +248,8 @@ def answer(runs: pd.DataFrame) -> str:
         (optimizers, "optimizer", "ResNet-20, {}"),
         (depth, "depth", "{}, sgd"),
     ):
+        if any(len(rows) < 2 for rows in groups.values()):
+            continue  # not yet an answer
         for key, rows in groups.items():
             found = mean(rows["test_accuracy"].to_numpy())
             interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
@@ -253,7 +257,7 @@ def answer(runs: pd.DataFrame) -> str:
             lines.append(f"| {title} | **{100 * found.estimate:.1f}** | {interval} | {len(rows)} |")
         if groups:  # the best one against the others, or that nothing can be told
             best = max(groups, key=lambda key: groups[key]["test_accuracy"].mean())
-            kept = (f"**{best}**", "With one", "No difference")
+            kept = (f"**{best}**", "With fewer", "No difference")
             told += [each for each in sentences(groups, what) if each.startswith(kept)]
     epochs, epochs_there = runs["epochs"].max(), h100()["epochs"].max()
     return f"""\
