@@ -324,7 +324,7 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_faults_that_can_pass_are_t
         "resnet10-adam-0",
         'if [ ! -f begun ]; then touch begun; sleep 1; fail \'"memory"\' "too little memory"; fi',
     )
-    plain.behave("resnet20-sgd-0", "sleep 3")
+    plain.behave("resnet20-sgd-0", "until [ -f begun ]; do sleep 0.1; done; sleep 3")  # the neighbour
     before = len(plain.trained())
     flow = server.run(plain, slots=2)
     assert flow.state == "Failed"
