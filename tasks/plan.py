@@ -28,7 +28,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import cache_folder
 from resgrid.progress import amount, duration
-from resgrid.record import read_state, write_state
+from resgrid.stage_record import read_state, write_state
 from tasks.lockfile import keep, read_lock
 from tasks.slots import Slot, share, shared_speed
 from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working

@@ -26,7 +26,7 @@ import httpx
 
 from resgrid import tracking, watch
 from resgrid.progress import duration
-from resgrid.record import Record, read_state, write_state
+from resgrid.stage_record import Record, read_state, write_state
 from tasks.services import running
 from tasks.stage import Pipeline
 

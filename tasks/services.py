@@ -43,7 +43,7 @@ from filelock import FileLock, Timeout
 from resgrid import watch
 from resgrid.config import load_params
 from resgrid.errors import ResgridError
-from resgrid.record import read_state, write_state
+from resgrid.stage_record import read_state, write_state
 
 HOST = "127.0.0.1"
 POOL = "resgrid"

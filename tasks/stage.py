@@ -1,7 +1,7 @@
 """One DVC stage, reproduced as a child process that is always ended and logged.
 
 `dvc` ends with 255 whatever was in its way; what came of the stage is told by the record that its command
-leaves (`resgrid.record`):
+leaves (`resgrid.stage_record`):
 
     the command began | it ended | `dvc` ended | which means
     no                |          | well        | restored from the run cache, or up to date
@@ -35,9 +35,9 @@ from typing import Literal, cast
 import psutil
 from filelock import FileLock, Timeout
 
-from resgrid import record, watch
+from resgrid import stage_record, watch
 from resgrid.errors import ResgridError
-from resgrid.record import Record
+from resgrid.stage_record import Record
 
 GRACE_SECONDS = 8.0  # from SIGTERM to SIGKILL; all is to be over within 10 s
 PATIENCE_SECONDS = 5.0  # with a dvc that has no command running: it loads, or records a result
@@ -117,7 +117,7 @@ class Pipeline:
         return self.root / ".resgrid/logs" / self.name / f"{stage}.log"
 
     def state(self, name: str) -> Path:
-        return record.state_file(self.root, self.folder, name)
+        return stage_record.state_file(self.root, self.folder, name)
 
     def lock(self, name: str) -> FileLock:
         """A lock of this pipeline's, which ends with the process that has it."""
@@ -126,7 +126,7 @@ class Pipeline:
         return FileLock(path)
 
     def record(self, stage: str) -> Record | None:
-        return record.read_record(self.root, self.folder, stage)
+        return stage_record.read_record(self.root, self.folder, stage)
 
 
 def reproduce(
@@ -155,7 +155,7 @@ def reproduce(
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
     command = [*DVC_COMMAND, "repro", "--single-item", *options, stage]
     began = time.monotonic()
-    code, tail = run(command, pipeline.folder, {**env, record.SLOT: slot}, log, on_line, stop)
+    code, tail = run(command, pipeline.folder, {**env, stage_record.SLOT: slot}, log, on_line, stop)
     now = pipeline.record(stage)
     did_begin = now is not None and now != before and not now.is_running  # else it is another process's
     if code == 0:

@@ -27,7 +27,7 @@ from resgrid.data.dataset import load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.report.ensembles import load_ensemble
-from resgrid.runs import find_runs
+from resgrid.run_status import find_runs
 from resgrid.summary import summarize
 
 PAGE = (ROOT / "docs/extending.md").read_text()

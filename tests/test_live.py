@@ -10,8 +10,8 @@ import pytest
 from small import Project
 
 from resgrid import watch
-from resgrid.record import Record
-from resgrid.runs import RUN
+from resgrid.run_status import RUN
+from resgrid.stage_record import Record
 from resgrid.train import show_history
 from resgrid.training.engine import Epoch
 from tasks.live import COLOURS, curves

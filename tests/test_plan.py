@@ -19,7 +19,7 @@ from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.leftovers import find_leftovers, usage
-from resgrid.record import Record, write_state
+from resgrid.stage_record import Record, write_state
 from tasks import slots
 from tasks.plan import Busy, Step, expect, longest_first, make_plan, makespan
 from tasks.publish import status

@@ -34,7 +34,7 @@ from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand, find_cell
-from resgrid.runs import FILES
+from resgrid.run_status import FILES
 from resgrid.tracking import shared
 from resgrid.tracking.store import _is_within_reach, fetch
 from resgrid.train import train_cell

@@ -22,7 +22,7 @@ import pandas as pd
 from ruamel.yaml import YAML
 
 from resgrid.report.statistics import Interval, holm, over_seeds, wilson
-from resgrid.runs import METRICS, RUN, read_json
+from resgrid.run_status import METRICS, RUN, read_json
 
 HERE = Path(__file__).parent
 RUNS, H100, PAGE = HERE / "runs.csv", HERE / "h100", HERE / "README.md"

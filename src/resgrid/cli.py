@@ -29,8 +29,8 @@ from resgrid.grid import expand, find_cell
 from resgrid.models import ARCHITECTURES
 from resgrid.overview import EXAMPLES, overview
 from resgrid.progress import Progress, amount
-from resgrid.record import recorded
 from resgrid.schema import Triple
+from resgrid.stage_record import recorded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -432,7 +432,7 @@ def _train(options: argparse.Namespace) -> None:
     provenance.check_lock(Path())
     provenance.check_code(Path())
 
-    from resgrid.runs import noted_failure
+    from resgrid.run_status import noted_failure
 
     with noted_failure(RUNS / cell.id):
         _train_cell(options, params, cell)
@@ -539,7 +539,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from resgrid.report.ensembles import assemble, write_ensembles
     from resgrid.report.files import write_report
     from resgrid.report.findings import find
-    from resgrid.runs import find_runs
+    from resgrid.run_status import find_runs
     from resgrid.training.device import choose_device, device_name
 
     meta = load_meta(PROCESSED)
@@ -674,7 +674,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from resgrid.runs import STATUSES, find_runs
+    from resgrid.run_status import STATUSES, find_runs
     from tasks.publish import status
     from tasks.stage import Pipeline
 

@@ -20,7 +20,7 @@ from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.runs import WEIGHTS, Run, Status, read_history, read_json, verify_weights
+from resgrid.run_status import WEIGHTS, Run, Status, read_history, read_json, verify_weights
 from resgrid.schema import Triple
 from resgrid.training.engine import Scores, score
 from resgrid.weights import load_model

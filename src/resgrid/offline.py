@@ -31,7 +31,7 @@ from resgrid.grid import Cell, expand
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.models import own_file
 from resgrid.provenance import code_digest
-from resgrid.runs import FILES, METRICS, RUN, read_json, run_in, verify_weights
+from resgrid.run_status import FILES, METRICS, RUN, read_json, run_in, verify_weights
 
 PART_BYTES = 16 * 2**20  # of a pack's parts: more is too much for some ways out of a cluster
 TRIES = 3  # of a cell that died, or whose card failed: a neighbour's fault can take it along

@@ -1,7 +1,8 @@
 """A pipeline's results in Python, for a notebook or a script: `resgrid.load("examples/digits").results`.
 
 Reads the files in the pipeline's folder: no server, no DVC, no MLflow. What belongs to which cell, and
-whether it is current, is `resgrid.runs`' answer, as everywhere; `resgrid compare --json` prints `results`.
+whether it is current, is `resgrid.run_status`'s answer, as everywhere; `resgrid compare --json` prints
+`results`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from resgrid.config import Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell, flat
-from resgrid.runs import WEIGHTS, Run, find_runs, read_history, trained_run
+from resgrid.run_status import WEIGHTS, Run, find_runs, read_history, trained_run
 
 if TYPE_CHECKING:  # each takes a second or more to import, which only some of the methods need
     import pandas as pd

@@ -33,7 +33,7 @@ from resgrid.grid import Cell
 from resgrid.models import origin_of, own_file
 from resgrid.models.classifier import Classifier
 from resgrid.provenance import code_digest
-from resgrid.runs import METRICS, RUN, read_json
+from resgrid.run_status import METRICS, RUN, read_json
 from resgrid.summary import count_parameters, summarize
 from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit

@@ -26,7 +26,7 @@ from resgrid.evaluation import Result, load_logits
 from resgrid.grid import find_cell
 from resgrid.predict import Predictor
 from resgrid.report.statistics import calibration_error
-from resgrid.runs import WEIGHTS, trained_run
+from resgrid.run_status import WEIGHTS, trained_run
 from resgrid.weights import WeightsInfo, load_model
 
 PREFIX = "ensemble-"

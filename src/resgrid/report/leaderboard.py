@@ -21,7 +21,7 @@ from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.published import differing, publication
 from resgrid.report.statistics import calibration_error
-from resgrid.runs import STATUSES, Run, read_json
+from resgrid.run_status import STATUSES, Run, read_json
 
 
 def leaderboard(results: list[Result], meta: Meta) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from resgrid import __version__, watch
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.provenance import experiment, git_commit
-from resgrid.runs import FILES, WEIGHTS, read_json, verify_weights
+from resgrid.run_status import FILES, WEIGHTS, read_json, verify_weights
 from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import

@@ -15,8 +15,8 @@ from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
-from resgrid.runs import Run as Result
-from resgrid.runs import find_runs, read_json
+from resgrid.run_status import Run as Result
+from resgrid.run_status import find_runs, read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.cell_runs import end_killed, is_live, retire, runs_of, start_second
 from resgrid.tracking.links import pages_of, write_links

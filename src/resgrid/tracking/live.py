@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from resgrid.grid import Cell
 from resgrid.provenance import experiment
-from resgrid.runs import read_json
+from resgrid.run_status import read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.cell_runs import is_live, retire, runs_of
 from resgrid.tracking.store import Store, open_store, reason, shown

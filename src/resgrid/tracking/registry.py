@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from resgrid.config import load_params
 from resgrid.grid import find_cell
-from resgrid.runs import WEIGHTS, trained_run
+from resgrid.run_status import WEIGHTS, trained_run
 from resgrid.tracking.store import Store, fetch
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from resgrid.config import InitialWeights, MlflowWeights
 from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.provenance import experiment
-from resgrid.runs import WEIGHTS
+from resgrid.run_status import WEIGHTS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resgrid.errors import ResgridError
-from resgrid.runs import STATUSES
+from resgrid.run_status import STATUSES
 from resgrid.tracking.links import NAME as LINKS
 from resgrid.tracking.links import linked
 from resgrid.tracking.registry import CHAMPION

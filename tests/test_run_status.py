@@ -16,7 +16,7 @@ from small import GRID, Project
 from resgrid.cli import main
 from resgrid.config import load_params
 from resgrid.grid import expand
-from resgrid.runs import Run, find_runs
+from resgrid.run_status import Run, find_runs
 
 SGD = ("resnet20-sgd-0", "resnet20-sgd-1")
 

@@ -10,7 +10,7 @@ from small import Project
 
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
-from resgrid.record import Record, read_record, recorded
+from resgrid.stage_record import Record, read_record, recorded
 
 
 @pytest.fixture
