@@ -22,7 +22,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up worker ui test test-long test-gpu check audit format repro bench bench-gpu gpu-wheels \
+.PHONY: help install demo up worker ui test test-long test-gpu check audit format repro bench bench-gpu gpu-wheels picture \
 	lock clean
 
 help:  ## List the targets
@@ -104,6 +104,9 @@ check: install  ## Style, types, import contracts, and other projects' public pa
 	mypy
 	lint-imports
 	@! grep -rnE --include='*.py' '$(PRIVATE)' src tasks flows benchmarks || { echo "DVC's and private parts, above"; exit 1; }
+
+picture: install  ## Draw ARCHITECTURE.md's picture anew from the imports
+	python docs/picture.py
 
 audit: install  ## Check the locked dependencies against known advisories (asks a server)
 	uv tool run pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict

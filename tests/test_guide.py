@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from resgrid.overview import COMMANDS, overview
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/guide").glob("*.md")),
 ]
@@ -113,3 +116,11 @@ def test_a_block_of_the_guide_does_what_it_says(project, text):
     done = project.run("bash", "-euc", text)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
+
+
+def test_the_picture_of_the_architecture_is_what_the_imports_give():
+    drawn = subprocess.run(
+        [sys.executable, "-c", "import picture; print(picture.picture(), end='')"],
+        cwd=ROOT / "docs", capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"<!-- picture -->\n{drawn}<!-- /picture -->" in (ROOT / "ARCHITECTURE.md").read_text()
