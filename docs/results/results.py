@@ -251,9 +251,11 @@ def answer(runs: pd.DataFrame) -> str:
         if any(len(rows) < 2 for rows in groups.values()):
             continue  # not yet an answer
         for key, rows in groups.items():
+            title = name.format(key.replace("resnet", "ResNet-"))
+            if any(f"| {title} |" in line for line in lines):
+                continue  # one training in both comparisons
             found = mean(rows["test_accuracy"].to_numpy())
             interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-            title = name.format(key.replace("resnet", "ResNet-"))
             lines.append(f"| {title} | **{100 * found.estimate:.1f}** | {interval} | {len(rows)} |")
         if groups:  # the best one against the others, or that nothing can be told
             best = max(groups, key=lambda key: groups[key]["test_accuracy"].mean())
