@@ -180,6 +180,24 @@ def test_an_epoch_drops_the_incomplete_batch_and_repeats_no_image():
     assert len(set(sum(epoch, []))) == 20  # noqa: RUF017
 
 
+def test_a_batch_may_hold_all_images():
+    ((images, labels),) = Batches(numbered(8), NOTHING, 8, MEAN, STD, generator())
+    assert images.shape == (8, 3, 32, 32)
+    assert sorted(labels.tolist()) == list(range(8))
+
+
+def test_cropped_and_flipped_images_keep_their_bytes(images):
+    recipe = EVERYTHING.model_copy(update={"rotation_degrees": 0.0, "shift_fraction": 0.0})
+    whole = augment(
+        pad(images, 4),
+        torch.arange(40),
+        zero_draws(40, top=torch.full((40,), 4), left=torch.full((40,), 4)),
+        recipe,
+    )
+    assert whole.dtype == torch.uint8
+    assert torch.equal(whole, images.permute(0, 3, 1, 2))
+
+
 def test_every_image_takes_its_turn_over_the_epochs():
     batches = Batches(numbered(23), NOTHING, 5, MEAN, STD, generator())
     epochs = [torch.cat([labels for _, labels in batches]).tolist() for _ in range(10)]
