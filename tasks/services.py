@@ -17,26 +17,20 @@ What Prefect does with a worker that is told to end, read in the sources of 3.8.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import httpx
 import psutil
 from filelock import FileLock, Timeout
 
@@ -45,17 +39,16 @@ from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.stage_record import read_state, write_state
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
 HOST = "127.0.0.1"
 POOL = "resgrid"
 START_SECONDS = 180.0  # a server takes 6 s, and 25 s where others keep the processors busy
 CANCEL_SECONDS = 7.0  # for flows to end their children; with what follows, all training is over within 10 s
-GRACE_SECONDS = {"worker": 2.0, "mlflow": 5.0, "prefect": 8.0}  # between SIGTERM and SIGKILL
+GRACE_SECONDS = {"worker": 2.0, "mlflow": 5.0, "prefect": 8.0}  # between SIGTERM and SIGKILL, in this order
 POLL_SECONDS = 0.2
-
-Answer = TypeVar("Answer")
-
-# Loopback without a detour, whatever proxy the environment names.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -68,17 +61,17 @@ class Addresses:
 
 def running(root: Path) -> Addresses | None:
     """The services that `up` keeps running for the project in `root`, if it does."""
-    found: Any = read_state(_state(root))
-    if not found or not watch.alive(found["by"]):
+    state: Any = read_state(_state(root))
+    if not state or not watch.alive(state["by"]):
         return None
-    return Addresses(found["prefect"], found["mlflow"])
+    return Addresses(state["prefect"], state["mlflow"])
 
 
 def _state(root: Path) -> Path:
     return root / ".resgrid/services.json"
 
 
-def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000, workers: int = 1) -> int:
+def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
     """Run the services of the project in `root` until SIGINT, SIGTERM or SIGHUP, then end all of them.
 
     A port that is taken gives way to the next free one. Returns 0, also if stopped while starting.
@@ -88,14 +81,12 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000, workers
     root = root.resolve()
     if not (root / "prefect.yaml").is_file():
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
-    if workers < 1:
-        raise ResgridError(f"--workers {workers}: flows need at least one.")
     for folder in ("logs", "locks"):
         (root / ".resgrid" / folder).mkdir(parents=True, exist_ok=True)
     with _alone(root), _signals() as stop:
         services = _Services(root, stop)
         try:
-            services.start(prefect_port, mlflow_port, workers)
+            services.start(prefect_port, mlflow_port)
             services.follow()
         except _Told:
             _say("\nStopping: the worker, then MLflow, then Prefect (once more Ctrl-C kills them)")
@@ -112,8 +103,8 @@ def _alone(root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        found = running(root)
-        where = f": Prefect {found.prefect}, MLflow {found.mlflow}" if found else ""
+        others = running(root)
+        where = f": Prefect {others.prefect}, MLflow {others.mlflow}" if others else ""
         raise ResgridError(
             f"the services of this project run already{where}. Use those, or end them with Ctrl-C where they "
             "were started."
@@ -137,10 +128,10 @@ class _Stop:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         self.count += 1
 
-    def pause(self, seconds: float = POLL_SECONDS) -> None:
-        """Sleep; raises _Told if the end was asked for."""
+    def pause(self) -> None:
+        """Sleep a little; raises _Told if the end was asked for."""
         if not self.count:
-            time.sleep(seconds)
+            time.sleep(POLL_SECONDS)
         if self.count:
             raise _Told
 
@@ -167,21 +158,15 @@ class _Child:
     name: str
     log: Path
     process: subprocess.Popen[bytes]
-    lasting: bool = True  # False: it does something, and ends
 
     def check(self) -> None:
-        """Raises ResgridError if it has ended, other than well and as it should."""
-        code = self.process.poll()
-        if code or (code == 0 and self.lasting):
-            self.fail(f"{self.name} ended by itself ({_how(code)})")
+        """Raises ResgridError if it has ended, which no service should."""
+        if (code := self.process.poll()) is not None:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            self.fail(f"{self.name} ended by itself ({how})")
 
     def fail(self, what: str) -> NoReturn:
         lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-12:]
-        if any("Can't locate revision" in line for line in lines):
-            raise ResgridError(
-                ".resgrid/prefect/prefect.db: a newer version of Prefect made the database. Move prefect.db* "
-                f"aside and a new one is made; no result is lost with it. All of the log: {self.log}"
-            )
         shown = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
         raise ResgridError(f"{what}. The end of its log:\n{shown}\n    All of it: {self.log}")
 
@@ -190,13 +175,13 @@ class _Child:
 class _Services:
     root: Path
     stop: _Stop
-    children: list[_Child] = field(default_factory=list)  # in the order of their start
+    children: dict[str, _Child] = field(default_factory=dict)  # in the order of their start
     env: dict[str, str] = field(default_factory=dict)
     prefect: str = ""
     mlflow: str = ""
     settled: bool = False  # the server is ours and answers, and its runs are none but ours
 
-    def start(self, prefect_port: int, mlflow_port: int, workers: int) -> None:
+    def start(self, prefect_port: int, mlflow_port: int) -> None:
         """Start everything and wait until each answers. Raises ResgridError, or _Told when stopped."""
         began = time.monotonic()
 
@@ -206,39 +191,47 @@ class _Services:
         end_left_over(self.root)
         port = _free_port("Prefect", prefect_port)
         self.prefect = f"http://{HOST}:{port}"
+        given_url = os.environ.get("PREFECT_API_URL", "")
         self.env = _environment(self.root, self.prefect)
-        server = self._spawn("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
-        pages = self._start_mlflow(mlflow_port, port)
-
-        self._until(server, "Prefect's server", lambda: _get(f"{self.prefect}/api/health") == b"true")
+        os.environ.update(self.env)  # before Prefect is imported here
+        self._spawn("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+        self._start_mlflow(mlflow_port, port)
+        self._until("prefect", lambda: _answers(f"{self.prefect}/api/health"))
         up_now("Prefect", self.prefect)
-        self._until(server, "Prefect's server", self._tidy)
 
-        asked = time.time()
-        arguments = ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "prefect.yaml"]
-        deploy = self._spawn("deploy", arguments, lasting=False)
-        arguments = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name"]
-        names = [f"{POOL}-{i + 1}" for i in range(workers)]
-        started = [self._spawn(f"worker {name}", [*arguments, name]) for name in names]
-        if pages:
-            self._until(pages, "MLflow's server", lambda: _get(f"{self.mlflow}/health") == b"OK")
-        up_now("MLflow", self.mlflow)
-        self._until(deploy, "`prefect deploy`", lambda: deploy.process.poll() == 0)
-        self.children.remove(deploy)
+        with self._asking() as client:
+            from tasks.pool import make_pool
+
+            make_pool(client, POOL)
+            if num := settle(client, "The services ended while it ran."):
+                _say(
+                    f"{num} flow run{'s' * (num > 1)} of an earlier time had no end: now recorded as crashed"
+                )
+            self.settled = True
+            deploy = self._spawn("deploy", ["prefect", "--no-prompt", "deploy", "--all"])
+            self._spawn(
+                "worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+            )
+            self._until("mlflow", lambda: _answers(f"{self.mlflow}/health"))
+            up_now("MLflow", self.mlflow)
+            while deploy.process.poll() is None:
+                self.stop.pause()
+            if deploy.process.returncode:
+                deploy.fail("`prefect deploy` failed")
+            del self.children["deploy"]
+            names = ", ".join(sorted(each.name for each in client.read_deployments()))
         self._write()
-        registered = self._until(server, "Prefect's server", partial(_deployments, self.prefect))
-        up_now("Deployments", ", ".join(registered))
-        for child, name in zip(started, names, strict=True):
-            self._until(child, f"the worker {name}", partial(_has_called, self.prefect, name, asked))
-        up_now("Worker", ", ".join(names))
+        up_now("Deployments", names)
         _say(
             "\nNow, in another terminal in this folder:  prefect deployment run train-all --watch"
             "\nCtrl-C here ends all of it."
         )
-        if (url := os.environ.get("PREFECT_API_URL")) and url.rstrip("/") != f"{self.prefect}/api":
-            _say(f"Mind that PREFECT_API_URL is {url} here: `prefect` in this terminal asks that server.")
+        if given_url and given_url.rstrip("/") != f"{self.prefect}/api":
+            _say(
+                f"Mind that PREFECT_API_URL is {given_url} here: `prefect` in this terminal asks that server."
+            )
 
-    def _start_mlflow(self, port: int, taken: int) -> _Child | None:
+    def _start_mlflow(self, port: int, taken: int) -> None:
         """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server."""
         from resgrid import tracking
         from resgrid.tracking.store import SETTINGS, server, shown
@@ -248,94 +241,103 @@ class _Services:
             self.env["MLFLOW_TRACKING_URI"] = uri  # a relative path would mean a store for each pipeline
         if uri.startswith(("http://", "https://", "databricks")):
             self.mlflow = shown(uri)
-            return None
+            return
         port = _free_port("MLflow", port, taken)
         self.mlflow = f"http://{HOST}:{port}"
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
         self.env = SETTINGS | self.env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return self._spawn("mlflow", server(uri, port))
+        self._spawn("mlflow", server(uri, port))
 
     def follow(self) -> NoReturn:
         """Until a child ends by itself (ResgridError) or the end is asked for (_Told)."""
         while True:
-            for child in self.children:
+            for child in self.children.values():
                 child.check()
             self.stop.pause()
 
     def end(self) -> None:
-        """End everything: flow runs, workers, MLflow, Prefect; nothing is left when this returns."""
-        workers = [child for child in self.children if child.name.startswith(("worker", "deploy"))]
-        why = "The services were stopped while it ran."
-        if self.settled and any(child.process.poll() is None for child in workers):
-            with suppress(OSError):  # the server is gone: the workers' own signal has to do
-                self._cancel_runs(why)
-        _end(workers, GRACE_SECONDS["worker"], self.stop)
-        if self.settled:
-            with suppress(OSError):
-                settle(self.prefect, self.root, why)
-        for name in ("mlflow", "prefect"):
-            _end([child for child in self.children if child.name == name], GRACE_SECONDS[name], self.stop)
+        """End everything: flow runs, the worker, MLflow, Prefect; nothing is left when this returns."""
+        self._end("deploy", 0.0)
+        with suppress(*_silent()):  # the server is gone: the worker's own signal has to do
+            if self.settled:
+                with self._asking() as client:
+                    self._cancel_runs(client)
+                    self._end("worker", GRACE_SECONDS["worker"])
+                    settle(client, "The services were stopped while it ran.")
+        for name, grace_seconds in GRACE_SECONDS.items():
+            self._end(name, grace_seconds)
         _state(self.root).unlink(missing_ok=True)
 
-    def _tidy(self) -> bool:
-        """Make the server ready for our worker."""
-        _make_pool(self.prefect)
-        if num := settle(self.prefect, self.root, "The services ended while it ran."):
-            _say(f"{num} flow run{'s' * (num > 1)} of an earlier time had no end: now recorded as crashed")
-        self.settled = True
-        return True
+    def _cancel_runs(self, client: SyncPrefectClient) -> None:
+        from prefect.states import Cancelling
 
-    def _cancel_runs(self, why: str) -> None:
-        runs = _active(self.prefect)
-        for run in runs:
-            _set_state(self.prefect, "flow_runs", run["id"], "CANCELLING", why)
+        if "worker" not in self.children or self.children["worker"].process.poll() is not None:
+            return
+        for run in _active(client):
+            why = "The services were stopped while it ran."
+            client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
         deadline = time.monotonic() + CANCEL_SECONDS
-        while runs and time.monotonic() < deadline and self.stop.count < 2:
+        while _active(client) and time.monotonic() < deadline and self.stop.count < 2:
             time.sleep(POLL_SECONDS)
-            runs = _active(self.prefect)
 
-    def _spawn(self, name: str, arguments: list[str], lasting: bool = True) -> _Child:
-        log = self.root / ".resgrid/logs" / f"{name.replace(' ', '-')}.log"
+    def _end(self, name: str, grace_seconds: float) -> None:
+        """End a child with all of its process group."""
+        if (child := self.children.pop(name, None)) is None:
+            return
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while child.process.poll() is None and time.monotonic() < deadline and self.stop.count < 2:
+            time.sleep(0.05)
+        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+            os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+
+    def _spawn(self, name: str, arguments: list[str]) -> _Child:
+        log = self.root / f".resgrid/logs/{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        child = _Child(name, log, process, lasting)
-        self.children.append(child)
+        self.children[name] = _Child(name, log, process)
         self._write()
-        return child
+        return self.children[name]
 
     def _write(self) -> None:
         """services.json: for `running`, and for the next start, should this one be killed."""
         children = {}
-        for child in self.children:
+        for name, child in self.children.items():
             with suppress(ProcessLookupError):  # it ended by itself, which `check` will say
-                children[child.name] = watch.describe(child.process.pid)
+                children[name] = watch.describe(child.process.pid)
         by = watch.describe(os.getpid())
         content = {"by": by, "prefect": self.prefect, "mlflow": self.mlflow, "children": children}
         write_state(_state(self.root), content)
 
-    def _until(self, child: _Child, what: str, ask: Callable[[], Answer]) -> Answer:
-        """The first true answer; a server that is starting, or whose database is busy, gives none at all."""
+    def _until(self, name: str, answers: Callable[[], bool]) -> None:
+        """Wait for a server of ours, if there is one of that name."""
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                if answer := ask():
-                    return answer
-            except urllib.error.HTTPError as error:
-                if error.code == HTTPStatus.UNAUTHORIZED:
-                    raise ResgridError(
-                        f"{what} was started with PREFECT_SERVER_API_AUTH_STRING and refuses requests "
-                        "without it. Set PREFECT_API_AUTH_STRING to the same user:password, or unset it."
-                    ) from None
-            except OSError:
-                pass
-            child.check()
+        while name in self.children and not answers():
+            self.children[name].check()
             if time.monotonic() > deadline:
-                child.fail(f"{what} did not answer within {START_SECONDS:.0f} seconds")
+                self.children[name].fail(f"{name} did not answer within {START_SECONDS:.0f} seconds")
             self.stop.pause()
+
+    @contextmanager
+    def _asking(self) -> Iterator[SyncPrefectClient]:
+        """A client of our Prefect server; raises ResgridError for what it refuses."""
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import PrefectHTTPStatusError
+
+        try:
+            with get_client(sync_client=True) as client:
+                yield client
+        except PrefectHTTPStatusError as error:
+            raise ResgridError(
+                f"{self.prefect}: Prefect's server refuses a request: {str(error).splitlines()[0]}. If "
+                "PREFECT_SERVER_API_AUTH_STRING is set, set PREFECT_API_AUTH_STRING to the same."
+            ) from None
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:
@@ -387,147 +389,78 @@ def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
 
 def _is_free(port: int) -> bool:
     # Asked first: macOS lets one bind 127.0.0.1 where another program (AirPlay, on 5000) has all addresses.
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex((HOST, port)) == 0:
-            return False
-    with socket.socket() as probe:
-        # As the servers do: connections that were closed a minute ago do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+    with suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
+        return False
+    # As the servers do, with SO_REUSEADDR: connections that were closed a minute ago do not count.
+    with suppress(OSError), socket.create_server((HOST, port)):
+        return True
+    return False
 
 
 def end_left_over(root: Path) -> None:
-    """End the services of an `up` that was killed and could not end them itself."""
-    found: Any = read_state(_state(root)) or {}
-    left = {name: each for name, each in found.get("children", {}).items() if watch.alive(each)}
-    if left:
-        _say(f"Ending what an earlier start left running: {', '.join(left)}")
-        processes = []
-        for each in left.values():
+    """End the services of an `up` that was killed and could not end them itself, with their flows."""
+    state: Any = read_state(_state(root)) or {}
+    left = {name: each for name, each in state.get("children", {}).items() if watch.alive(each)}
+    if not left:
+        return
+    _say(f"Ending what an earlier start left running: {', '.join(left)}")
+    processes = []
+    for each in left.values():
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(each.partition(":")[0]))
+            processes += [process, *process.children(recursive=True)]
+    for grace_seconds, end in ((5.0, psutil.Process.terminate), (5.0, psutil.Process.kill)):
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(int(each.partition(":")[0]))
-                processes += [process, *process.children(recursive=True)]
-        _end_processes(processes, 5.0)
-
-
-def _end(children: list[_Child], grace_seconds: float, stop: _Stop) -> None:
-    """End the children with all of their process groups."""
-    for child in children:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_seconds
-    while any(child.process.poll() is None for child in children):
-        if time.monotonic() > deadline or stop.count > 1:
-            break
-        time.sleep(0.05)
-    for child in children:
-        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
-            os.killpg(child.process.pid, signal.SIGKILL)
-        child.process.wait()
-
-
-def _end_processes(processes: list[psutil.Process], grace_seconds: float) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, left = psutil.wait_procs(processes, grace_seconds)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, 5.0)
+                end(process)
+        _, processes = psutil.wait_procs(processes, grace_seconds)
 
 
 # --- what the server knows ---------------------------------------------------------------------------
 
 
-def settle(prefect: str, root: Path, why: str) -> int:
+def settle(client: SyncPrefectClient, why: str) -> int:
     """End the flow runs of our pool that nobody has ended, once no worker of ours lives; how many there were.
 
-    What is left of their processes is ended first: the flows', which Prefect's engine runs in the project's
-    folder with no worker above them, and their children's, which carry the run's id in their environment. A
-    run that was being cancelled becomes cancelled, any other crashed.
-    Raises OSError if the server does not answer.
+    A run that was being cancelled becomes cancelled, any other crashed.
     """
-    runs = _active(prefect)
-    ids = {run["id"] for run in runs}
-    if ids:
-        _end_processes([process for process in psutil.process_iter() if _is_left(process, ids, root)], 1.0)
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter
+    from prefect.states import Cancelled, Crashed
+
+    runs = _active(client)
     for run in runs:
-        filters = {"flow_runs": {"id": {"any_": [run["id"]]}}, "task_runs": _in_state("RUNNING", "PENDING")}
-        for task in _post(prefect, "task_runs/filter", filters):
-            _set_state(prefect, "task_runs", task["id"], "CRASHED", why)
-        state = "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED"
-        _set_state(prefect, "flow_runs", run["id"], state, why)
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        unended = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+        for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unended):
+            client.set_task_run_state(task.id, Crashed(message=why), force=True)
+        was_cancelled = run.state is not None and run.state.is_cancelling()
+        end = Cancelled if was_cancelled else Crashed
+        client.set_flow_run_state(run.id, end(message=why), force=True)
     return len(runs)
 
 
-def _is_left(process: psutil.Process, ids: set[str], root: Path) -> bool:
-    with suppress(psutil.Error, OSError):
-        if process.environ().get("RESGRID_FLOW_RUN_ID") in ids:
-            return True
-        if "prefect.engine" in process.cmdline() and Path(process.cwd()) == root:
-            above = process.parent()
-            return above is None or "worker" not in above.cmdline()
-    return False
+def _active(client: SyncPrefectClient) -> list[FlowRun]:
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter, WorkPoolFilterName
+
+    types = ["RUNNING", "PENDING", "CANCELLING"]
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": types}}}),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+    )
 
 
-def _active(prefect: str) -> list[dict[str, Any]]:
-    states = _in_state("RUNNING", "PENDING", "CANCELLING")
-    filters = {"flow_runs": states, "work_pools": {"name": {"any_": [POOL]}}}
-    found: list[dict[str, Any]] = _post(prefect, "flow_runs/filter", filters)
-    return found
-
-
-def _in_state(*types: str) -> dict[str, Any]:
-    return {"state": {"type": {"any_": list(types)}}}
-
-
-def _set_state(prefect: str, kind: str, run_id: str, state: str, why: str) -> None:
-    content = {"state": {"type": state, "name": state.capitalize(), "message": why}, "force": True}
-    _post(prefect, f"{kind}/{run_id}/set_state", content)
-
-
-def _make_pool(prefect: str) -> None:
+def _answers(url: str) -> bool:
     try:
-        _post(prefect, "work_pools/", {"name": POOL, "type": "process", "description": "This machine"})
-    except urllib.error.HTTPError as error:
-        if error.code != 409:  # it is there already
-            raise
+        return httpx.get(url, timeout=10.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
 
 
-def _deployments(prefect: str) -> list[str]:
-    found = _post(prefect, "deployments/filter", {"work_pools": {"name": {"any_": [POOL]}}})
-    return sorted(deployment["name"] for deployment in found)
+def _silent() -> tuple[type[Exception], ...]:
+    """What asking a server raises that is gone."""
+    from prefect.exceptions import PrefectException
 
-
-def _has_called(prefect: str, worker: str, since: float) -> bool:
-    """Whether the worker has told the server of itself `since` that time (seconds since the epoch)."""
-    found = _post(prefect, f"work_pools/{POOL}/workers/filter", {})
-    times = [each["last_heartbeat_time"] for each in found if each["name"] == worker]
-    return any(text and datetime.fromisoformat(text).timestamp() > since for text in times)
-
-
-def _post(prefect: str, path: str, content: dict[str, Any]) -> Any:
-    return json.loads(_get(f"{prefect}/api/{path}", json.dumps(content).encode()))
-
-
-def _get(url: str, content: bytes | None = None) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
-    request = urllib.request.Request(url, content, headers)
-    with _OPENER.open(request, timeout=10) as response:
-        body: bytes = response.read()
-        return body
-
-
-def _how(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return (httpx.HTTPError, PrefectException, OSError, ResgridError)
 
 
 def _say(line: str) -> None:

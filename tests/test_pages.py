@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -11,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from small import DIGITS
 from test_services import ROOT, Project, close, free_port
 
 from resgrid.tracking.view import VIEW_QUERY
-from tasks.services import _get, _post
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None,
@@ -81,9 +80,8 @@ def test_the_flow_runs_page_shows_its_state_and_every_cell_by_its_name(project, 
 
 def artifact(project: Project, key: str) -> dict[str, Any]:
     """The latest one with this key, from the server."""
-    found = _post(
-        project.services["prefect"], "artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}}
-    )
+    url = f"{project.services['prefect']}/api/artifacts/latest/filter"
+    found = httpx.post(url, json={"artifacts": {"key": {"any_": [key]}}}, trust_env=False).json()
     assert len(found) == 1, found
     return found[0]
 
@@ -103,7 +101,11 @@ def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tm
 
 def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
     mlflow = project.services["mlflow"]
-    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=small"))
+    found = httpx.get(
+        f"{mlflow}/api/2.0/mlflow/experiments/get-by-name",
+        params={"experiment_name": "small"},
+        trust_env=False,
+    ).json()
     runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
     text = read(f"{mlflow}/{runs}", tmp_path, *CELLS, "comparison")
     assert "3 matching runs" in re.sub(r"\s+", " ", text)
@@ -111,7 +113,11 @@ def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
 
 def test_the_view_of_the_grid_shows_the_current_cells_and_what_tells_them_apart(project, tmp_path):
     mlflow = project.services["mlflow"]
-    found = json.loads(_get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=small"))
+    found = httpx.get(
+        f"{mlflow}/api/2.0/mlflow/experiments/get-by-name",
+        params={"experiment_name": "small"},
+        trust_env=False,
+    ).json()
     page = f"{mlflow}/#/experiments/{found['experiment']['experiment_id']}/runs?{VIEW_QUERY}"
     text = read(page, tmp_path, *CELLS, "test_accuracy", "test_loss")  # columns that fit on the page
     assert "2 matching runs" in re.sub(r"\s+", " ", text)  # without the comparison

@@ -293,7 +293,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 
 def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_crashed(restarted):
-    assert "Ending what an earlier start left running: prefect, worker resgrid-1\n" in restarted.said
+    assert "Ending what an earlier start left running: prefect, worker\n" in restarted.said
     assert "1 flow run of an earlier time had no end: now recorded as crashed" in restarted.said
     assert not restarted.child.is_running()
     assert restarted.states() == {("CRASHED", "The services ended while it ran.")}
@@ -301,19 +301,17 @@ def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_cras
 
 def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(restarted):
     assert restarted.services["mlflow"] == "http://127.0.0.1:9"
-    assert set(restarted.services["children"]) == {"prefect", "worker resgrid-1"}
+    assert set(restarted.services["children"]) == {"prefect", "worker"}
 
 
 def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(restarted):
-    log = restarted.root / ".resgrid/logs/worker-resgrid-1.log"
-    until(lambda: "Worker 'resgrid-1' started!" in log.read_text(), 60)
-    worker = psutil.Process(int(restarted.services["children"]["worker resgrid-1"].partition(":")[0]))
+    log = restarted.root / ".resgrid/logs/worker.log"
+    until(lambda: "Worker 'resgrid' started!" in log.read_text(), 60)
+    worker = psutil.Process(int(restarted.services["children"]["worker"].partition(":")[0]))
     worker.kill()
     assert restarted.process.wait(60) == 1
-    assert (
-        "resgrid: worker resgrid-1 ended by itself (killed by SIGKILL). The end of its log:" in restarted.said
-    )
-    assert "Worker 'resgrid-1' started!" in restarted.said
+    assert "resgrid: worker ended by itself (killed by SIGKILL). The end of its log:" in restarted.said
+    assert "Worker 'resgrid' started!" in restarted.said
     assert restarted.left() == []
 
 
@@ -334,7 +332,7 @@ def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
 # --- without any service ------------------------------------------------------------------------------
 
 
-def test_a_server_that_wants_a_password_says_so_at_once(tmp_path, monkeypatch):
+def test_a_server_that_wants_a_password_says_so_at_once():
     """The 401 is a real one, of a server that knows nothing but to refuse."""
 
     class Refusing(http.server.BaseHTTPRequestHandler):
@@ -347,26 +345,11 @@ def test_a_server_that_wants_a_password_says_so_at_once(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
-        running = services._Services(tmp_path, services._Stop())
-        child = services._Child("prefect", tmp_path / "log", subprocess.Popen(["sleep", "60"]))
         began = time.monotonic()
-        with pytest.raises(ResgridError, match=r"refuses requests .*PREFECT_API_AUTH_STRING"):
-            running._until(child, "Prefect's server", lambda: services._get(f"{address}/api/health"))
-        assert time.monotonic() - began < 5
         with pytest.raises(ResgridError, match=r"401.* Set PREFECT_API_AUTH_STRING"):
             _make_queues("pool", [], {"PREFECT_API_URL": f"{address}/api"})
-        child.process.kill()
-        child.process.wait()
+        assert time.monotonic() - began < 5
         server.shutdown()
-
-
-def test_a_database_of_a_newer_prefect_is_named_in_one_sentence(tmp_path):
-    (tmp_path / "log").write_text("Traceback\nCommandError: Can't locate revision identified by 'f'\n")
-    child = services._Child("prefect", tmp_path / "log", subprocess.Popen(["false"]))
-    child.process.wait()
-    with pytest.raises(ResgridError, match=r"prefect\.db: a newer version of Prefect made") as caught:
-        child.check()
-    assert "Traceback" not in str(caught.value)
 
 
 def test_no_proxy_keeps_what_it_has_in_either_spelling(tmp_path, monkeypatch):

@@ -227,7 +227,6 @@ def _parser() -> _Root:
             default=os.environ.get(variable, port),
             help=f"on 127.0.0.1; the next free one if it is taken (default: ${variable}, else {port})",
         )
-    sub.add_argument("--workers", type=_count, default=1, help="(default: %(default)s)")
 
     sub = command("notify", _notify, "Be told when a grid has ended or a cell has failed")
     sub.add_argument(
@@ -701,12 +700,7 @@ def _status(options: argparse.Namespace) -> None:
 def _up(options: argparse.Namespace) -> int:
     from tasks.services import up
 
-    return up(
-        Path.cwd(),
-        prefect_port=options.prefect_port,
-        mlflow_port=options.mlflow_port,
-        workers=options.workers,
-    )
+    return up(Path.cwd(), prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
 def _notify(options: argparse.Namespace) -> None:
