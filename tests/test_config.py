@@ -181,14 +181,6 @@ def test_the_pytorch_original_has_no_nesterov_momentum():
     assert {name for name, value in nesterov.items() if not value} == {"resnet10", "resnet18", "resnet26"}
 
 
-def test_the_form_of_an_earlier_version_is_refused_with_the_way_on(raw):
-    with pytest.raises(
-        ResgridError, match=r"learning_rates stand in tuning.* `resgrid set --migrate`"
-    ) as refusal:
-        parse_params(raw | {"learning_rates": {}})
-    assert str(refusal.value).count("\n") == 0
-
-
 def test_an_unknown_cell_is_answered_with_the_nearest_names():
     with pytest.raises(ResgridError, match="did you mean resnet20-sgd-0"):
         find_cell(load_params(ROOT / "params.yaml"), "resnet20-sdg-0")

@@ -13,9 +13,7 @@ from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` does to the
 from ruamel.yaml import YAML
 
 from resgrid.cli import main
-from resgrid.config import load_params
 from resgrid.edit import assign, changed_lines, rewritten
-from resgrid.grid import expand
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([ROOT / "params.yaml", *ROOT.glob("examples/*/params.yaml")])
@@ -146,68 +144,6 @@ def test_a_dry_run_shows_the_lines_and_writes_nothing(
     assert (tmp_path / "params.yaml").read_text() == text.replace("sgd: {lr: 0.1}", "sgd: {lr: 0.5}", 1)
 
 
-EARLIER = """\
-# my grid
-name: mine
-data: { source: image-folder, location: images, checksum: null }
-preprocess: { resize: stretch, validation_fraction: 0.0, training_fraction: 1.0, seed: 0 }
-grid: { architectures: [resnet20, resnet32], optimizers: [sgd], seeds: [0] }
-recipes:
-  resnet20: &thin
-    epochs: 3
-    batch_size: 8
-    schedule: { name: constant }
-    warmup: null
-    time_decay: 0.0
-    weight_decay: 0.0
-    decay_norm_and_bias: false
-    dropout: 0.0
-    augmentation: { flip: false, crop_padding: 0, rotation_degrees: 0.0, shift_fraction: 0.0 }
-    normalization: { name: scalar }
-    approach: end_to_end
-    initial_weights: { name: random }
-  resnet32: { <<: *thin, warmup: { steps: 5, factor: 0.5 } }
-learning_rates:
-  resnet20: &rates { sgd: 0.1, adam: 0.001, rmsprop: 0.001, adagrad: 0.01 }
-  resnet32: *rates
-optimizers:
-  sgd: { momentum: 0.9, nesterov: true }
-  adam: { betas: [0.9, 0.999], eps: 1.0e-8 }
-  rmsprop: { alpha: 0.99, momentum: 0.0, eps: 1.0e-8 }
-  adagrad: { lr_decay: 0.0, initial_accumulator_value: 0.0, eps: 1.0e-10 }
-studies:
-  fast: { <<: *thin, architecture: resnet20, optimizer: adam, seed: 1, lr: 0.5, batch_size: 4 }
-  deep: { <<: *thin, architecture: resnet44, optimizer: sgd, seed: 0, lr: 0.2 }
-engine: { precision: auto, compile: auto, scored_epochs: all }
-"""
-
-
-def test_a_file_of_an_earlier_version_is_rewritten_with_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "params.yaml").write_text(EARLIER)
-    monkeypatch.chdir(tmp_path)
-    assert main(["cells"]) == 1
-    assert "`resgrid set --migrate` rewrites the file" in capsys.readouterr().err
-    assert main(["set", "--migrate"]) == 0
-    assert (tmp_path / "params.earlier.yaml").read_text() == EARLIER
-    text = (tmp_path / "params.yaml").read_text()
-    assert text.startswith("# my grid\nname: mine\n")
-    assert rewritten(text) == text
-    thin, warm, fast, deep = expand(load_params())
-    assert (thin.recipe.warmup.steps, warm.recipe.warmup.steps, warm.recipe.epochs) == (0, 5, 3)
-    assert fast.changes == {"lr": 0.5, "batch_size": 4}
-    assert (deep.architecture, deep.optimizer.lr, deep.changes) == ("resnet44", 0.2, {})
-    (tmp_path / "params.yaml").write_text(
-        text.replace("  own_architectures: []\n", "")
-    )  # of the version between
-    assert main(["set", "--migrate"]) == 0
-    assert (tmp_path / "params.yaml").read_text() == text
-    assert main(["set", "--migrate"]) == 1
-    assert "not of the earlier form" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--migrate"], ["name=other"]])
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -217,7 +153,6 @@ def test_a_file_of_an_earlier_version_is_rewritten_with_the_same_numbers(
     ],
 )
 def test_a_file_that_cannot_be_read_ends_with_one_message(
-    arguments: list[str],
     content: bytes | None,
     said: str,
     tmp_path: Path,
@@ -227,5 +162,5 @@ def test_a_file_that_cannot_be_read_ends_with_one_message(
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "params.yaml").write_bytes(content)
-    assert main(["set", *arguments]) == 1
+    assert main(["set", "name=other"]) == 1
     assert re.search(said, capsys.readouterr().err)

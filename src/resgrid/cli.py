@@ -164,9 +164,6 @@ def _parser() -> _Root:
         help="such as 'recipes.*.epochs=10' or tuning.resnet20.sgd.lr=0.05; * matches any name",
     )
     sub.add_argument("--dry-run", action="store_true", help="only show the lines that would change")
-    sub.add_argument(
-        "--migrate", action="store_true", help="rewrite a file of an earlier version, which is kept beside it"
-    )
 
     command("download", _download, "Fetch the raw images and check them (a DVC stage)")
     command("preprocess", _preprocess, "Make one compact file a split from the raw images (a DVC stage)")
@@ -366,9 +363,6 @@ def _set(options: argparse.Namespace) -> None:
     from resgrid import edit
 
     path = Path("params.yaml")
-    if options.migrate:
-        print(f"params.yaml: rewritten; the former text is {edit.migrate(path)}")
-        return
     if not options.assignments:
         raise ResgridError("set: name a key and a value, as in 'recipes.*.epochs=10'.")
     old, _ = read_yaml(path)

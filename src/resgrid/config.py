@@ -350,13 +350,6 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does."""
     if not isinstance(raw, dict):
         raise ResgridError(f"{origin}: must be a mapping of keys to values, not {_shown(raw)}")
-    if "learning_rates" in raw:
-        raise ResgridError(
-            f"{origin}: this is the form of an earlier version. Rates of learning_rates stand in "
-            "tuning.<architecture>.<optimizer>.lr now, nesterov beside them, each architecture has a whole "
-            "recipe without aliases, a study names only what it changes, and no warm-up is `steps: 0`. "
-            "`resgrid set --migrate` rewrites the file."
-        )
     match raw:
         case {"grid": {"own_architectures": list(own)}}:
             check = _Check([name for name in own if isinstance(name, str)])

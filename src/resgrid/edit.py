@@ -7,14 +7,12 @@ import difflib
 import io
 from collections.abc import Iterable, Iterator, MutableMapping
 from fnmatch import fnmatchcase
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from resgrid.config import parse_params, read_yaml
+from resgrid.config import parse_params
 from resgrid.errors import ResgridError, suggest
 
 
@@ -91,67 +89,3 @@ def _dump(params: Any) -> str:
     text = io.StringIO()
     _yaml().dump(params, text)
     return text.getvalue()
-
-
-# --- files of an earlier version --------------------------------------------------------------------
-
-
-def migrate(path: Path) -> Path:
-    """Rewrite the params.yaml `path` of an earlier version, whose former text is kept beside it; where.
-
-    Of the form with `learning_rates` the comments at its head stay, others do not. Raises ResgridError for a
-    file that is not of an earlier form.
-    """
-    text, old = read_yaml(path)  # aliases and merge keys become values
-    try:
-        if "learning_rates" in old:
-            lines = text.splitlines(keepends=True)
-            head = "".join(takewhile(lambda line: not line.strip() or line.startswith("#"), lines))
-            written = head + rewritten(_dump(_migrated(old)))
-        elif "own_architectures" not in old["grid"]:
-            new = _yaml().load(text)
-            new["grid"]["own_architectures"] = []
-            written = _dump(new)
-        else:
-            raise ResgridError(f"{path}: has no learning_rates, so it is not of the earlier form.")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ResgridError(f"{path}: is not of the earlier form throughout (at {error}).") from None
-    parse_params(YAML(typ="safe").load(written), str(path))
-    kept = path.with_name("params.earlier.yaml")
-    path.replace(kept)
-    path.write_text(written, encoding="utf-8")
-    return kept
-
-
-def _migrated(old: dict[str, Any]) -> dict[str, Any]:
-    recipes = {name: _recipe(recipe) for name, recipe in old["recipes"].items()}
-    rates, studies = dict(old["learning_rates"]), {}
-    for name, study in old["studies"].items():
-        head = {key: study[key] for key in ("architecture", "optimizer", "seed")}
-        lr = study["lr"]
-        whole = _recipe({key: value for key, value in study.items() if key not in (*head, "lr")})
-        # An architecture may stand in studies alone.
-        base = recipes.setdefault(study["architecture"], whole)
-        rate = rates.setdefault(study["architecture"], dict.fromkeys(old["optimizers"], lr))
-        studies[name] = head | ({"lr": lr} if lr != rate[study["optimizer"]] else {})
-        studies[name] |= {key: value for key, value in whole.items() if value != base[key]}
-    is_folder = old["data"]["source"] == "image-folder"
-    added = {"test_fraction": 0.0, "on_broken": "refuse"} if is_folder else {}
-    return {
-        "name": old["name"],
-        "data": {key: value for key, value in old["data"].items() if value is not None} | added,
-        "preprocess": old["preprocess"],
-        "engine": old["engine"],
-        "grid": old["grid"] | {"own_architectures": []},
-        "recipes": recipes,
-        "tuning": {
-            name: {optimizer: {"lr": rates[name][optimizer]} for optimizer in old["optimizers"]}
-            for name in recipes
-        },
-        "optimizers": old["optimizers"],
-        "studies": studies,
-    }
-
-
-def _recipe(old: dict[str, Any]) -> dict[str, Any]:
-    return old | {"warmup": old["warmup"] or {"steps": 0, "factor": 1.0}}
