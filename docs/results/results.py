@@ -121,7 +121,9 @@ def sentences(groups: dict[str, pd.DataFrame], what: str) -> Iterator[str]:
         low, centre, high = sorted(100 * sign * value for value in interval[:3])
         yield f"**{ahead}** is ahead of {behind} by {centre:.2f} points ({low:.2f} to {high:.2f})."
     rest = [f"{a} and {b}" for a, b in known if (a, b) not in told]
-    if rest:
+    if not told:
+        yield f"No difference can be told between any two of {', '.join(groups)}."
+    elif rest:
         yield f"No difference can be told between {'; '.join(rest)}."
     seeds = min(int(interval.basis.split()[0]) for interval in known.values())
     yield (
