@@ -33,15 +33,15 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, expand
 from resgrid.report.figures import MAX_CLASSES
 from resgrid.report.figures import confusion_matrix as confusion_chart
-from resgrid.report.findings import Findings, _made, conclusions, find, points
+from resgrid.report.files import markdown
+from resgrid.report.findings import Findings, find, how_it_was_made
 from resgrid.report.leaderboard import by_optimizer, read_leaderboard, readable
-from resgrid.report.markdown import markdown
-from resgrid.report.page import most_confident_mistakes, page
-from resgrid.report.statistics import (
-    Interval,
-)
-from resgrid.report.tables import published as published_table
-from resgrid.report.tables import studies as studies_table
+from resgrid.report.page import most_confident_mistakes
+from resgrid.report.page import page as page_of
+from resgrid.report.sections import published as published_table
+from resgrid.report.sections import sections
+from resgrid.report.sections import studies as studies_table
+from resgrid.report.statistics import Interval
 from resgrid.run_status import find_runs, noted_failure
 from resgrid.train import train_cell
 
@@ -114,6 +114,10 @@ def small_grid(**grid: list[Any]) -> list[Cell]:
 
 def found(results: list[Result], **meta: Any) -> Findings:
     return find(results, make_split(), make_meta(**meta), "small", "cpu")
+
+
+def page(findings: Findings) -> str:
+    return page_of(findings, sections(findings))
 
 
 def with_wrong(cells: list[Cell], **wrong: list[int]) -> list[Result]:
@@ -204,7 +208,7 @@ def test_each_depth_is_compared_with_the_next_and_the_deepest_with_the_shallowes
 
 def test_a_sentence_says_what_was_compared_with_how_many_seeds_and_epochs():
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1, 2])
-    sentences = conclusions(found(with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])))
+    sentences = found(with_wrong(cells, sgd=[2, 6, 4], adam=[12, 15, 15])).conclusions
     assert sentences[0] == (
         "Over resnet20 (3 seeds, paired; 2 epochs) sgd is ahead of adam by 25.00 points (18.79 to 31.21)."
     )
@@ -213,7 +217,7 @@ def test_a_sentence_says_what_was_compared_with_how_many_seeds_and_epochs():
 
 def test_with_one_seed_nothing_is_concluded_of_optimizers():
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"])
-    sentences = conclusions(found(with_wrong(cells, sgd=[2], adam=[12])))
+    sentences = found(with_wrong(cells, sgd=[2], adam=[12])).conclusions
     assert sentences[0].startswith(
         "Over resnet20 (40 test images, one seed; 2 epochs) the models of sgd are ahead of those of adam by 25.00"
     )
@@ -223,7 +227,7 @@ def test_with_one_seed_nothing_is_concluded_of_optimizers():
 @pytest.mark.parametrize(("sgd", "adam"), [([2, 2], [12, 12]), ([2, 3], [12, 2])])
 def test_no_sentence_concludes_from_seeds_that_tie_or_an_interval_with_zero(sgd, adam):
     cells = small_grid(architectures=["resnet20"], optimizers=["sgd", "adam"], seeds=[0, 1])
-    sentences = conclusions(found(with_wrong(cells, sgd=sgd, adam=adam)))
+    sentences = found(with_wrong(cells, sgd=sgd, adam=adam)).conclusions
     assert sentences[0].startswith("Between sgd and adam no difference can be told")
     assert sentences[0].endswith("(2 seeds, paired; 2 epochs).")
     assert not any("ahead" in sentence for sentence in sentences)
@@ -234,7 +238,7 @@ def test_what_did_not_complete_is_left_out_and_that_is_said():
     results = [trained(cell, 4) for cell in cells[:3]] + [Result(cell=cells[3], status="missing")]
     assert any(
         sentence.startswith("1 of the grid's 4 cells have no completed run")
-        for sentence in conclusions(found(results))
+        for sentence in found(results).conclusions
     )
 
 
@@ -245,9 +249,14 @@ def test_a_published_figure_stands_beside_a_measured_one_of_the_same_data_and_re
     cells = small_grid(architectures=["vgg16", "resnet10"], optimizers=["sgd", "adam"])
     findings = found([trained(cell, 3 if cell.architecture == "vgg16" else 20) for cell in cells], **CIFAR10)
     far, near = findings.published  # of resnet10-adam and vgg16-sgd, with the root's params
-    assert (near.group.name, near.accuracy, near.differences) == ("vgg16-sgd", 0.9315, [])
-    assert near.difference == pytest.approx(0.925 - 0.9315)
-    assert (near.within, far.within) == (True, False)
+    assert (near.name, near.accuracy, near.differences) == ("vgg16-sgd", 0.9315, [])
+    assert near.measured.estimate == pytest.approx(0.925)
+    assert near.measured.contains(near.accuracy)
+    assert not far.measured.contains(far.accuracy)
+    assert published_table(findings).iloc[1][["difference, points", "within the interval"]].tolist() == [
+        "-0.65",
+        "yes",
+    ]
     assert near.measured.basis == "40 test images"
     row = findings.frame.set_index("cell").loc["vgg16-sgd-0"]
     assert row["difference"] == pytest.approx(0.925 - 0.9315)
@@ -275,9 +284,9 @@ def test_a_published_figure_of_other_circumstances_says_which_and_is_compared_wi
     findings = found([trained(cell, 3)], **(CIFAR10 | data))
     [row] = findings.published
     assert row.differences == differences
-    table = published_table(findings).iloc[0]
-    assert table["not comparable, for"] == ", ".join(differences)
-    assert table["measured % (95 % interval)"] == table["difference, points"] == ""
+    table = published_table(findings)
+    assert table["not comparable, for"].tolist() == [", ".join(differences)]
+    assert not {"measured % (95 % interval)", "difference, points"} & set(table)
     [cells] = findings.frame.to_dict("records")
     assert pd.isna(cells["published_accuracy"])
     assert pd.isna(cells["difference"])
@@ -310,11 +319,9 @@ def test_a_frozen_base_with_random_weights_says_so_in_its_rows():
 
 def test_the_studies_of_the_root_vary_four_things_beside_the_grids_own_cell():
     findings = found([trained(cell, 4) for cell in expand(parse_params(ROOT))])
-    levels = {
-        (study.factor, series.name): [level.text for level in series.levels]
-        for study in findings.studies
-        for series in study.series
-    }
+    levels: dict[tuple[str, str], list[str]] = {}
+    for level in findings.studies:
+        levels.setdefault((level.factor, level.series), []).append(level.text)
     assert levels == {
         ("learning rate", "resnet10-adam-0"): ["0.01", "0.1", "0.5"],
         ("dropout", "resnet10-adam-0"): ["0.1", "0.2", "0.3", "0.4", "0.5"],
@@ -333,7 +340,7 @@ def test_the_studies_of_the_root_vary_four_things_beside_the_grids_own_cell():
 def test_a_study_of_a_cell_that_the_grid_has_not_is_shown_by_its_name():
     study = next(cell for cell in expand(parse_params(ROOT)) if cell.id == "dropout-0p3")
     [only] = found([trained(study, 4)]).studies
-    assert (only.factor, [level.text for level in only.series[0].levels]) == ("study", ["dropout-0p3"])
+    assert (only.factor, only.text) == ("study", "dropout-0p3")
 
 
 # --- bad input ---------------------------------------------------------------------------------------
@@ -343,14 +350,16 @@ def test_a_grid_of_which_nothing_exists_gives_a_report_that_says_so():
     findings = found([Result(cell=cell, status="missing") for cell in expand(parse_params(ROOT))])
     text = page(findings)
     assert "No cell of the grid has completed, so there is nothing to compare yet." in text
-    assert "Missing: 46 of 46 cells have no result yet: batch-128, batch-32" in markdown(findings)
+    assert "Missing: 46 of 46 cells have no result yet: batch-128, batch-32" in markdown(
+        findings, sections(findings)
+    )
     assert Page(text).sections == SECTIONS
 
 
 def test_a_grid_of_one_cell_gives_a_report_that_says_that_there_is_nothing_to_compare():
     [cell] = small_grid(architectures=["resnet20"], optimizers=["sgd"])
     findings = found([trained(cell, 0)])
-    assert conclusions(findings)[0].startswith("There is nothing to compare yet")
+    assert findings.conclusions[0].startswith("There is nothing to compare yet")
     accuracy = findings.groups[0].accuracy
     assert accuracy is not None
     assert (accuracy.estimate, accuracy.low, accuracy.high) == (
@@ -373,7 +382,7 @@ def test_a_grid_of_failures_alone_shows_each_as_what_it_is():
     text = page(findings)
     assert "resnet20-sgd-0 failed: out of &lt;memory&gt;" in text
     assert Page(text).tables["Test accuracy, %"][1] == ["resnet20", "failed", "diverged", "missing"]
-    assert findings.optimizers[0].verdict == "no cells in common"
+    assert findings.optimizers == []
 
 
 def test_a_class_that_was_never_predicted_is_named():
@@ -414,8 +423,8 @@ def test_a_class_name_cannot_become_part_of_the_page():
 # --- the page ----------------------------------------------------------------------------------------
 
 SECTIONS = [
-    "Test accuracy, %", "What can be concluded", "Accuracy and its cost", "Learning curves", "Generalisation gap",
-    "Calibration", "Ensembles", "One cell, closely", "Studies", "Published and measured", "Every cell", "How it was made",
+    "Test accuracy, %", "What can be concluded", "Accuracy and its cost", "Learning curves",
+    "Generalisation gap and calibration", "Ensembles", "One cell, closely", "Studies", "Published and measured", "Every cell", "How it was made",
 ]  # fmt: skip
 
 
@@ -649,7 +658,7 @@ def test_a_weights_file_that_is_gone_is_named_and_the_other_cells_are_compared(h
 def test_pictures_that_were_left_out_stand_in_the_report():
     names = [f"train/one/{i}.png" for i in range(25)]
     meta = make_meta().model_copy(update={"left_out": {"train": names, "test": ["test/two/x.png"]}})
-    said = _made([], meta, "cpu")["Left out"]
+    said = how_it_was_made([], meta, "cpu")["Left out"]
     assert said.startswith("26 broken pictures: train/one/0.png, train/one/1.png")
     assert said.endswith(", …")
 
@@ -686,4 +695,4 @@ def test_a_real_browser_draws_every_chart_and_its_console_stays_empty(here, caps
 
 
 def test_points_are_written_with_their_sign():
-    assert points(Interval(0.0041, -0.0012, 0.007, 0.2, "3 seeds")) == "+0.41 (-0.12 to +0.70)"
+    assert Interval(0.0041, -0.0012, 0.007, 0.2, "3 seeds").text("+") == "+0.41 (-0.12 to +0.70)"

@@ -47,6 +47,11 @@ class Interval(NamedTuple):
     def contains(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def text(self, sign: str = "") -> str:
+        """`97.77 (96.10 to 99.16)`, in %, or of a difference with the `sign` `+` in percentage points."""
+        estimate, low, high = (f"{100 * value:{sign}.2f}" for value in self[:3])
+        return f"{estimate} ({low} to {high})"
+
 
 def over_seeds(samples: Sequence[Floats], weights: Sequence[float], resolution: float) -> Bounds:
     """Student's t interval of Σ weights[i] · mean(samples[i]) over trainings, on the same test images.

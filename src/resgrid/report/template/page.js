@@ -7,7 +7,7 @@
   const touch = matchMedia("(pointer: coarse)").matches;
 
   // The tables work without plotly.
-  for (const table of all("table.sortable")) {
+  for (const table of all("table:not(.heat)")) {
     const value = (row, column) => row.cells[column].textContent.trim();
     const number = (text) => parseFloat(text.replaceAll(",", ""));
     [...table.tHead.rows[0].cells].forEach((head, column) => {
