@@ -458,9 +458,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     with (
-        tracking.live_run(
-            params.name, cell, meta, training=checkpoints.digest, resumed_epochs=finished
-        ) as run,
+        tracking.LiveRun(params.name, cell, meta.digest, checkpoints.digest, finished) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
         progress.say(f"{cell.id}  {execution} on {device_name(device)}; curves: `resgrid status --watch`")

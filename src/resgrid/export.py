@@ -11,7 +11,7 @@ import contextlib
 import io
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from resgrid.predict import Predictor
 from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
 
 Format = Literal["onnx", "pt2", "pt", "safetensors"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 TOLERANCE = 1e-4  # of a probability, between two programs that sum in another order
 EXAMPLE = (2, 3, 32, 32)  # of one image it would fix the number
 ANY_NUMBER = ({0: torch.export.Dim.DYNAMIC},)  # of images

@@ -14,9 +14,8 @@ it is complete; `grid` is `current` on one run a cell, `stale` on that of a cell
 `dvc exp apply` and `sync` make them current.
 """
 
-from resgrid.tracking.contents import complete
 from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
-from resgrid.tracking.live import LiveRun, live_run
+from resgrid.tracking.live import LiveRun
 from resgrid.tracking.registry import find_weights
 from resgrid.tracking.shared import shared_checkpoints
 from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, shown, store_uri
@@ -26,10 +25,8 @@ __all__ = [
     "LiveRun",
     "Store",
     "SyncReport",
-    "complete",
     "fetch_weights",
     "find_weights",
-    "live_run",
     "open_store",
     "project_root",
     "serve",

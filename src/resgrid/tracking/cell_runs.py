@@ -33,10 +33,17 @@ def retire(store: Store, runs: list[Run], keep: str | None = None, started: int 
         if run.info.run_id == keep or is_experiment or is_live(run, started):
             continue
         end_killed(store, run)
-        if run.data.tags.get("grid") != "superseded":
-            store.client.set_tag(run.info.run_id, "grid", "superseded")
+        if mark(store, run, "superseded"):
             changed.append(run.info.run_id)
     return changed
+
+
+def mark(store: Store, run: Run, grid: str) -> bool:
+    """Set the tag `grid` of a run; whether it was another one."""
+    if run.data.tags.get("grid") == grid:
+        return False
+    store.client.set_tag(run.info.run_id, "grid", grid)
+    return True
 
 
 def is_live(run: Run, started: int | None = None) -> bool:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from resgrid import __version__, watch
 from resgrid.errors import ResgridError
@@ -26,9 +26,7 @@ from resgrid.run_status import FILES, WEIGHTS, read_json, verify_weights
 from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
-    from mlflow.entities import Run
-
-    from resgrid.data.dataset import Meta
+    from mlflow.entities import DatasetInput, Run
 
 FORMAT = 1  # of a complete run; a higher number makes `sync` complete all of them anew
 SCORES = (
@@ -46,14 +44,7 @@ def params_of(cell: Cell) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def create(
-    store: Store,
-    cell: Cell,
-    data_digest: str,
-    logged: Literal["live", "from files"],
-    start_time: int,
-    training: str | None = None,
-) -> str:
+def create(store: Store, cell: Cell, data_digest: str, start_time: int, training: str | None = None) -> str:
     """A new run of `cell` with its params and what is known before training; returns its id.
 
     By the digest `training` the run is found again when that training goes on after an interruption.
@@ -61,39 +52,35 @@ def create(
     from mlflow.entities import Param
 
     commit, dirty = git_commit()
+    made = experiment()
     tags = {
         "cell": cell.id,
         "dvc_stage": cell.stage,
+        "study": cell.study,
+        "dvc_experiment": made.name if made else None,
+        "training": training,
+        "process": this_process(),
         "data_digest": data_digest,
         "git_commit": commit,
         "git_dirty": dirty,
         "resgrid": __version__,
-        "logged": logged,
         # MLflow's own, for the columns and links of its pages
         "mlflow.user": _user(),
         "mlflow.source.name": f"resgrid train {cell.id}",
         "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit if commit != "unknown" else None,
     }
-    if cell.study:
-        tags["study"] = cell.study
-    made = experiment()
-    if made:
-        tags["dvc_experiment"] = made.name
-    for tag, variable in FLOW_RUN.items():
-        if value := os.environ.get(variable):
-            tags[tag] = value
-    if commit != "unknown":
-        tags["mlflow.source.git.commit"] = commit
-    if logged == "live":
-        tags["process"] = this_process()
-    if training:
-        tags["training"] = training
-    name = f"{made.name} {cell.id}" if made else cell.id
-    run = store.client.create_run(store.experiment_id, start_time, tags, run_name=name)
-    run_id: str = run.info.run_id
+    tags |= {tag: os.environ.get(variable) for tag, variable in FLOW_RUN.items()}
+    run = store.client.create_run(
+        store.experiment_id,
+        start_time,
+        {key: value for key, value in tags.items() if value},
+        run_name=f"{made.name} {cell.id}" if made else cell.id,
+    )
     params = [Param(key, value) for key, value in params_of(cell).items()]
-    store.client.log_batch(run_id, params=params)
-    return run_id
+    store.client.log_batch(run.info.run_id, params=params)
+    store.client.log_inputs(run.info.run_id, _splits(store.name, data_digest))
+    return str(run.info.run_id)
 
 
 def this_process() -> str:
@@ -107,25 +94,19 @@ def _user() -> str:
     return "unknown"
 
 
-def log_data(store: Store, run_id: str, data_digest: str, meta: Meta | None) -> None:
-    """The two splits as inputs of the run, by digest alone; `meta` describes the data as they are now."""
+def _splits(experiment: str, data_digest: str) -> list[DatasetInput]:
+    """The two splits as a run's inputs, by digest alone."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    described = meta if meta is not None and meta.digest == data_digest else None
-    source = CodeDatasetSource(
-        {"data_digest": data_digest, **({"source": described.source} if described else {})}
-    )
+    source = CodeDatasetSource({"data_digest": data_digest})
     digest = data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
     inputs = []
     for split, context in (("train", "training"), ("test", "testing")):
-        dataset = MetaDataset(source, f"{store.name}-{split}", digest).to_dict()  # type: ignore[abstract]
-        if described:
-            rows = {"num_rows": described.num_images[split], "num_classes": len(described.class_names)}
-            dataset["profile"] = json.dumps(rows)
+        dataset = MetaDataset(source, f"{experiment}-{split}", digest).to_dict()  # type: ignore[abstract]
         inputs.append(DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", context)]))
-    store.client.log_inputs(run_id, inputs)
+    return inputs
 
 
 def complete(
@@ -133,15 +114,14 @@ def complete(
     run_id: str | None,
     cell: Cell,
     run_folder: Path,
-    meta: Meta | None,
     end_time: int | None = None,
 ) -> str:
     """Give a run, or a new one, all that its cell's files hold, end it, and mark it as the current one.
 
     A run of a DVC experiment is marked as such instead: the workspace has another result of the cell.
 
-    What the run has already stays as it is, so that this may be interrupted and repeated. `meta` describes
-    the data as they are now. The run ends when training did, unless `end_time` says otherwise.
+    What the run has already stays as it is, so that this may be interrupted and repeated. It ends when
+    training did, unless `end_time` says otherwise.
     Returns the run's id. Raises ResgridError for files that are damaged or do not belong together.
     """
     from mlflow.entities import Metric, Param, RunTag
@@ -153,7 +133,7 @@ def complete(
     weights_sha256 = metrics["weights_sha256"]
     started = started_at(timing)
     end_time = end_time or started + round(1000 * timing["train_seconds"])
-    run_id = run_id or create(store, cell, metrics["data_digest"], "from files", started)
+    run_id = run_id or create(store, cell, metrics["data_digest"], started)
     client.set_tag(run_id, "weights_sha256", weights_sha256)  # first: by it `sync` finds an interrupted run
     run = client.get_run(run_id)
 
@@ -180,12 +160,8 @@ def complete(
     for start in range(0, len(points), 1000):  # MLflow's limit
         client.log_batch(run_id, metrics=points[start : start + 1000])
 
-    if not (run.inputs and run.inputs.dataset_inputs):
-        log_data(store, run_id, metrics["data_digest"], meta)
-    held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
     for name in FILES:
-        if held.get(name) != (run_folder / name).stat().st_size:
-            client.log_artifact(run_id, str(run_folder / name))
+        client.log_artifact(run_id, str(run_folder / name))
     _log_model(store, client.get_run(run_id), run_folder / WEIGHTS, metrics["epochs"])
 
     tags = {
@@ -229,20 +205,11 @@ def started_at(timing: dict[str, Any]) -> int:
 
 def _description(metrics: dict[str, Any], timing: dict[str, Any]) -> str:
     """What stands at the head of the run's page."""
-    recipe = (
-        f"**{metrics['architecture']}**, {metrics['optimizer']}, rate {metrics['learning_rate']:g}, "
-        f"batch {metrics['batch_size']}, seed {metrics['seed']}, {metrics['approach'].replace('_', ' ')}"
-    )
     diverged = f"**Diverged**: {metrics['cause']}\n\n" if metrics["status"] == "diverged" else ""
-    loss = "not finite" if metrics["test_loss"] is None else f"{metrics['test_loss']:.4f}"
-    best = ""
-    if metrics["best_test_accuracy"] is not None:
-        best = f" (best {metrics['best_test_accuracy']:.2%} after epoch {metrics['best_epoch']})"
     return (
-        f"{recipe}\n\n{diverged}Test accuracy **{metrics['test_accuracy']:.2%}** after epoch "
-        f"{metrics['epochs']}{best}, test loss {loss}; {metrics['num_parameters']:,} "
-        f"parameters; trained in {timing['train_seconds']:,.0f} s on {timing['device_name']} "
-        f"({timing['precision']})."
+        f"{diverged}Test accuracy **{metrics['test_accuracy']:.2%}** after epoch {metrics['epochs']}; "
+        f"{metrics['num_parameters']:,} parameters; trained in {timing['train_seconds']:,.0f} s on "
+        f"{timing['device_name']} ({timing['precision']})."
     )
 
 

@@ -16,19 +16,16 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.leftovers import size
 from resgrid.run_status import Run as Result
-from resgrid.run_status import find_runs, read_json
+from resgrid.run_status import data_digest, find_runs, read_json
 from resgrid.tracking import contents, shared
-from resgrid.tracking.cell_runs import end_killed, is_live, retire, runs_of, start_second
-from resgrid.tracking.links import pages_of, write_links
+from resgrid.tracking.cell_runs import end_killed, is_live, mark, retire, runs_of, start_second
 from resgrid.tracking.registry import crown
-from resgrid.tracking.store import Store, open_store, project_root, registry_uri, shown, unusable
-from resgrid.tracking.summary import summarize
+from resgrid.tracking.reports import log_comparison, write_links
+from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 from resgrid.tracking.view import arrange
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-    from resgrid.data.dataset import Meta
 
 
 @dataclass
@@ -45,10 +42,7 @@ class SyncReport:
     missing: list[str] = field(default_factory=list)  # no whole folder runs/<cell>
     stale: dict[str, str] = field(default_factory=dict)  # of other numbers, code or data than today's; why
     failed: dict[str, str] = field(default_factory=dict)  # why
-    champions: dict[str, str | None] = field(
-        default_factory=dict
-    )  # registered models that got another cell, or none
-    registry: str | None = None  # where MLFLOW_REGISTRY_URI has them, apart from the runs
+    champions: dict[str, str | None] = field(default_factory=dict)  # models that got another cell, or none
     summary: str | None = None  # the run that was made of the reports
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,21 +50,18 @@ class SyncReport:
 
     def __str__(self) -> str:
         num_done = len(self.unchanged) + len(self.completed) + len(self.created)
-        changes = [
-            f"{len(ids)} {what}"
-            for what in ("created", "completed", "superseded")
-            if (ids := getattr(self, what))
+        lists = {"created": self.created, "completed": self.completed, "superseded": self.superseded}
+        changes = ", ".join(f"{len(ids)} {what}" for what, ids in lists.items() if ids) or "as before"
+        lines = [
+            f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store} "
+            f"({changes})"
         ]
-        text = f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store}"
-        lines = [f"{text} ({', '.join(changes) or 'as before'})"]
         if self.missing:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
         for name, cell in self.champions.items():
             lines.append(f"  champion of models:/{name}: {cell or 'none, for no cell of it is current'}")
-        if self.registry:
-            lines.append(f"  champions are registered in {shown(self.registry)}, as MLFLOW_REGISTRY_URI says")
         if self.summary:
             lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
@@ -101,48 +92,38 @@ def sync(
             runs: dict[str, list[Run]] = {}
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
-            results, meta = find_runs(expand(params), pipeline_folder), _meta(pipeline_folder)
+            results = find_runs(expand(params), pipeline_folder)
             links: dict[str, str] = {}
             for done, result in enumerate(results, start=1):
-                run_id = _sync_cell(store, result, runs.pop(result.cell.id, []), meta, report)
+                run_id = _sync_cell(store, result, runs.pop(result.cell.id, []), report)
                 if run_id:
                     links[result.cell.id] = run_id
                 if on_cell is not None:
                     on_cell(done, len(results))
             for of_former_cell in runs.values():
                 report.superseded += retire(store, of_former_cell)
-            pages = pages_of(store, links)
-            if pages:
-                write_links(store, pages, pipeline_folder / "reports")
+            if links:
+                write_links(store, links, pipeline_folder / "reports")
             settled = [run for run in runs_of(store) if "grid" in run.data.tags]
             for run in settled:
                 shared.drop(store, run)
             current = [run for run in settled if run.data.tags["grid"] == "current"]
-            report.registry = registry_uri(store.uri)
-            try:
-                report.champions = crown(store, current, _data_digest(pipeline_folder, current))
-            except Exception as error:  # SQLAlchemy's as well, of a database
-                if report.registry is None:
-                    raise
-                raise unusable(report.registry, error, "MLFLOW_REGISTRY_URI") from None
+            report.champions = crown(store, current, data_digest(pipeline_folder))
             arrange(store)
-            report.summary = summarize(store, pipeline_folder / "reports", pages)
+            report.summary = log_comparison(store, pipeline_folder / "reports")
     except (MlflowException, OSError) as error:
         raise unusable(store.uri, error) from None
     return report
 
 
-def _sync_cell(
-    store: Store, found: Result, runs: list[Run], meta: Meta | None, report: SyncReport
-) -> str | None:
+def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport) -> str | None:
     """The id of the cell's run: without a current result that of its last attempt, if there is one."""
-    cell, record = found.cell, found.record
-    last = max(runs, key=lambda run: run.info.start_time, default=None)
-    if record is None or not found.is_current:
+    cell, record = result.cell, result.record
+    if record is None or not result.is_current:
         if record is None:
             report.missing.append(cell.id)
         else:
-            report.stale[cell.id] = f"{found.status}: {found.reason}"
+            report.stale[cell.id] = f"{result.status}: {result.reason}"
         for each in runs:
             if is_live(each):
                 continue
@@ -150,22 +131,21 @@ def _sync_cell(
             tags = each.data.tags
             is_of_it = record is not None and tags.get("weights_sha256") == record["weights_sha256"]
             if tags.get("grid") == "current" or is_of_it:
-                _mark(store, each, "stale" if is_of_it else "superseded")
+                mark(store, each, "stale" if is_of_it else "superseded")
+        last = max(runs, key=lambda run: run.info.start_time, default=None)
         return str(last.info.run_id) if last else None
     try:
-        started = contents.started_at(read_json(found.folder / "timing.json"))
+        started = contents.started_at(read_json(result.folder / "timing.json"))
         run = _find(runs, cell, record, started)
         if run and is_live(run, started):
             report.training.append(cell.id)
             return str(run.info.run_id)
         if run and run.data.tags.get("synced") == f"{record['weights_sha256']}:{contents.FORMAT}":
             run_id, done = run.info.run_id, report.unchanged
-            if run.data.tags.get("grid") != "current":
-                _mark(store, run, "current")
-                store.client.update_run(run_id, name=cell.id)
+            if mark(store, run, "current"):
+                store.client.update_run(run_id, name=cell.id)  # of an experiment it is called otherwise
         else:
-            known = run.info.run_id if run else None
-            run_id = contents.complete(store, known, cell, found.folder, meta)
+            run_id = contents.complete(store, run.info.run_id if run else None, cell, result.folder)
             done = report.completed if run else report.created
     except ResgridError as error:
         report.failed[cell.id] = str(error)
@@ -175,11 +155,6 @@ def _sync_cell(
     return str(run_id)
 
 
-def _mark(store: Store, run: Run, grid: str) -> None:
-    if run.data.tags.get("grid") != grid:
-        store.client.set_tag(run.info.run_id, "grid", grid)
-
-
 def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:
     """The run that records these metrics, or one that logged the training but not its end."""
     params = contents.params_of(cell)
@@ -187,21 +162,19 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
     def agrees(run: Run) -> bool:
         return all(run.data.params.get(key) == value for key, value in params.items())
 
-    found = [run for run in runs if run.data.tags.get("weights_sha256") == metrics["weights_sha256"]]
-    if not found:
-        found = [
-            run
-            for run in runs
-            if "weights_sha256" not in run.data.tags
-            and "dvc_experiment" not in run.data.tags
-            and run.data.tags["data_digest"] == metrics["data_digest"]
-            and run.info.status in ("RUNNING", "FINISHED")
-            and start_second(run) <= started
-            and agrees(run)
-        ]
+    candidates = [run for run in runs if run.data.tags.get("weights_sha256") == metrics["weights_sha256"]]
+    candidates = candidates or [
+        run
+        for run in runs
+        if not {"weights_sha256", "dvc_experiment"} & run.data.tags.keys()
+        and run.data.tags["data_digest"] == metrics["data_digest"]
+        and run.info.status in ("RUNNING", "FINISHED")
+        and start_second(run) <= started
+        and agrees(run)
+    ]
     # Several have the same weights where a cell was trained again without a change, as by `dvc repro -f`.
     return max(
-        found,
+        candidates,
         key=lambda run: (
             agrees(run),
             "synced" in run.data.tags,
@@ -211,23 +184,6 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
         ),
         default=None,
     )
-
-
-def _meta(pipeline_folder: Path) -> Meta | None:
-    from resgrid.data.dataset import load_meta
-
-    try:
-        return load_meta(pipeline_folder / "data" / "processed")
-    except ResgridError:  # the results may be here without the data
-        return None
-
-
-def _data_digest(pipeline_folder: Path, runs: list[Run]) -> str:
-    """Of the data as they are now or, where they are not here, of what was trained last."""
-    if meta := _meta(pipeline_folder):
-        return meta.digest
-    latest = max(runs, key=lambda run: run.info.start_time, default=None)
-    return latest.data.tags["data_digest"] if latest else ""
 
 
 def superseded_bytes(name: str, pipeline_folder: Path | None = None) -> int:

@@ -23,49 +23,30 @@ from resgrid.tracking.store import Store, open_store, reason, shown
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from resgrid.data.dataset import Meta
     from resgrid.training.engine import Epoch
 
 LAST_WORD_SECONDS = 7.0  # for MLflow when the process is to end, which it has 10 s for
 
 
-def live_run(
-    name: str,
-    cell: Cell,
-    meta: Meta,
-    folder: Path | None = None,
-    *,
-    training: str | None = None,
-    resumed_epochs: int = 0,
-) -> LiveRun:
+class LiveRun:
     """A context manager that logs the training of `cell` into the experiment `name` as it goes on.
 
     The run of an earlier start of the same `training`, a digest, goes on, with no epoch logged twice, unless
     it has epochs and this start begins anew: at `resumed_epochs` 0.
 
-    `with live_run(…) as run:`, then `run.log_epoch(epoch)` after each, and `run.complete(run_folder)` when
+    `with LiveRun(…) as run:`, then `run.log_epoch(epoch)` after each, and `run.complete(run_folder)` when
     the files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
     line turns SIGTERM), or as FAILED by another exception, which its description then tells.
 
-    Nothing here raises, and only `complete` and the end wait for MLflow. Where that fails, one line on stderr
-    says so, training goes on, and `sync` completes the run another day.
+    Nothing here raises, and only `complete` and the end wait for MLflow: all is done, in turn, by the one
+    thread that talks to it. Where that fails, one line on stderr says so, training goes on, and `sync`
+    completes the run another day.
     """
-    return LiveRun(name, cell, meta, folder, training, resumed_epochs)
-
-
-class LiveRun:
-    """See `live_run`. What is called here is done, in turn, by the one thread that talks to MLflow."""
 
     def __init__(
-        self,
-        name: str,
-        cell: Cell,
-        meta: Meta,
-        folder: Path | None,
-        training: str | None,
-        resumed_epochs: int,
+        self, name: str, cell: Cell, data_digest: str, training: str | None = None, resumed_epochs: int = 0
     ) -> None:
-        self._name, self._cell, self._meta, self._folder = name, cell, meta, folder
+        self._name, self._cell, self._data_digest = name, cell, data_digest
         self._training, self._resumed_epochs = training, resumed_epochs
         self._waiting: Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = Queue()
         # A daemon: a server that hangs does not keep the process from ending.
@@ -124,14 +105,11 @@ class LiveRun:
     def _work(self) -> None:
         while task := self._waiting.get():
             action, arguments = task
-            self._attempt(action, *arguments)
+            try:
+                action(*arguments)
+            except Exception as error:  # whatever MLflow, its database or the network comes up with
+                self._complain(reason(error))
             self._waiting.task_done()
-
-    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:  # whatever MLflow, its database or the network comes up with
-            self._complain(reason(error))
 
     def _complain(self, why: str) -> None:
         if not self._failed:
@@ -144,12 +122,10 @@ class LiveRun:
         self._failed = True
 
     def _start(self, start_time: int) -> None:
-        store = open_store(self._name, self._folder)
+        store = open_store(self._name)
         earlier = self._earlier(store)
         if earlier is None:
-            self._run_id = contents.create(
-                store, self._cell, self._meta.digest, "live", start_time, self._training
-            )
+            self._run_id = contents.create(store, self._cell, self._data_digest, start_time, self._training)
         else:
             self._run_id = earlier.info.run_id
             store.client.set_tag(self._run_id, "process", contents.this_process())  # first: now it is live
@@ -157,8 +133,6 @@ class LiveRun:
             history = store.client.get_metric_history(self._run_id, "learning_rate")
             self._logged = {point.step for point in history}
         self._store = store
-        if earlier is None or not (earlier.inputs and earlier.inputs.dataset_inputs):
-            contents.log_data(store, self._run_id, self._meta.digest, self._meta)
 
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -186,45 +160,44 @@ class LiveRun:
     def _log_epoch(self, epoch: Epoch, timestamp: int) -> None:
         from mlflow.entities import Metric
 
-        if self._failed or epoch.epoch in self._logged or not self._is_ours() or self._store is None:
-            return
-        figures = {key: getattr(epoch, key) for key in contents.EACH_EPOCH}
-        metrics = [
-            Metric(key, value, timestamp, epoch.epoch) for key, value in figures.items() if value is not None
-        ]
-        self._store.client.log_batch(self._run_id, metrics=metrics)
+        if not self._failed and epoch.epoch not in self._logged and (store := self._our_store()):
+            figures = {key: getattr(epoch, key) for key in contents.EACH_EPOCH}
+            metrics = [
+                Metric(key, value, timestamp, epoch.epoch)
+                for key, value in figures.items()
+                if value is not None
+            ]
+            store.client.log_batch(self._run_id, metrics=metrics)
 
     def _share(self, path: Path) -> None:
-        if self._is_ours() and self._store is not None and path.exists():
+        if path.exists() and (store := self._our_store()):
             with suppress(Exception):  # whatever MLflow comes up with: the next one is tried all the same
-                shared.put(self._store, self._run_id, path)
+                shared.put(store, self._run_id, path)
 
-    def _is_ours(self) -> bool:
-        """Whether this process still trains the cell; in a pool another machine may have taken it over."""
+    def _our_store(self) -> Store | None:
+        """None where there is none, or in a pool another machine has taken the cell over from this one."""
         if self._store is not None and shared.are_shared():
             by = self._store.client.get_run(self._run_id).data.tags.get("process")
             if by != contents.this_process():
                 self._store = None
                 self._complain(f"the cell was taken over by the process {by}")
-        return self._store is not None
+        return self._store
 
     def _finish(self, run_folder: Path, end_time: int) -> None:
-        if not self._is_ours() or self._store is None:
-            return
-        self._over = True  # from here on an error is for `sync`: ending the run would fail as well
-        self._stop_monitor()
-        contents.complete(self._store, self._run_id, self._cell, run_folder, self._meta, end_time)
-        started = contents.started_at(read_json(run_folder / "timing.json"))
-        if experiment() is None:
-            retire(self._store, runs_of(self._store, self._cell.id), self._run_id, started)
+        if store := self._our_store():
+            self._over = True  # from here on an error is for `sync`: ending the run would fail as well
+            self._stop_monitor()
+            contents.complete(store, self._run_id, self._cell, run_folder, end_time)
+            started = contents.started_at(read_json(run_folder / "timing.json"))
+            if experiment() is None:
+                retire(store, runs_of(store, self._cell.id), self._run_id, started)
 
     def _end(self, status: str, why: str | None) -> None:
-        if self._over or not self._is_ours() or self._store is None:
-            return
-        self._stop_monitor()
-        if why is not None:
-            self._store.client.set_tag(self._run_id, "mlflow.note.content", why)
-        self._store.client.set_terminated(self._run_id, status)
+        if not self._over and (store := self._our_store()):
+            self._stop_monitor()
+            if why is not None:
+                store.client.set_tag(self._run_id, "mlflow.note.content", why)
+            store.client.set_terminated(self._run_id, status)
 
     def _stop_monitor(self) -> None:
         monitor, self._monitor = self._monitor, None

@@ -7,9 +7,8 @@ so that `models:/digits@champion` works in whatever reads MLflow's models.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 
 
-def crown(store: Store, runs: Iterable[Run], data_digest: str) -> dict[str, str | None]:
+def crown(store: Store, runs: Sequence[Run], data_digest: str | None) -> dict[str, str | None]:
     """Put the alias of every registered model on the best of `runs`, which are those of the current cells.
 
-    Compared are completed cells on the data of `data_digest`: by validation accuracy or, where there is no
+    Compared are completed cells on the data of `data_digest` or, where that is None since they are not here,
+    on those of the latest run: by validation accuracy or, where there is no
     validation split, by the test accuracy of the last epoch; never by the best epoch. Among equals a champion
     stays, then the lower loss wins. Where there is none to compare, the alias goes. Returns, by registered
     model, the cells to which an alias moved, and None where it went.
     """
     candidates: dict[str, list[Run]] = {}
+    if data_digest is None and runs:
+        data_digest = max(runs, key=lambda run: run.info.start_time).data.tags["data_digest"]
     for run in runs:
         tags = run.data.tags
         if tags.get("status") == "completed" and tags["data_digest"] == data_digest:
@@ -66,8 +68,7 @@ def _crown_one(store: Store, name: str, runs: list[Run]) -> str | None:
     version = next((each for each in versions if _is_of(each, best)), None)
     version = version or _register(store, name, best, split)
     store.client.set_registered_model_alias(name, CHAMPION, version.version)
-    cell: str = best.data.tags["cell"]
-    return cell
+    return str(best.data.tags["cell"])
 
 
 def judge(runs: list[Run]) -> str:
@@ -109,30 +110,21 @@ def _versions(store: Store, name: str) -> list[ModelVersion]:
 
 def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
     """A version of the model that the run has logged, with the lineage as its tags."""
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    client, tags, metrics = store.client, run.data.tags, run.data.metrics
+    tags, metrics = run.data.tags, run.data.metrics
     accuracy, epoch = metrics[f"{split}_accuracy"], run.data.params["epochs"]
     lineage = {key: tags[key] for key in ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")}
     lineage |= {key: run.data.params[key] for key in ("architecture", "optimizer", "seed")}
     lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
-    if "test_accuracy" in metrics:
-        lineage["test_accuracy"] = f"{metrics['test_accuracy']:.4f}"
     assert run.outputs is not None, "a complete run has its model"
-    model_id = run.outputs.model_outputs[0].model_id
-    logged = client.get_logged_model(model_id)
-    version = client.create_model_version(
+    logged = store.client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    return store.client.create_model_version(
         name,
         logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
         run.info.run_id,
         lineage,
         description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {epoch}.",
-        model_id=model_id,
+        model_id=logged.model_id,
     )
-    known = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    known.append({"name": name, "version": version.version})  # MLflow's pages link the model by it
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
-    return version
 
 
 def find_weights(model: str, runs: Path) -> Path:

@@ -116,21 +116,20 @@ def open_store(name: str, folder: Path | None = None) -> Store:
     return Store(uri, name, experiment.experiment_id, client)
 
 
-def fetch_weights(initial: InitialWeights, folder: Path | None = None) -> Path | None:
+def fetch_weights(initial: InitialWeights) -> Path | None:
     """The weights file of `initial_weights: {name: mlflow}`, kept in `.resgrid/weights`; None of other kinds.
 
     Raises ResgridError as `fetch` does.
     """
     if not isinstance(initial, MlflowWeights):
         return None
-    return fetch(initial.uri, f"initial_weights: {initial.uri}", folder=folder)
+    return fetch(initial.uri, f"initial_weights: {initial.uri}")
 
 
 def fetch(
     model: str,
     what: str,
     advice: str = "Name a run, or the model of a run, that ResGrid has made; `resgrid ui` shows them.",
-    folder: Path | None = None,
 ) -> Path:
     """The weights file of a run (`runs:/ID`), of a version or an alias of a registered model
     (`models:/NAME/3`, `models:/NAME@best`), or of a logged model (`models:/m-ID`), in `.resgrid/weights`.
@@ -138,8 +137,8 @@ def fetch(
     Of a model it is the weights of its source run. Raises ResgridError, which begins with `what`, if there is
     no such thing, or it has no weights file.
     """
-    uri = store_uri(folder)
-    kept = project_root(folder) / ".resgrid" / "weights"
+    uri = store_uri()
+    kept = project_root() / ".resgrid" / "weights"
     try:
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
@@ -242,23 +241,17 @@ def _artifact_root(uri: str) -> Path:
     return (database.parent if database else project_root()) / "mlruns"
 
 
-def unusable(uri: str, error: Exception, variable: str = "MLFLOW_TRACKING_URI") -> StoreAway:
+def unusable(uri: str, error: Exception) -> StoreAway:
     if "out-of-date database schema" in str(error):
         return StoreAway(
             f"{shown(uri)}: another version of MLflow than this {version('mlflow')} made the database, which "
             f"stays as it is. An older one: copy it, then run `mlflow db upgrade {shown(uri)}`. A newer one: "
-            f"install that version again, or have {variable} name another store."
+            f"install that version again, or have MLFLOW_TRACKING_URI name another store."
         )
     return StoreAway(
         f"{shown(uri)}: MLflow's store cannot be used ({reason(error)}). Check that it is there and whole; "
-        f"{variable} names another one."
+        "MLFLOW_TRACKING_URI names another one."
     )
-
-
-def registry_uri(uri: str) -> str | None:
-    """The store that MLFLOW_REGISTRY_URI names for registered models, unless it is the one at `uri`."""
-    named = os.environ.get("MLFLOW_REGISTRY_URI")
-    return named if named and named != uri else None
 
 
 def reason(error: Exception) -> str:
