@@ -168,6 +168,51 @@ def study(levels: list[Level]) -> go.Figure:
     return _figure(340, *traces, x=levels[0].factor, y="test accuracy, %", xaxis=ticks)
 
 
+def charts(findings: Findings) -> dict[str, list[Chart]]:
+    """Those of the whole grid, by the slot of the report; none of what there is nothing of."""
+    by_slot = {
+        "conclusions": [
+            Chart(title, differences(rows))
+            for title, rows in (
+                ("Optimizers, over architectures", findings.optimizers),
+                ("Depths, over optimizers", findings.depths),
+            )
+            if rows
+        ],
+        "studies": [
+            Chart(factor.capitalize(), study(list(levels)))
+            for factor, levels in groupby(findings.studies, key=lambda level: level.factor)
+        ],
+    }
+    if findings.trained:
+        by_slot["cost"] = [
+            Chart("Parameters", trade_off(findings, "num_parameters", "parameters")),
+            Chart("Training time", trade_off(findings, "train_seconds", "training time, s")),
+        ]
+        by_slot["trust"] = _trust(findings)
+    if rows := [row for row in findings.published if not row.differences]:
+        measured = Dots("measured", BLUE, {row.name: row.measured for row in rows})
+        others = Dots("published", RED, {row.name: row.accuracy for row in rows})
+        figure = by_row("test accuracy, %", [row.name for row in rows], measured, others)
+        by_slot["published"] = [Chart("Published and measured", figure)]
+    return by_slot
+
+
+def _trust(findings: Findings) -> list[Chart]:
+    groups = findings.trained
+    errors = findings.frame.set_index("cell")["calibration_error"]
+    train = {group.name: group.mean("train_accuracy") for group in groups}
+    test = {group.name: group.accuracy for group in groups}
+    error = {group.name: float(errors[[r.cell.id for r in group.completed]].mean()) for group in groups}
+    gap = sorted(train, key=lambda name: test[name].estimate - train[name])
+    dots = Dots("train", ORANGE, train), Dots("test", BLUE, test)
+    expected = Dots("expected calibration error", SKY, error)
+    return [
+        Chart("Generalisation gap", by_row("accuracy, %", gap, *dots)),
+        Chart("Calibration", by_row("points", sorted(error, key=lambda name: error[name]), expected)),
+    ]
+
+
 # --- of chosen cells --------------------------------------------------------------------------------
 
 

@@ -191,9 +191,10 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
-    """`frame` of texts as a table in one of tabulate's formats: the first column left, figures right."""
-    align = ["left"] + ["right"] * (len(frame.columns) - 1)
-    rows = frame.fillna("").to_numpy().tolist()
+    """`frame` of texts as a table in one of tabulate's formats: words left, figures right."""
+    frame = frame.fillna("").astype(str)
+    align = ["right" if frame[name].str.contains(r"^[-+]?\d").any() else "left" for name in frame]
+    rows = frame.to_numpy().tolist()
     return tabulate(rows, headers=list(frame.columns), tablefmt=form, colalign=align, disable_numparse=True)
 
 

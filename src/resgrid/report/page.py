@@ -1,8 +1,8 @@
-"""`index.html`: the whole report in one file, which needs no network.
+"""The report: `report.md`, and `index.html`, which is the same Markdown rendered with charts in their places.
 
-The charts are drawn by plotly.js, which stands in the page, compressed: 2 MB instead of 5. Tables and
-sentences are HTML that stands there without it. Links lead to `runs.html` beside the page: `resgrid sync`
-writes it, since it alone knows which run of MLflow a cell has.
+The page is one file, which needs no network. The charts are drawn by plotly.js, which stands in the page,
+compressed: 2 MB instead of 5. Links lead to `runs.html` beside the page: `resgrid sync` writes it, since it
+alone knows which run of MLflow a cell has.
 """
 
 from __future__ import annotations
@@ -19,66 +19,97 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markdown_it import MarkdownIt
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from resgrid.data.dataset import Split
 from resgrid.evaluation import Predictions, Result
-from resgrid.report import figures
+from resgrid.report import figures, tables
 from resgrid.report.findings import Findings
-from resgrid.report.leaderboard import as_csv, by_optimizer
-from resgrid.report.sections import Section, summary
+from resgrid.report.leaderboard import as_csv, by_optimizer, missing, readable, text_table
 from resgrid.report.statistics import confusion
 
 NUM_CURVES = 4  # cells that are shown before a person chooses
 NUM_MISTAKES = 12  # a cell; half as many in a page of many cells
 MANY_CELLS = 60
+TEMPLATES = Environment(
+    loader=PackageLoader("resgrid.report", "template"),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def page(findings: Findings, sections: list[Section]) -> str:
-    """The page, the same bytes for the same findings."""
-    templates = Environment(
-        loader=PackageLoader("resgrid.report", "template"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def markdown(findings: Findings, slot: Callable[..., str] = lambda name, instead="": instead) -> str:
+    """The report's tables and sentences, for a terminal, a diff or a pull request.
+
+    Where `index.html` has a part of its own stands what `slot` says of the part's name.
+    """
+    text = TEMPLATES.get_template("report.md").render(
+        findings=findings,
+        meta=findings.meta,
+        frame=findings.frame,
+        missing=missing(findings.frame),
+        accuracy=_table(by_optimizer(findings.frame).reset_index()),
+        every_cell=readable(findings.frame),
+        tables=tables,
+        table=_table,
+        slot=slot,
     )
-    templates.filters |= {"is_words": _is_words, "with_code": _with_code}
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return "None."
+    return text_table(
+        frame.fillna("").astype(str).apply(lambda column: column.str.replace("|", "\\|")), "pipe"
+    )
+
+
+def page(findings: Findings) -> str:
+    """The report for a browser, the same bytes for the same findings."""
+    text = markdown(findings, lambda name, instead="": f"@{name}@")
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace(
+        "</table>", "</table></div>"
+    )
+    titles = re.findall("<h2>(.*?)</h2>", body)
+    for number, title in enumerate(titles):
+        body = body.replace(f"<h2>{title}</h2>", f'<h2 id="part-{number}">{title}</h2>')
+
     scored = findings.scored
     with_curves = [result for result, _ in scored if result.history is not None and len(result.history)]
+    charts = figures.charts(findings)
+    context = {
+        "titles": titles,
+        "csv": "data:text/csv;base64," + base64.b64encode(as_csv(findings.frame).encode()).decode(),
+        "grid": _grid(findings),
+        "charts": charts,
+        "facts": {result.cell.id: _facts(findings, result, said) for result, said in scored},
+        "with_curves": [result.cell.id for result in with_curves],
+        "num_curves": NUM_CURVES,
+        "num_classes": len(findings.meta.class_names),
+        "max_classes": figures.MAX_CLASSES,
+    }
+    slot = TEMPLATES.get_template("slot.html")
+    body = re.sub(r"<p>@(\w+)@</p>", lambda match: slot.render(context, slot=match[1]), body)
     data = {
         "charts": {
-            chart.id: json.loads(chart.figure.to_json()) for section in sections for chart in section.charts
+            chart.id: json.loads(chart.figure.to_json()) for place in charts.values() for chart in place
         },
         "chosen": _chosen(findings, with_curves),
         "mistakes": _mistakes(findings),
     }
-    return templates.get_template("page.html").render(
+    return TEMPLATES.get_template("page.html").render(
+        name=findings.name,
+        body=body,
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-        csv="data:text/csv;base64," + base64.b64encode(as_csv(findings.frame).encode()).decode(),
-        name=findings.name,
-        summary=summary(findings),
-        sections=sections,
-        grid=_grid(findings),
-        facts={result.cell.id: _facts(findings, result, said) for result, said in scored},
-        with_curves=[result.cell.id for result in with_curves],
-        num_curves=NUM_CURVES,
-        num_classes=len(findings.meta.class_names),
-        max_classes=figures.MAX_CLASSES,
     )
-
-
-def _is_words(column: pd.Series[str]) -> bool:
-    """Whether it is set left, as words are, and not right, as figures."""
-    return not column.astype(str).str.contains(r"^[-+]?\d").any()
-
-
-def _with_code(text: str) -> Markup:
-    return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _grid(findings: Findings) -> dict[str, list[dict[str, Any]]]:

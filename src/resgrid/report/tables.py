@@ -1,0 +1,111 @@
+"""The report's tables, as texts."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from resgrid.report.comparisons import Comparison, of_one_model
+from resgrid.report.findings import Findings
+from resgrid.report.leaderboard import remarks
+
+
+def comparisons(rows: list[Comparison]) -> pd.DataFrame:
+    """A row a comparison, in percentage points."""
+    return pd.DataFrame(
+        {
+            "compared": f"{row.first} − {row.second}",
+            "difference (95 % interval), points": row.difference.text("+"),
+            "interval over": row.difference.basis,
+            "mean of": ", ".join(row.over),
+            "epochs": row.epochs,
+            "p (Holm)": f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001",
+            "verdict": row.verdict,
+        }
+        for row in rows
+    )
+
+
+def costs(findings: Findings) -> pd.DataFrame:
+    """A row an architecture with an optimizer: what it reaches, at what cost, and if nothing beats it."""
+    fronts = {
+        "parameters": {group.name for group in findings.front("num_parameters")},
+        "time": {group.name for group in findings.front("train_seconds")},
+    }
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": group.name,
+            "test % (95 % interval)": group.accuracy.text(),
+            "interval over": group.accuracy.basis,
+            "parameters": f"{group.mean('num_parameters'):,.0f}",
+            "training, s": f"{group.mean('train_seconds'):,.1f}",
+            "on the front by": ", ".join(cost for cost, names in fronts.items() if group.name in names),
+        }
+        for group in sorted(findings.trained, key=lambda group: -group.mean("test_accuracy"))
+    )
+
+
+def trust(findings: Findings) -> pd.DataFrame:
+    """A row a completed cell: how much better it is on its training images, and how far to believe it."""
+    frame = findings.frame[findings.frame["status"] == "completed"]
+    return pd.DataFrame(
+        {
+            "cell": frame["cell"],
+            "train %": (100 * frame["train_accuracy"]).map("{:.2f}".format),
+            "test %": (100 * frame["test_accuracy"]).map("{:.2f}".format),
+            "gap, points": (100 * (frame["train_accuracy"] - frame["test_accuracy"])).map("{:+.2f}".format),
+            "calibration error, points": (100 * frame["calibration_error"]).map("{:.2f}".format),
+        }
+    )
+
+
+def ensembles(findings: Findings) -> pd.DataFrame:
+    """A row an ensemble: what it reaches, beside its members' mean, and how often two of them disagree."""
+    return pd.DataFrame(
+        {
+            "ensemble": each.name,
+            "mean of": each.over,
+            "members": ", ".join(f"{cell} × {n}" if n > 1 else cell for cell, n in each.members.items()),
+            "test % (95 % interval)": of_one_model(each.num_correct, len(findings.test.labels)).text(),
+            "members, test %": f"{100 * each.member_accuracy:.2f}",
+            "calibration error, points": f"{100 * each.calibration_error:.2f}",
+            "disagreement, %": f"{100 * each.disagreement:.2f}",
+        }
+        for each in findings.ensembles
+    )
+
+
+def published(findings: Findings) -> pd.DataFrame:
+    """A row a published figure: beside the measured one where data and recipe agree, else what differs."""
+    rows = []
+    for row in findings.published:
+        text = {
+            "architecture, optimizer": row.name,
+            "published %": f"{100 * row.accuracy:.2f}",
+            "not comparable, for": ", ".join(row.differences),
+        }
+        if not row.differences:
+            text |= {
+                "measured % (95 % interval)": row.measured.text(),
+                "interval over": row.measured.basis,
+                "difference, points": f"{100 * (row.measured.estimate - row.accuracy):+.2f}",
+                "within the interval": "yes" if row.measured.contains(row.accuracy) else "no",
+            }
+        rows.append(text)
+    return pd.DataFrame(rows).fillna("")
+
+
+def studies(findings: Findings) -> pd.DataFrame:
+    """A row a level of a study, the grid's own among them."""
+    return pd.DataFrame(
+        {
+            "varies": level.factor,
+            "in": level.series,
+            "level": level.text,
+            "cell": level.result.cell.id,
+            "test % (95 % interval)": level.accuracy.text() if level.accuracy else level.result.status,
+            "interval over": level.accuracy.basis if level.accuracy else "",
+            "differs also in": level.also,
+            "remark": "; ".join(remarks(level.result.cell)),
+        }
+        for level in findings.studies
+    )
