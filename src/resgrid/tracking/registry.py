@@ -19,7 +19,7 @@ from resgrid.tracking.store import Store, fetch
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION = "champion"
 
@@ -28,10 +28,10 @@ def crown(store: Store, runs: Sequence[Run], data_digest: str | None) -> dict[st
     """Put the alias of every registered model on the best of `runs`, which are those of the current cells.
 
     Compared are completed cells on the data of `data_digest` or, where that is None since they are not here,
-    on those of the latest run: by validation accuracy or, where there is no
-    validation split, by the test accuracy of the last epoch; never by the best epoch. Among equals a champion
-    stays, then the lower loss wins. Where there is none to compare, the alias goes. Returns, by registered
-    model, the cells to which an alias moved, and None where it went.
+    on those of the latest run: by validation accuracy or, where there is no validation split, by the test
+    accuracy of the last epoch; never by the best epoch. Among equals a champion stays, then the lower loss
+    wins. Where there is none to compare, the alias goes. Returns, by registered model, the cells to which an
+    alias moved, and None where it went.
     """
     candidates: dict[str, list[Run]] = {}
     if data_digest is None and runs:
@@ -41,33 +41,50 @@ def crown(store: Store, runs: Sequence[Run], data_digest: str | None) -> dict[st
         if tags.get("status") == "completed" and tags["data_digest"] == data_digest:
             for name in (store.name, f"{store.name}-{run.data.params['architecture']}"):
                 candidates.setdefault(name, []).append(run)
-    moved = {name: _crown_one(store, name, compared) for name, compared in candidates.items()}
-    changed: dict[str, str | None] = {name: cell for name, cell in moved.items() if cell}
-    for model in store.client.search_registered_models(max_results=1000):
-        is_ours = model.tags.get("pipeline") == store.name and CHAMPION in model.aliases
-        if is_ours and model.name not in candidates:
-            store.client.delete_registered_model_alias(model.name, CHAMPION)
-            changed[model.name] = None
-    return changed
+    ours = store.client.search_registered_models(f"name LIKE '{store.name}%'", max_results=1000)
+    models = {model.name: model for model in ours}
+    moved: dict[str, str | None] = {}
+    for name, compared in candidates.items():
+        if cell := _crown_one(store, name, models.get(name), compared):
+            moved[name] = cell
+    for name in models.keys() - candidates.keys():
+        if models[name].tags.get("pipeline") == store.name and CHAMPION in models[name].aliases:
+            store.client.delete_registered_model_alias(name, CHAMPION)
+            moved[name] = None
+    return moved
 
 
-def _crown_one(store: Store, name: str, runs: list[Run]) -> str | None:
-    """The cell that is the champion from now on, if it was not before."""
-    versions = _versions(store, name)
-    reigning = next((each for each in versions if CHAMPION in each.aliases), None)
+def _crown_one(store: Store, name: str, model: RegisteredModel | None, runs: list[Run]) -> str | None:
+    """The cell that is the champion from now on, if it was not before; `model` is made where it is None."""
+    client = store.client
+    if model is None:
+        what = "the pipeline" if name == store.name else name.removeprefix(f"{store.name}-")
+        model = client.create_registered_model(
+            name,
+            {"pipeline": store.name},
+            f"The best current cell of {what} has the alias `{CHAMPION}`: by validation accuracy or, without "
+            "a validation split, by the test accuracy of the last epoch. Input: RGB images (N, 3, 32, 32) on "
+            f"the 0–1 scale; output: probabilities. `resgrid predict --model models:/{name}@{CHAMPION} "
+            "PICTURE` does the rest.",
+        )
+    # By the weights: trained again without a change, a cell has another run and is the same model.
+    versions = {
+        each.tags.get("weights_sha256"): str(each.version)
+        for each in client.search_model_versions(f"name = '{name}'", max_results=1000)
+    }
+    reigning = str(model.aliases.get(CHAMPION))
     split = judge(runs)
 
     def strength(run: Run) -> tuple[float, bool, float, str]:
-        metrics = run.data.metrics
-        reigns = reigning is not None and _is_of(reigning, run)
-        return metrics[f"{split}_accuracy"], reigns, -metrics[f"{split}_loss"], run.data.tags["cell"]
+        metrics, tags = run.data.metrics, run.data.tags
+        reigns = versions.get(tags["weights_sha256"]) == reigning
+        return metrics[f"{split}_accuracy"], reigns, -metrics[f"{split}_loss"], tags["cell"]
 
     best = max(runs, key=strength)
-    if reigning is not None and _is_of(reigning, best):
+    version = versions.get(best.data.tags["weights_sha256"])
+    if version == reigning:
         return None
-    version = next((each for each in versions if _is_of(each, best)), None)
-    version = version or _register(store, name, best, split)
-    store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    client.set_registered_model_alias(name, CHAMPION, version or _register(store, name, best, split))
     return str(best.data.tags["cell"])
 
 
@@ -76,40 +93,8 @@ def judge(runs: list[Run]) -> str:
     return "validation" if all("validation_accuracy" in run.data.metrics for run in runs) else "test"
 
 
-def _is_of(version: ModelVersion, run: Run) -> bool:
-    """By the weights: trained again without a change, a cell has another run and is the same model."""
-    return bool(version.tags.get("weights_sha256") == run.data.tags["weights_sha256"])
-
-
-def _versions(store: Store, name: str) -> list[ModelVersion]:
-    """Those of a registered model, which is made if it is not there. Aliases come with the model alone."""
-    from mlflow.exceptions import MlflowException
-
-    client = store.client
-    try:
-        model = client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        what = "the pipeline" if name == store.name else name.removeprefix(f"{store.name}-")
-        client.create_registered_model(
-            name,
-            {"pipeline": store.name},
-            f"The best current cell of {what} has the alias `{CHAMPION}`: by validation accuracy or, without "
-            "a validation split, by the test accuracy of the last epoch. Input: RGB images (N, 3, 32, 32) on "
-            f"the 0–1 scale; output: probabilities. `resgrid predict --model models:/{name}@{CHAMPION} "
-            "PICTURE` does the rest.",
-        )
-        return []
-    numbers = {str(number): alias for alias, number in model.aliases.items()}
-    versions = list(client.search_model_versions(f"name = '{name}'", max_results=1000))
-    for each in versions:
-        each.aliases = [numbers[str(each.version)]] if str(each.version) in numbers else []
-    return versions
-
-
-def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
-    """A version of the model that the run has logged, with the lineage as its tags."""
+def _register(store: Store, name: str, run: Run, split: str) -> str:
+    """Make a version of the model that the run has logged, with the lineage as its tags; its number."""
     tags, metrics = run.data.tags, run.data.metrics
     accuracy, epoch = metrics[f"{split}_accuracy"], run.data.params["epochs"]
     lineage = {key: tags[key] for key in ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")}
@@ -117,7 +102,7 @@ def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
     lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
     assert run.outputs is not None, "a complete run has its model"
     logged = store.client.get_logged_model(run.outputs.model_outputs[0].model_id)
-    return store.client.create_model_version(
+    version = store.client.create_model_version(
         name,
         logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
         run.info.run_id,
@@ -125,6 +110,7 @@ def _register(store: Store, name: str, run: Run, split: str) -> ModelVersion:
         description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {epoch}.",
         model_id=logged.model_id,
     )
+    return str(version.version)
 
 
 def find_weights(model: str, runs: Path) -> Path:
