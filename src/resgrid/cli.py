@@ -623,7 +623,6 @@ def _gc(options: argparse.Namespace) -> None:
     if not options.dry_run:
         leftovers.delete(each.path for each in found)
     taken = leftovers.usage(root, pipeline)
-    old = tracking.superseded_bytes(params.name)
     if options.json:
         content = {
             "deleted": not options.dry_run,
@@ -631,7 +630,6 @@ def _gc(options: argparse.Namespace) -> None:
                 {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
             ],
             "bytes": taken,
-            "superseded_runs_bytes": old,
         }
         print(json.dumps(content, indent=2))
         return
@@ -643,10 +641,7 @@ def _gc(options: argparse.Namespace) -> None:
     )
     for place, num_bytes in taken.items():
         print(f"{amount(num_bytes, 'B'):>9}  {place}")
-    print(
-        f"{amount(old, 'B'):>9}  of it in MLflow's superseded runs, with replaced weights\n"
-        "`dvc gc --workspace` empties DVC's cache of what no current result is made of."
-    )
+    print("`dvc gc --workspace` empties DVC's cache of what no current result is made of.")
 
 
 def _ui(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ it is complete; `grid` is `current` on one run a cell, `stale` on that of a cell
 `dvc exp apply` and `sync` make them current.
 """
 
-from resgrid.tracking.from_files import SyncReport, superseded_bytes, sync
+from resgrid.tracking.from_files import SyncReport, sync
 from resgrid.tracking.live import LiveRun
 from resgrid.tracking.registry import find_weights
 from resgrid.tracking.shared import shared_checkpoints
@@ -33,6 +33,5 @@ __all__ = [
     "shared_checkpoints",
     "shown",
     "store_uri",
-    "superseded_bytes",
     "sync",
 ]

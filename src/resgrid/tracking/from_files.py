@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
-from resgrid.leftovers import size
 from resgrid.run_status import Run as Result
 from resgrid.run_status import data_digest, find_runs, read_json
 from resgrid.tracking import contents, shared
@@ -184,20 +181,3 @@ def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) ->
         ),
         default=None,
     )
-
-
-def superseded_bytes(name: str, pipeline_folder: Path | None = None) -> int:
-    """What the artifacts and models of superseded runs take, where the store keeps them on this machine.
-
-    Raises ResgridError if the store cannot be used.
-    """
-    store = open_store(name, pipeline_folder)
-    total = 0
-    for run in runs_of(store):
-        if run.data.tags.get("grid") == "superseded":
-            outputs = run.outputs.model_outputs if run.outputs else []
-            models = [store.client.get_logged_model(output.model_id) for output in outputs]
-            places = [run.info.artifact_uri, *(model.artifact_location for model in models)]
-            local = [urllib.request.url2pathname(urlsplit(p).path) for p in places if p.startswith("file:")]
-            total += sum(size(Path(place)) for place in local)
-    return total

@@ -113,12 +113,11 @@ def log_comparison(store: Store, reports: Path) -> str | None:
 def _guide(store: Store, run_id: str) -> str:
     """What stands at the head of the experiment's page."""
     runs = f"#/experiments/{store.experiment_id}/runs"
+    model = f"models:/{store.name}@{CHAMPION}"
     return (
-        f"Every cell of the pipeline **{store.name}** is one run. [The grid]({runs}?{VIEW_QUERY}) is a view "
-        "of the present ones, with charts; its filter `tags.grid = 'current'` leaves out what was trained "
-        "again since. Group by the params `architecture`, `optimizer` or `seed`; select runs and press "
-        "*Compare* for parallel coordinates. Accuracies are in 0–1, with the weights of the last epoch.\n\n"
-        f"[The comparison]({runs}/{run_id}/artifacts/{TABLE}) is a run of its own, with the leaderboard as a "
-        f"table. The best cell is [models:/{store.name}@{CHAMPION}](#/models/"
-        f"{store.name.replace(' ', '%20')})."
+        f"Every cell of the pipeline **{store.name}** is one run; accuracies are in 0–1, with the weights of "
+        f"the last epoch. [The grid]({runs}?{VIEW_QUERY}) shows the present ones, with charts; its filter "
+        "`tags.grid = 'current'` leaves out what was trained again since. "
+        f"[The comparison]({runs}/{run_id}/artifacts/{TABLE}) is a run with the leaderboard as a table. "
+        f"The best cell is [{model}](#/models/{store.name.replace(' ', '%20')})."
     )
