@@ -21,10 +21,8 @@ def test_the_mean_is_of_probabilities_and_not_of_logits():
 
 
 def test_cross_entropy_of_a_probability_of_zero_is_finite():
-    assert cross_entropy(np.array([[1.0, 0.0]]), np.array([1])) == pytest.approx(-np.log(np.finfo(float).eps))
-    assert cross_entropy(np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([0, 0])) == pytest.approx(
-        1.5 * np.log(2)
-    )
+    assert cross_entropy(np.array([0.0])) == pytest.approx(-np.log(np.finfo(float).eps))
+    assert cross_entropy(np.array([0.5, 0.25])) == pytest.approx(1.5 * np.log(2))
 
 
 def test_the_selection_weighs_by_repetition():

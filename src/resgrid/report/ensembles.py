@@ -61,12 +61,8 @@ def mean_probabilities(logits: Sequence[NDArray[np.float32]], counts: Sequence[i
     return mean
 
 
-def cross_entropy(probabilities: Floats, labels: NDArray[np.integer[Any]]) -> float:
-    """The mean of -log of the true class's probability; as in scikit-learn one of 0 counts as 2.2e-16."""
-    return _surprise(probabilities[np.arange(len(labels)), labels])
-
-
-def _surprise(true: Floats) -> float:
+def cross_entropy(true: Floats) -> float:
+    """The mean of -log of the true classes' probabilities (N,); as in scikit-learn 0 counts as 2.2e-16."""
     return float(-np.log(np.maximum(true, np.finfo(np.float64).eps)).mean())
 
 
@@ -80,7 +76,7 @@ def select(logits: Mapping[str, NDArray[np.float32]], labels: NDArray[np.integer
     true = {cell: mean_probabilities([each], [1])[images, labels] for cell, each in logits.items()}  # (N,)
     total, path, losses = np.zeros(len(labels)), list[str](), list[float]()
     for size in range(1, MAX_MEMBERS + 1):
-        tried = {cell: _surprise((total + each) / size) for cell, each in true.items()}
+        tried = {cell: cross_entropy((total + each) / size) for cell, each in true.items()}
         path.append(min(tried, key=lambda cell: tried[cell]))
         losses.append(tried[path[-1]])
         total = total + true[path[-1]]
@@ -146,7 +142,7 @@ def _measured(
         members=members,
         accuracy=float(correct.mean()),
         num_correct=int(correct.sum()),
-        loss=cross_entropy(probabilities, labels),
+        loss=cross_entropy(probabilities[np.arange(len(labels)), labels]),
         calibration_error=calibration_error(probabilities.max(1), correct),
         member_accuracy=float(np.mean([(each == labels).mean() for each in classes])),
         disagreement=float(np.mean(apart)) if apart else 0.0,
