@@ -33,7 +33,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, expand
 from resgrid.report.figures import MAX_CLASSES
 from resgrid.report.figures import confusion_matrix as confusion_chart
-from resgrid.report.findings import Findings, find, how_it_was_made
+from resgrid.report.findings import Findings, how_it_was_made
 from resgrid.report.leaderboard import by_optimizer, read_leaderboard, readable
 from resgrid.report.page import markdown, most_confident_mistakes, page
 from resgrid.report.statistics import Interval
@@ -110,7 +110,7 @@ def small_grid(**grid: list[Any]) -> list[Cell]:
 
 
 def found(results: list[Result], **meta: Any) -> Findings:
-    return find(results, make_split(), make_meta(**meta), "small", "cpu")
+    return Findings(results, make_split(), make_meta(**meta), "small", "cpu")
 
 
 def with_wrong(cells: list[Cell], **wrong: list[int]) -> list[Result]:

@@ -529,7 +529,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from resgrid.evaluation import evaluate
     from resgrid.report.ensembles import assemble, write_ensembles
     from resgrid.report.files import write_report
-    from resgrid.report.findings import find
+    from resgrid.report.findings import Findings
     from resgrid.run_status import find_runs
     from resgrid.training.device import choose_device, device_name
 
@@ -547,7 +547,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
     labels = {name: split.labels.numpy() for name, split in splits.items()}
     ensembles, why_not = assemble(results, kept, labels)
-    findings = find(results, splits["test"], meta, params.name, device_name(device), ensembles, why_not)
+    scored_on = device_name(device)
+    findings = Findings(results, splits["test"], meta, params.name, scored_on, ensembles, why_not)
     write_report(findings, REPORTS)
     write_ensembles(ensembles, results, Path())
     _show(findings.frame)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 
 from resgrid import __version__
@@ -17,7 +16,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, flat
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
-from resgrid.report.comparisons import Comparison, Group, compare, conclusions, group, mean_accuracy
+from resgrid.report.comparisons import Group, compare, conclusions, group, mean_accuracy
 from resgrid.report.ensembles import Ensemble
 from resgrid.report.leaderboard import leaderboard
 from resgrid.report.published import differing, publication
@@ -47,22 +46,27 @@ class Level:
     also: str  # what else differs from the grid's cell
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Findings:
-    name: str
-    meta: Meta
-    test: Split
+    """All that the report says of `results`, scored on `test` on `device`, and of their ensembles."""
+
     results: list[Result]
-    frame: pd.DataFrame  # the leaderboard
-    groups: list[Group]
-    optimizers: list[Comparison]
-    depths: list[Comparison]
-    conclusions: list[str]  # a sentence each
-    published: list[Published]
-    studies: list[Level]
-    ensembles: Sequence[Ensemble]
-    no_ensembles: Sequence[str]  # why there are no others, a sentence each
-    made: dict[str, str]  # how the report came about
+    test: Split
+    meta: Meta
+    name: str
+    device: str
+    ensembles: Sequence[Ensemble] = ()
+    no_ensembles: Sequence[str] = ()  # why there are no others, a sentence each
+
+    def __post_init__(self) -> None:
+        self.frame = leaderboard(self.results, self.meta)
+        self.groups = group(self.results)
+        self.optimizers, self.depths = compare(self.groups)
+        num_test = self.meta.num_images["test"]
+        self.conclusions = conclusions(self.groups, self.optimizers, self.depths, num_test)
+        self.published = _published(self.groups, self.meta)
+        self.studies = _studies(self.results)
+        self.made = how_it_was_made(self.results, self.meta, self.device)
 
     @property
     def scored(self) -> list[tuple[Result, Predictions]]:
@@ -81,36 +85,6 @@ class Findings:
         groups = self.trained
         front = pareto_front([g.mean(cost) for g in groups], [g.mean("test_accuracy") for g in groups])
         return [groups[place] for place in front]
-
-
-def find(
-    results: list[Result],
-    test: Split,
-    meta: Meta,
-    name: str,
-    device: str,
-    ensembles: Sequence[Ensemble] = (),
-    no_ensembles: Sequence[str] = (),
-) -> Findings:
-    """All that the report says of `results`, scored on `test` on `device`, and of their ensembles."""
-    groups = group(results)
-    optimizers, depths = compare(groups)
-    return Findings(
-        name=name,
-        meta=meta,
-        test=test,
-        results=results,
-        frame=leaderboard(results, meta),
-        groups=groups,
-        optimizers=optimizers,
-        depths=depths,
-        conclusions=conclusions(groups, optimizers, depths, meta.num_images["test"]),
-        published=_published(groups, meta),
-        studies=_studies(results),
-        ensembles=ensembles,
-        no_ensembles=no_ensembles,
-        made=how_it_was_made(results, meta, device),
-    )
 
 
 def _published(groups: list[Group], meta: Meta) -> list[Published]:

@@ -164,13 +164,9 @@ def confusion(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
 def pareto_front(cost: Sequence[float], value: Sequence[float]) -> list[int]:
     """The places, by rising cost, of what nothing beats: nothing that costs as little is worth more, and
     nothing that is worth as much costs less. Equals are all on it."""
-    front: list[int] = []
-    for place in sorted(range(len(cost)), key=lambda i: (cost[i], -value[i])):
-        last = front[-1] if front else None
-        if (
-            last is None
-            or value[place] > value[last]
-            or (cost[place], value[place]) == (cost[last], value[last])
-        ):
-            front.append(place)
-    return front
+    points = list(zip(cost, value, strict=True))
+    return [
+        place
+        for place in sorted(range(len(points)), key=lambda place: (cost[place], -value[place]))
+        if not any(c <= cost[place] and v >= value[place] and (c, v) != points[place] for c, v in points)
+    ]
