@@ -19,7 +19,7 @@ from resgrid.provenance import git_commit
 from resgrid.report.comparisons import Group, compare, conclusions, group, mean_accuracy
 from resgrid.report.ensembles import Ensemble
 from resgrid.report.leaderboard import leaderboard
-from resgrid.report.published import differing, publication
+from resgrid.report.published import as_text, differing, publication
 from resgrid.report.statistics import Interval, pareto_front
 
 
@@ -124,7 +124,7 @@ def _studies(results: list[Result]) -> list[Level]:
         of_series = levels.setdefault((factor, series), [])
         if base and not of_series:
             of_series.append(_level(base, factor, common.get(factor, "the grid's")))
-        also = "; ".join(f"{key} {_text(own.get(key))}" for key in differing if key != factor)
+        also = "; ".join(f"{key} {as_text(own.get(key))}" for key in differing if key != factor)
         of_series.append(_level(result, factor, own.get(factor, result.cell.study), also))
     factors = list(dict.fromkeys(factor for factor, _ in levels))
     return [
@@ -143,20 +143,12 @@ def _level(result: Result, factor: str, value: Any, also: str = "") -> Level:
     return Level(
         factor=factor.replace("_", " "),
         series=_series(result.cell),
-        text=_text(value),
+        text=as_text(value),
         value=float(value) if is_number else None,
         result=result,
         accuracy=mean_accuracy([result]) if result.status == "completed" else None,
         also=also,
     )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "none" if value is None else str(value).replace("_", " ")
 
 
 # --- how it was made --------------------------------------------------------------------------------

@@ -94,9 +94,14 @@ def differing(cell: Cell, meta: Meta, published: Publication) -> list[str]:
             if value is None or any(value.get(part) != each for part, each in stated.items()):
                 texts.append(f"other {name}")
         elif value != stated:
-            texts.append(f"{name} {_text(value)} {'of' if key == 'epochs' else 'for'} {_text(stated)}")
+            texts.append(f"{name} {as_text(value)} {'of' if key == 'epochs' else 'for'} {as_text(stated)}")
     return texts
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
+def as_text(value: Any) -> str:
+    """A setting's value as a person reads it: `end to end`, `0.3, 0.4, 0.5`, `none`."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(as_text, value))
+    return "none" if value is None else str(value).replace("_", " ")
