@@ -30,7 +30,7 @@ PAGE = """<!doctype html>
 <title>{name}: the runs in MLflow</title>
 <style>:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}</style>
 <h1>{name}: the runs in MLflow</h1>
-<p>At {address}; of a pipeline without a server, while <code>resgrid ui</code> serves it.</p>
+<p>The links lead to {address}. Without an MLflow server, <code>resgrid ui</code> serves it.</p>
 <ul>
 {rows}
 </ul>
