@@ -211,7 +211,6 @@ def test_an_unpacked_cifar_folder_is_a_source(cifar_archive: Path, tmp_path: Pat
     ("folder", "data", "said"),
     [
         ("mine", "absent", "absent: no such file or folder"),
-        ("mine", "https://example.org/a.tar.gz", "must be fetched first"),
         ("images", "images", "the pipeline writes into"),
         (".", "images", None),
     ],

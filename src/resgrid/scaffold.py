@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, StrictUndefined
+
 import resgrid
 from resgrid.config import Resize, load_params
 from resgrid.data import archives
@@ -63,8 +65,6 @@ def init(folder: Path, data: Path) -> str:
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ResgridError(f"{folder / name}: is there already. Name a new folder, or delete it.")
-    if "://" in str(data) or re.match(r"https?:/", str(data)):
-        raise ResgridError(f"--data {data}: give a path; what comes from a URL must be fetched first.")
     data = data.expanduser().resolve()
     for made in ("data", "runs", "reports"):
         if data == folder or data == folder / made or (folder / made) in data.parents:
@@ -216,105 +216,27 @@ def _scale(num_train: int) -> tuple[tuple[str, ...], int, int]:
     return ("resnet20", "resnet56", "resnet18"), 30, 128
 
 
-RECIPE = """
-    epochs: {epochs}
-    batch_size: {batch_size}
-    schedule: {{name: cosine, final_factor: 0.0}}
-    warmup: {{steps: 0, factor: 1.0}}
-    time_decay: 0.0
-    weight_decay: 0.0002
-    decay_norm_and_bias: false
-    dropout: {dropout}
-    augmentation:
-      flip: false # true where a mirrored image is of the same class: not for digits, text or traffic signs
-      crop_padding: 4
-      rotation_degrees: 10.0
-      shift_fraction: 0.0
-    normalization: {{name: per_channel}}
-    approach: end_to_end
-    initial_weights: {{name: random}}"""
-NARROW_RATES, WIDE_RATES = (0.1, 0.001, 0.001, 0.01), (0.05, 0.001, 0.0005, 0.005)
-
-
 def _params(name: str, location: str, data: Path, found: Found) -> str:
+    """init_params.yaml.jinja for these images."""
     architectures, epochs, batch_size = _scale(found.num_train)
-    checksum = "" if data.is_dir() else f"\n  checksum: {digest(data, 'sha256:')}"
-    validation = 0.1 if found.smallest_class >= MIN_FOR_VALIDATION and not found.own_validation else 0.0
-    lists = "\n".join(f"  - {architecture}" for architecture in architectures)
-    recipes, tuning = "", ""
-    for architecture in architectures:
-        is_wide = architecture in ("resnet10", "resnet18")
-        recipe = RECIPE.format(epochs=epochs, batch_size=batch_size, dropout=0.1 if is_wide else 0.0)
-        recipes += f"\n  {architecture}:{recipe}"
-        sgd, adam, rmsprop, adagrad = WIDE_RATES if is_wide else NARROW_RATES
-        tuning += f"""
-  {architecture}:
-    sgd: {{lr: {sgd}}}
-    adam: {{lr: {adam}}}
-    rmsprop: {{lr: {rmsprop}}}
-    adagrad: {{lr: {adagrad}}}
-    adamw: {{lr: {adam}, weight_decay: 0.05}}"""
-    return rewritten(f"""\
-# {_counts(found)}.
-# A grid to start with: widen its lists, add seeds, train for longer.
-# `resgrid set 'recipes.*.epochs=10'` edits a number in many places.
-
-name: {_quoted(name)} # the MLflow experiment
-
-data:
-  source: {found.source}
-  location: {_quoted(location)}{checksum}{_image_folder(found)}
-
-preprocess:
-  resize: {_resize(found)} # every image becomes 32x32: stretch | crop | pad
-  validation_fraction: {validation} # of the training images; the best cell is chosen by it
-  training_fraction: 1.0 # of the others: less for a first try
-  seed: 0
-
-engine:
-  precision: auto # bf16 autocast where the device is good at it: auto | fp32 | bf16
-  compile: auto # the steps by torch.compile, where that pays: auto | always | never
-  scored_epochs: all # after which the test and validation images are scored: all | last
-
-# Seeds 0, 1 and 2 would give each figure its spread.
-grid:
-  architectures:
-{lists}
-  optimizers:
-  - sgd
-  - adam
-  seeds:
-  - 0
-  own_architectures: [] # each is a file architectures/<name>.py
-recipes:
-  # How each architecture is trained, whatever the optimizer.{recipes}
-
-# The learning rate, and settings of an optimizer that are not the same for all architectures.
-tuning:{tuning}
-
-# The other settings of torch.optim's classes.
-optimizers:
-  sgd: {{momentum: 0.9, nesterov: true}}
-  adam: {{betas: [0.9, 0.999], eps: 1e-08}}
-  rmsprop: {{alpha: 0.99, momentum: 0.0, eps: 1e-08}}
-  adagrad:
-    lr_decay: 0.0
-    initial_accumulator_value: 0.0
-    eps: 1e-10
-  adamw: {{betas: [0.9, 0.999], eps: 1e-08}} # its decoupled weight decay takes the place of the recipe's
-
-studies: {{}} # cells of their own, each of which names what it changes
-""")
-
-
-def _image_folder(found: Found) -> str:
-    """The keys that only an image folder has."""
-    if found.source != "image-folder":
-        return ""
-    return (
-        f"\n  test_fraction: {found.test_fraction} # of each class, drawn where the images have no test split"
-        "\n  on_broken: refuse # what cannot be read: refuse | skip"
+    template = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(
+        (PACKAGE / "init_params.yaml.jinja").read_text(encoding="utf-8")
     )
+    has_enough = found.smallest_class >= MIN_FOR_VALIDATION and not found.own_validation
+    text = template.render(
+        counts=_counts(found),
+        name=_quoted(name),
+        found=found,
+        location=_quoted(location),
+        checksum=None if data.is_dir() else digest(data, "sha256:"),
+        resize=_resize(found),
+        validation_fraction=0.1 if has_enough else 0.0,
+        architectures=architectures,
+        wide=("resnet10", "resnet18"),
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    return rewritten(text)
 
 
 def _resize(found: Found) -> Resize:
