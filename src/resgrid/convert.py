@@ -11,8 +11,8 @@ import io
 import pickle
 import re
 import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -199,11 +199,9 @@ def _match(source: Path, layers: list[_Layer], info: WeightsInfo) -> dict[str, h
         name for name, module in modules.items() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
     ]
     if (len(kernels), len(norms)) != (len(kernel_names), len(norm_names)):
-        shapes = [_bare(_torch_shape(layer.arrays["kernel"].shape)) for layer in kernels]
         raise ResgridError(
             f"{source}: it holds {len(kernels)} convolutions or dense layers and {len(norms)} batch norms, "
-            f"where {info.architecture} has {len(kernel_names)} and {len(norm_names)}. "
-            + _look_alike(shapes, info)
+            f"where {info.architecture} has {len(kernel_names)} and {len(norm_names)}. Is it another model?"
         )
     return {
         f"{name}.{_NAMES[kind]}": array
@@ -267,13 +265,13 @@ def import_torch(
             "Save the weights with torch.save(model.state_dict(), FILE)."
         )
     expected = expected_shapes(info.architecture, len(info.class_names))
-    fitting = {}
-    for name, weights in sets.items():
-        renamed = _rename(weights, info, expected)
-        if {each: tuple(tensor.shape) for each, tensor in renamed.items()} == expected:
-            fitting[name] = renamed
-    if not fitting:
-        raise ResgridError(f"{source}: {_difference(_nearest(sets, expected), info)}")
+    renamed = {name: _rename(weights, info, expected) for name, weights in sets.items()}
+    shapes = {name: {each: tuple(tensor.shape) for each, tensor in weights.items()}
+              for name, weights in renamed.items()}  # fmt: skip
+    fitting = {name: weights for name, weights in renamed.items() if shapes[name] == expected}
+    if not fitting:  # the error is about the set with the most names in common, and the fewest beside them
+        nearest = max(shapes.values(), key=lambda each: (len(each.keys() & expected.keys()), -len(each)))
+        check_shapes(source, nearest, info)
     # less the sets that only hold another one
     names = [
         name
@@ -352,8 +350,6 @@ def _read_torch(source: Path) -> tuple[Any, list[str]]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = re.search(r"WeightsUnpickler error:\s*(.{1,100})|^(.{1,100})", str(error))
         what = f"it asks for {asked[1]}" if asked else reason[0] if reason else type(error).__name__
-        if "Unsupported operand" in what:
-            what = "it has a newer pickle_protocol than torch.save's own"
         raise ResgridError(
             f"{source}: no tensors can be read from this PyTorch file ({what}). If it is whole and you trust "
             "it, load it where it was made, and save the weights with torch.save(model.state_dict(), FILE)."
@@ -377,7 +373,6 @@ def _adapted(stand_ins: dict[str, Any], error: str) -> bool:
     return True
 
 
-MAX_CLASSES = 100_000  # that are looked for in a foreign file
 MAX_TENSORS = 50_000  # a ResNet-110 with its optimizer has 2,000
 MAX_DEPTH = 40
 # What wraps a module within a model, and where a module keeps its parts: neither is in a state dict's names.
@@ -417,16 +412,6 @@ def _weight_sets(content: Any) -> dict[str, dict[str, Tensor]]:
         for depth in range(len(path)):
             sets.setdefault(".".join(path[:depth]), {})[".".join(path[depth:])] = tensor
     return sets
-
-
-def _nearest(sets: dict[str, dict[str, Tensor]], expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Of several sets the one with most shapes in common, and least beside them."""
-
-    def rank(weights: dict[str, Tensor]) -> tuple[int, int]:
-        common = Counter(tuple(tensor.shape) for tensor in weights.values()) & Counter(expected.values())
-        return common.total(), -len(weights)
-
-    return max(sets.values(), key=rank)
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -486,80 +471,3 @@ def _info(
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise ResgridError(f"{key}: {problem['msg']} (it is {problem['input']!r})") from None
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution as the dense layer that it equals."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
-def _kernels(shapes: Iterable[tuple[int, ...]]) -> Counter[tuple[int, ...]]:
-    return Counter(shape for shape in map(_bare, shapes) if len(shape) > 1)
-
-
-def _look_alike(kernels: list[tuple[int, ...]], info: WeightsInfo) -> str:
-    """Which other architecture, or number of classes, has convolutions and dense layers of these shapes."""
-    num_classes = kernels[-1][0] if kernels else 0
-    for architecture in (info.architecture, *ARCHITECTURES) if 0 < num_classes <= MAX_CLASSES else ():
-        if _kernels(kernels) != _kernels(expected_shapes(architecture, num_classes).values()):
-            continue
-        if architecture != info.architecture:
-            return f"These look like the weights of {architecture}."
-        if num_classes == len(info.class_names):
-            return ""
-        return f"They have {num_classes} classes, not {len(info.class_names)}: name them with --class-names."
-    return ""
-
-
-def _normalises(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whether a network has its batch norms `before` or `after` its convolutions, by the width of the first
-    one in a unit that changes the width.
-    """
-    units: dict[str, list[tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        units.setdefault(".".join(name.split(".")[:-2]), []).append(shape)
-    for unit in units.values():
-        kernel = next((shape for shape in unit if len(shape) == 4 and shape[2] > 1), None)
-        norm = next((shape for shape in unit if len(shape) == 1), None)
-        if kernel and norm and kernel[0] == 2 * kernel[1]:
-            return "after" if norm[0] == kernel[0] else "before"
-    return None
-
-
-def _difference(tensors: Mapping[str, Any], info: WeightsInfo) -> str:
-    """Why `tensors`, by their names in the file and in its order, are not the weights of `info`."""
-    architecture = info.architecture
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if alike := _look_alike([_bare(shape) for shape in shapes.values() if len(shape) > 1], info):
-        return f"these are not the weights of {architecture} that are wanted. {alike}"
-    expected = expected_shapes(architecture, len(info.class_names))
-    if _kernels(shapes.values()) == _kernels(expected.values()):
-        theirs, own = _normalises(shapes), _normalises(expected)
-        if theirs and own and theirs != own:
-            return (
-                f"it normalises {theirs} each convolution, where {architecture} here does so {own} it. All "
-                "else is the same, but such weights compute nothing useful here and cannot be converted: "
-                "train it here."
-            )
-        call = f"build_model({architecture!r}, {len(info.class_names)})"
-        return (
-            f"its convolutions are those of {architecture}, but the names are not ({next(iter(shapes))}, …), "
-            "and networks that compute otherwise have the same ones. If it is this very network, save it "
-            f"with the names of {call}.state_dict()."
-        )
-    customary = family_of(architecture) not in _OF_KERAS
-    renamed = {_our_name(name) if customary else name: shape for name, shape in shapes.items()}
-    for name, shape in renamed.items():
-        if name in expected and shape != expected[name]:
-            return (
-                f"{name} has the shape {shape}, where {architecture} with {len(info.class_names)} classes "
-                f"has {expected[name]}: it is another network of that name, perhaps for larger images."
-            )
-    lacks = [name for name in expected if name not in renamed]
-    has = [name for name in renamed if name not in expected]
-    wrong = [f"{len(lacks)} of its {len(expected)} tensors are missing, such as {lacks[0]}"] if lacks else []
-    wrong += [f"there are {len(has)} that it has not, such as {has[0]}"] if has else []
-    return (
-        f"these are not the weights of {architecture}, nor of any architecture here: {', and '.join(wrong)}. "
-        f"`resgrid summary {architecture}` shows what is wanted."
-    )
