@@ -142,12 +142,12 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
         shutil.rmtree(kept, ignore_errors=True)
         process = processes.Process(target=_train, args=(trained, data, kept, tmp_path / "killed"))
         process.start()
-        while not (list(kept.glob("*.1")) and list(kept.glob("*.0.part"))):  # the second is being written
+        while not (list(kept.glob("*.1")) and list(kept.glob("*.0.*.part"))):  # the second is being written
             assert process.is_alive()
             time.sleep(0.001)
         process.kill()
         process.join()
-        if torn := list(kept.glob("*.0.part")):
+        if torn := list(kept.glob("*.0.*.part")):
             break
     assert torn
     left = start(trained, data, kept)

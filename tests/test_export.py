@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,13 @@ def test_what_differs_from_the_model_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(
-    weights: Path, images: np.ndarray[Any, Any], tmp_path: Path
+def test_a_place_that_cannot_be_written_is_named(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ResgridError, match=r"gone/m\.pt: cannot be written: No such file or directory"):
-        export(*load_model(weights), "pt", tmp_path / "gone" / "m.pt", images)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "m.pt"
+    assert main(["export", str(weights), "--format", "pt", "--out", str(out)]) == 1
+    assert re.search(rf"resgrid: {out}: .*\. Check the folder and its disk\.\n$", capsys.readouterr().err)
 
 
 def test_the_command_writes_beside_the_person_and_says_on_what_it_was_compared(

@@ -166,8 +166,8 @@ def test_on_a_full_disk_for_results_the_training_waits_and_ends_with_room_withou
     disk = disks.mount(pipeline.root / "runs" / CELL, "600k")  # the weights take 1.1 MB
     full = train(pipeline)
     assert full.returncode != 0
-    assert f"runs/{CELL}/weights.safetensors: the weights cannot be written: " in full.stderr
-    assert "Check the folder and its disk's space." in full.stderr
+    assert f"runs/{CELL}/weights.safetensors: cannot be written: " in full.stderr
+    assert "Check the folder and the space on its disk." in full.stderr
     assert not (disk / "run.json").exists()
     disks.release(disk)
     again = train(pipeline)

@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +31,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import own_file
 from resgrid.provenance import code_digest
+from resgrid.whole_file import write_whole
 
 MAGIC = "resgrid checkpoint 1"
 
@@ -100,7 +100,7 @@ class Checkpoints:
         found = self._read(path)
         if found is None or len(found.epochs) <= self.num_epochs:
             return False
-        _replace(self._slots[self._turn], path.read_bytes())
+        write_whole(self._slots[self._turn], path.read_bytes(), synced=True)
         self._turn = 1 - self._turn
         self._latest, self.num_epochs, self.started = found, len(found.epochs), found.started
         return True
@@ -162,7 +162,8 @@ class Checkpoints:
 
         By it `leftovers.forget_recorded` sees that DVC has recorded this very training.
         """
-        _replace(self._done, hashlib.md5(timing.read_bytes(), usedforsecurity=False).hexdigest().encode())
+        digest = hashlib.md5(timing.read_bytes(), usedforsecurity=False).hexdigest()
+        write_whole(self._done, digest.encode(), synced=True)
 
     def _read(self, path: Path) -> Checkpoint | None:
         try:
@@ -179,7 +180,7 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> None:
         path = self._slots[self._turn]
         try:
-            _replace(path, *encode(checkpoint))
+            write_whole(path, *encode(checkpoint), synced=True)
         except OSError as error:
             before = len(checkpoint.epochs) - 1
             raise ResgridError(
@@ -214,27 +215,6 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(**json.loads(head), tensors=load_tensors(tensors))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ResgridError(f"{path}: it is no checkpoint of this version ({error}).") from None
-
-
-def _replace(path: Path, *content: bytes) -> None:
-    """Write `path` whole or not at all, also if the power is cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # of the renaming
-    finally:
-        os.close(folder)
 
 
 def _restore_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,10 @@ REPORTS = Path("reports")
 LOCK = Path("dvc.lock")
 
 
-UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # a person can put it right
+UNWRITABLE = (  # a person can put it right
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

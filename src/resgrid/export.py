@@ -7,7 +7,6 @@ file; both want the architecture's code, and images that are normalised.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from resgrid.errors import ResgridError
 from resgrid.models.classifier import Classifier
 from resgrid.predict import Predictor
 from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
+from resgrid.whole_file import write_whole
 
 Format = Literal["onnx", "pt2", "pt", "safetensors"]
 TOLERANCE = 1e-4  # of a probability, between two programs that sum in another order
@@ -37,8 +37,8 @@ def export(
 
     A program is run on `images` (N, 32, 32, 3), and compared with the model in PyTorch. Returns
     the largest difference of a probability, or None for the formats that are weights and no program.
-    Raises ResgridError for an ensemble as mere weights, a file that cannot be written, and a difference of
-    more than TOLERANCE.
+    Raises ResgridError for an ensemble as mere weights and a difference of more than TOLERANCE, OSError for a
+    file that cannot be written.
     """
     if form in ("pt", "safetensors") and not isinstance(model, Classifier):
         raise ResgridError(f"{info.architecture}: an ensemble is a program: `--format onnx` or `pt2`.")
@@ -60,16 +60,7 @@ def export(
         state = io.BytesIO()
         torch.save(model.state_dict(), state)
         content = state.getvalue()
-    part = out.with_name(f"{out.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise ResgridError(
-            f"{out}: cannot be written: {error.strerror}. Check the folder and the space on its disk."
-        ) from None
+    write_whole(out, content)
     return difference
 
 

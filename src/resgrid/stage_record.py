@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
 from resgrid.provenance import experiment
+from resgrid.whole_file import write_whole
 
 SLOT = "RESGRID_SLOT"  # the share of the machine that the command was given, for people to read
 
@@ -96,10 +96,7 @@ def _fault(error: Exception) -> Fault | None:
 
 def write_state(path: Path, content: Mapping[str, object]) -> None:
     """Replace a JSON file at once, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def read_state(path: Path) -> Any:

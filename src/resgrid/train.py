@@ -39,6 +39,7 @@ from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit
 from resgrid.training.initial import initial_model
 from resgrid.weights import WeightsInfo, save_weights
+from resgrid.whole_file import write_whole
 
 HISTORY = (
     "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
@@ -104,7 +105,8 @@ def train_cell(
             checkpoints.finished(run_folder / "timing.json")
     except OSError as error:
         raise ResgridError(
-            f"{run_folder}: cannot be written: {error.strerror}. Check the folder and the space on its disk."
+            f"{error.filename or run_folder}: cannot be written: {error.strerror}. Check the folder and the "
+            "space on its disk."
         ) from None
     return outcome
 
@@ -228,7 +230,6 @@ def show_history(run_folder: Path, epochs: Sequence[Epoch]) -> None:
     if (run_folder / RUN).exists():
         return
     with suppress(OSError):  # a full disk is no reason to stop
-        run_folder.mkdir(parents=True, exist_ok=True)
         _write(run_folder / "history.csv", _history(epochs))
 
 
@@ -249,6 +250,4 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    part.replace(path)
+    write_whole(path, text.encode())

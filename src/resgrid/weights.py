@@ -7,7 +7,6 @@ reads where the momentum is fixed. `load_state_dict` takes the rest as it is, al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from resgrid.filetype import SAFETENSORS, identify, refuse
 from resgrid.models import build_model
 from resgrid.models.classifier import Classifier
 from resgrid.schema import Positive, Strict, Triple
+from resgrid.whole_file import write_whole
 
 METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed order
 
@@ -40,21 +40,12 @@ class WeightsInfo(Strict):
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     """Write the weights of `model`, on any device, whole or not at all; the same weights give the same bytes.
 
-    Raises ResgridError: where `path` cannot be written.
+    Raises OSError: where `path` cannot be written.
     """
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _stored(model).items()
     }
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(save(tensors, {METADATA_KEY: info.model_dump_json()}))
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise ResgridError(
-            f"{path}: the weights cannot be written: {error.strerror}. Check the folder and its disk's space."
-        ) from None
+    write_whole(path, save(tensors, {METADATA_KEY: info.model_dump_json()}))
 
 
 def load_weights(path: Path, pipeline: Path = Path()) -> tuple[WeightsInfo, dict[str, Tensor]]:
