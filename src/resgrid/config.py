@@ -530,24 +530,8 @@ def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
                 what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
             case "value_error":
                 what = problem["msg"].removeprefix("Value error, ")
-            case "union_tag_not_found":
-                key, what = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}", "this key is missing"
-            case "union_tag_invalid":
-                what = f"must be one of {problem['ctx']['expected_tags']} (it is {problem['ctx']['tag']!r})"
-                key = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}"
-            case "tuple_type" if any(_locate(other, raw)[0] == key for other in problems if other != problem):
-                continue  # the other half of "a number or three", already said of the number
-            case "too_short" if value:
-                continue  # its items were refused, each with a line of its own
             case _:
-                what = problem["msg"].replace("Input should be", "must be")
-                if problem["type"] == "literal_error":
-                    named = last if isinstance(value, dict) else str(value)
-                    expected = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
-                    what += suggest(named, expected).removesuffix(".")
-                if isinstance(value, str) and _is_number(value):
-                    what += "; it is text: a number stands without quotes, as 0.001 or 1e-03"
-                what += f" (it is {_shown(value)})"
+                what = f"{problem['msg'].replace('Input should be', 'must be')} (it is {_shown(value)})"
         lines.append((key, what))
     return lines
 
@@ -565,14 +549,6 @@ def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
             continue  # a tag such as `drop` in schedule.drop.factor, or the name of a type
         keys.append(str(part))
     return ".".join(keys), node
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _shown(value: Any) -> str:
