@@ -719,7 +719,7 @@ def test_a_resnet_that_normalises_after_its_convolutions_is_told_from_ours(tmp_p
     state |= {"linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}
     torch.save({"state_dict": _prefixed(state, "module.")}, tmp_path / "w.th")
     _torch_refused(
-        tmp_path / "w.th", r"base\.stem\.weight is missing, which resnet20 with 10 classes has", "resnet20"
+        tmp_path / "w.th", "not those of resnet20 but of resnet20v1: --model resnet20v1", "resnet20"
     )
     import_torch(tmp_path / "w.th", "resnet20v1", tmp_path / "out")
 
@@ -875,7 +875,7 @@ def test_torch_weights_of_another_model_or_other_classes_are_refused_by_a_tensor
     customary: CustomaryResNet, tmp_path: Path
 ) -> None:
     torch.save(customary.state_dict(), tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", r"base\.stage1\.1\.conv1\.weight is missing", "resnet18")
+    _torch_refused(tmp_path / "w.pt", "not those of resnet18 but of resnet10: --model resnet10", "resnet18")
     _torch_refused(
         tmp_path / "w.pt", r"has the shape \(10, 512\), where .* 2 classes", class_names=["a", "b"]
     )

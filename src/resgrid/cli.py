@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -88,17 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _claim(name: str) -> None:
     """Have `import name` find the package beside this one, whatever PYTHONPATH has under that name."""
-    places = (Path(__file__).parents[1], Path(__file__).parents[2])  # in an environment, in a checkout
-    found = next(
-        (place / name / "__init__.py" for place in places if (place / name / "__init__.py").is_file()), None
-    )
-    if name in sys.modules or found is None:
-        return
-    spec = importlib.util.spec_from_file_location(name, found, submodule_search_locations=[str(found.parent)])
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    places = Path(__file__).parents[1:3]  # in an environment, in a checkout
+    spec = PathFinder.find_spec(name, [str(place) for place in places])
+    if name not in sys.modules and spec is not None and spec.loader is not None:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:

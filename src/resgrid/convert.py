@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -264,14 +264,9 @@ def import_torch(
             f"{source}: there is no tensor of weights in it{holds}. "
             "Save the weights with torch.save(model.state_dict(), FILE)."
         )
-    expected = expected_shapes(info.architecture, len(info.class_names))
-    renamed = {name: _rename(weights, info, expected) for name, weights in sets.items()}
-    shapes = {name: {each: tuple(tensor.shape) for each, tensor in weights.items()}
-              for name, weights in renamed.items()}  # fmt: skip
-    fitting = {name: weights for name, weights in renamed.items() if shapes[name] == expected}
-    if not fitting:  # the error is about the set with the most names in common, and the fewest beside them
-        nearest = max(shapes.values(), key=lambda each: (len(each.keys() & expected.keys()), -len(each)))
-        check_shapes(source, nearest, info)
+    fitting = _fitting(sets, info)
+    if not fitting:
+        _refuse(source, sets, info)
     # less the sets that only hold another one
     names = [
         name
@@ -296,6 +291,33 @@ def import_torch(
         say(f"Taken: the {len(tensors)} tensors below {names[0]}.")
     save_weights(out, filled(info, tensors), info)
     return info
+
+
+def _fitting(sets: dict[str, dict[str, Tensor]], info: WeightsInfo) -> dict[str, dict[str, Tensor]]:
+    """Those that are weights of the model in `info`, by its names."""
+    expected = expected_shapes(info.architecture, len(info.class_names))
+    as_many = {name: weights for name, weights in sets.items() if len(weights) == len(expected)}
+    renamed = {name: _rename(weights, info, expected) for name, weights in as_many.items()}
+    return {name: weights for name, weights in renamed.items() if _shapes(weights) == expected}
+
+
+def _refuse(source: Path, sets: dict[str, dict[str, Tensor]], info: WeightsInfo) -> NoReturn:
+    """Raises ResgridError, with the architecture that the weights are of, or what they lack of this one."""
+    for other in ARCHITECTURES:
+        if _fitting(sets, info.model_copy(update={"architecture": other})):
+            raise ResgridError(
+                f"{source}: its tensors are not those of {info.architecture} but of {other}: --model {other}."
+            )
+    expected = expected_shapes(info.architecture, len(info.class_names))
+    renamed = [_shapes(_rename(weights, info, expected)) for weights in sets.values()]
+    # the set with the most names in common, and the fewest beside them
+    nearest = max(renamed, key=lambda shapes: (len(shapes.keys() & expected.keys()), -len(shapes)))
+    check_shapes(source, nearest, info)
+    raise AssertionError(source)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 class _Foreign:
