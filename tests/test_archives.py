@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from resgrid.data.archives import Escaped, contents, load_pickle, names
+from resgrid.data.archives import Escaped, contents, names
+from resgrid.data.cifar_pickle import load_pickle
 from resgrid.errors import ResgridError
 
 

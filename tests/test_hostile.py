@@ -29,7 +29,8 @@ from test_convert import _keras_file, _random_model
 from resgrid import checkpoint
 from resgrid.checkpoint import Checkpoint
 from resgrid.convert import import_keras, import_torch
-from resgrid.data.archives import contents, load_pickle, names
+from resgrid.data.archives import contents, names
+from resgrid.data.cifar_pickle import load_pickle
 from resgrid.data.sources import ImageFolder
 from resgrid.errors import ResgridError
 from resgrid.models import build_model

@@ -27,9 +27,11 @@ from sklearn.datasets import load_digits
 from resgrid import config
 from resgrid.data.batches import statistics
 from resgrid.data.dataset import Meta, load_meta, load_split
+from resgrid.data.detect import open_source
 from resgrid.data.fetch import download
+from resgrid.data.pictures import decode, large_pictures, to_square
 from resgrid.data.preprocess import histograms, moments, preprocess
-from resgrid.data.sources import Digits, decode, draw, large_pictures, open_source, to_square
+from resgrid.data.sources import Digits, draw
 from resgrid.errors import ResgridError
 
 PLAIN = config.Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)

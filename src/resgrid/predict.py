@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from resgrid.config import Resize
 from resgrid.data.batches import in_order
 from resgrid.data.dataset import Split
-from resgrid.data.sources import decode, large_pictures, picture_suffixes
+from resgrid.data.pictures import decode, large_pictures, picture_suffixes
 from resgrid.errors import ResgridError
 from resgrid.filetype import identify
 from resgrid.weights import WeightsInfo

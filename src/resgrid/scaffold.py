@@ -23,9 +23,12 @@ from jinja2 import Environment, StrictUndefined
 import resgrid
 from resgrid.config import Resize, load_params
 from resgrid.data import archives
+from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import SIDE
+from resgrid.data.detect import open_source
 from resgrid.data.fetch import digest
-from resgrid.data.sources import SPLITS, Cifar, ImageFolder, large_pictures, open_picture, open_source, some
+from resgrid.data.pictures import large_pictures, open_picture
+from resgrid.data.sources import SPLITS, ImageFolder, some
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand

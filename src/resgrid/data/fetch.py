@@ -24,8 +24,9 @@ import numpy as np
 
 from resgrid import __version__, config
 from resgrid.data import archives
+from resgrid.data.cifar import Cifar
 from resgrid.data.room import require_disk
-from resgrid.data.sources import Cifar, ImageFolder, raw_path
+from resgrid.data.sources import ImageFolder, raw_path
 from resgrid.errors import ConnectionLost, ResgridError
 
 OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known

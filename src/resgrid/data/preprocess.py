@@ -11,19 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from resgrid import config
+from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_digest
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.room import require_disk
-from resgrid.data.sources import (
-    BrokenPictures,
-    Cifar,
-    Digits,
-    ImageFolder,
-    OnImage,
-    Source,
-    draw,
-    raw_path,
-)
+from resgrid.data.sources import BrokenPictures, Digits, ImageFolder, OnImage, Source, draw, raw_path
 from resgrid.errors import ResgridError
 
 
