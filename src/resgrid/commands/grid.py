@@ -1,0 +1,207 @@
+"""A grid: its cells and numbers, what runs, what came out, and the services."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resgrid.commands import LOCK, PROCESSED, REPORTS
+from resgrid.config import load_params, read_yaml
+from resgrid.errors import ResgridError
+from resgrid.grid import expand
+from resgrid.progress import Progress, amount
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def cells(options: argparse.Namespace) -> None:
+    cells = expand(load_params())
+    if options.json:
+        told = [
+            {"cell": cell.id, "study": cell.study, "changes": cell.changes} | cell.numbers for cell in cells
+        ]
+        print(json.dumps(told, indent=2))
+    else:
+        print("\n".join(cell.id for cell in cells))
+
+
+def set_numbers(options: argparse.Namespace) -> None:
+    from resgrid import edit
+
+    path = Path("params.yaml")
+    old, _ = read_yaml(path)
+    new = edit.assign(old, options.assignments)
+    print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
+    if not options.dry_run:
+        path.write_text(new, encoding="utf-8")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from resgrid.report.leaderboard import read_leaderboard
+    from resgrid.results import load
+
+    read_leaderboard(REPORTS)  # without one there is no comparison
+    frame = load().results
+    if options.json:
+        print(frame.to_json(orient="records", indent=2))
+    else:
+        show(frame)
+
+
+def show(frame: pd.DataFrame) -> None:
+    """The comparison on the terminal, and what is missing from it."""
+    from resgrid.report.leaderboard import by_optimizer, missing, readable, text_table
+
+    print("\nTest accuracy in %, with the weights of the last epoch:\n")
+    print(text_table(by_optimizer(frame).reset_index()))
+    print()
+    print(text_table(readable(frame)))
+    if lines := missing(frame):
+        print("\n" + "\n  ".join(lines))
+
+
+def cost(options: argparse.Namespace) -> None:
+    from resgrid.cost import estimate, sentence
+    from resgrid.data.dataset import load_meta
+    from resgrid.training.device import choose_device
+
+    params = load_params()
+    num_train = options.images or load_meta(PROCESSED).num_images["train"]
+    device = choose_device(options.device)
+    seconds = estimate(params, num_train, device)
+    if options.json:
+        print(json.dumps({"seconds": sum(seconds.values()), "cells": seconds}, indent=2))
+    else:
+        print(sentence(seconds, device))
+
+
+def sync(options: argparse.Namespace) -> int:
+    from resgrid import leftovers, tracking
+
+    params = load_params()
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
+    with Progress("sync", None, "cells") as progress:
+        report = tracking.sync(params, Path.cwd(), progress.update)
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
+    return 1 if report.failed else 0
+
+
+def gc(options: argparse.Namespace) -> None:
+    from resgrid import leftovers, tracking
+
+    params = load_params()
+    root, pipeline = tracking.project_root(), Path.cwd().resolve()
+
+    def shown(path: Path) -> str:  # DVC's cache may be elsewhere
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+    digest = None
+    if (PROCESSED / "meta.json").is_file():
+        from resgrid.data.dataset import load_meta
+
+        digest = load_meta(PROCESSED).digest
+    found = leftovers.find_leftovers(root, pipeline, expand(params), digest)
+    if not options.dry_run:
+        leftovers.delete(each.path for each in found)
+    taken = leftovers.usage(root, pipeline)
+    if options.json:
+        content = {
+            "deleted": not options.dry_run,
+            "leftovers": [
+                {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
+            ],
+            "bytes": taken,
+        }
+        print(json.dumps(content, indent=2))
+        return
+    for each in found:
+        print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
+    total = amount(sum(each.num_bytes for each in found), "B")
+    print(
+        f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
+    )
+    for place, num_bytes in taken.items():
+        print(f"{amount(num_bytes, 'B'):>9}  {place}")
+    print("`dvc gc --workspace` empties DVC's cache of what no current result is made of.")
+
+
+def ui(options: argparse.Namespace) -> None:
+    from resgrid import tracking
+
+    sync(argparse.Namespace(json=False))
+    tracking.serve(options.port, load_params().name)
+
+
+def plan(options: argparse.Namespace) -> None:
+    from tasks.plan import make_plan
+    from tasks.stage import Pipeline
+
+    plan = make_plan(Pipeline.find(options.pipeline), options.slots)
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
+
+
+def status(options: argparse.Namespace) -> None:
+    from resgrid.run_status import STATUSES, find_runs
+    from tasks.publish import status
+    from tasks.stage import Pipeline
+
+    pipeline = Pipeline.find(options.pipeline)
+    if options.watch:
+        from tasks.live import watch
+
+        watch(pipeline)
+        return
+    now = status(pipeline)
+    runs = find_runs(expand(load_params(pipeline.folder / "params.yaml")), pipeline.folder)
+    if options.json:
+        results = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
+        print(json.dumps(now.as_dict() | {"results": results}, indent=2))
+        return
+    counts = Counter(run.status for run in runs)
+    print(now)
+    print("Results: " + ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each]) + ".")
+    for run in runs:
+        if run.status in ("stale", "other data"):
+            print(f"  {run.cell.id}: {run.reason}")
+
+
+def up(options: argparse.Namespace) -> int:
+    from tasks.services import up
+
+    return up(Path.cwd(), prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
+
+
+def notify(options: argparse.Namespace) -> None:
+    from tasks.notify import notify, remove
+
+    if bool(options.url) == options.remove:
+        raise ResgridError("notify: give either an address to send to, or --remove.")
+    print(remove(Path.cwd()) if options.remove else notify(Path.cwd(), options.url))
+
+
+def worker(options: argparse.Namespace) -> int:
+    from tasks.worker import work
+
+    return work(Path.cwd(), options.pool, options.slots, options.name)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from resgrid.doctor import examine
+
+    findings = []
+    for each in examine():
+        findings.append(each)
+        if not options.json:
+            mark = {"good": " ", "note": "·", "problem": "!"}[each.level]
+            print(f"{mark} {each.what:<16} {each.value}")
+            if each.advice:
+                print(f"{'':18} → {each.advice}")
+    if options.json:
+        print(json.dumps([asdict(each) for each in findings], indent=2))
+    return 1 if any(each.level == "problem" for each in findings) else 0

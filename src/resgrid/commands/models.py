@@ -1,0 +1,165 @@
+"""Trained models and weights: pictures, other programs, other people's weights."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resgrid.commands import PROCESSED, RUNS
+from resgrid.config import NORMALIZATIONS
+from resgrid.errors import ResgridError
+from resgrid.schema import Triple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resgrid.predict import Prediction
+    from resgrid.training.engine import Scores
+    from resgrid.weights import WeightsInfo
+
+
+def predict(options: argparse.Namespace) -> int:
+    from resgrid.predict import find_pictures, predict
+    from resgrid.training.device import choose_device
+
+    passed_over: Counter[str] = Counter()
+    files = find_pictures(options.pictures, passed_over)
+    model, info = _model(options.model)
+    device = choose_device(options.device)
+    if not (options.json or options.csv):
+        print(f"{options.model}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if options.csv:
+        writer.writerow(("file", "rank", "class", "probability", "error"))
+    count = failed = 0
+    for count, each in enumerate(predict(model, info, files, device, options.top), start=1):
+        failed += each.error is not None
+        if options.json:
+            print("[\n" if count == 1 else ",\n", json.dumps(each.as_dict()), sep="", end="")
+        elif options.csv:
+            writer.writerows(_csv_rows(each))
+        elif each.error:
+            print(f"resgrid: {each.error}", file=sys.stderr)
+        else:
+            print(f"{each.file}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in each.top))
+    if options.json:
+        print("\n]")
+    if failed:
+        print(f"resgrid: {failed:,} of {count:,} pictures could not be read.", file=sys.stderr)
+    if kinds := ", ".join(f"{number:,} × {kind}" for kind, number in passed_over.items() if number):
+        print(f"resgrid: passed over: {kinds}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _model(name: str) -> tuple[nn.Module, WeightsInfo]:
+    """What `--model` means: an ensemble, or whatever `find_weights` finds."""
+    from resgrid import tracking
+    from resgrid.report.ensembles import is_ensemble, load_ensemble
+    from resgrid.weights import load_model
+
+    return load_ensemble(name) if is_ensemble(name) else load_model(tracking.find_weights(name, RUNS))
+
+
+def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
+    if each.error:
+        return [(each.file, "", "", "", each.error)]
+    return [(each.file, rank, name, value, "") for rank, (name, value) in enumerate(each.top, start=1)]
+
+
+def export(options: argparse.Namespace) -> None:
+    from resgrid.export import export, images_to_compare
+
+    model, info = _model(options.model)
+    name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
+    out = options.out or Path(f"{name}.{options.format}")
+    images, origin = images_to_compare(PROCESSED)
+    difference = export(model, info, options.format, out, images)
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB of {options.model}")
+    if difference is not None:
+        print(
+            f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
+        )
+
+
+def init(options: argparse.Namespace) -> None:
+    from resgrid.scaffold import init
+
+    print(init(options.folder, options.data))
+
+
+def summary(options: argparse.Namespace) -> None:
+    from resgrid.summary import summarize
+
+    summary = summarize(options.model, options.num_classes)
+    print(json.dumps(summary.as_dict(), indent=2) if options.json else summary.table())
+
+
+def import_weights(options: argparse.Namespace) -> None:
+    """Convert; say what was checked, what had to be assumed, and how to find out whether that is right."""
+    from resgrid.convert import import_keras, import_torch
+    from resgrid.weights import load_weights
+
+    given = _normalization(options)
+    arguments = (options.file, options.model, options.out, options.class_names)
+    if options.kind == "keras":
+        import_keras(*arguments, given or NORMALIZATIONS["keras"])
+    else:
+        import_torch(*arguments, given or NORMALIZATIONS["kuangliu"], options.key, print)
+    info, tensors = load_weights(options.out)
+    print(
+        f"{options.out}: {info.architecture} from {options.file}\n"
+        f"Checked: the names, shapes and types of its {len(tensors)} tensors. No file of weights says how "
+        "the network computes with them, in which order its classes are, or what normalised its images.\n"
+        f"Images will be normalised by mean {_figures(info.mean)} and deviation {_figures(info.std)}"
+        f"{'' if given else ', which is assumed: --normalization or --mean and --std name others'}."
+    )
+    if options.data is None:
+        print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
+    elif _print_scores(options.out, options).accuracy < 2 / len(info.class_names):
+        print(
+            "That is about as good as guessing. The file may be of another network with the same shapes, or "
+            "of other classes or another order of them, or its images were normalised by other figures."
+        )
+
+
+def _normalization(options: argparse.Namespace) -> tuple[Triple, Triple] | None:
+    """Mean and deviation as they were given; None if they were not."""
+    given = [tuple(figures) for figures in (options.mean, options.std) if figures]
+    if len(given) == 1 or (given and options.normalization):
+        raise ResgridError("--normalization: give either its name, or both --mean and --std.")
+    if given:
+        return given[0], given[1]
+    return NORMALIZATIONS[options.normalization] if options.normalization else None
+
+
+def _figures(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
+
+
+def score(options: argparse.Namespace) -> None:
+    _print_scores(options.file, options)
+
+
+def _print_scores(weights: Path, options: argparse.Namespace) -> Scores:
+    from resgrid.evaluation import score_file
+    from resgrid.training.device import choose_device
+
+    def note(text: str) -> None:
+        print(f"resgrid: {text}", file=sys.stderr)
+
+    scores = score_file(weights, options.data, options.split, choose_device(options.device), note)
+    if options.json:
+        print(json.dumps(asdict(scores)))
+    else:
+        print(
+            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
+        )
+    return scores

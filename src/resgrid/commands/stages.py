@@ -1,0 +1,201 @@
+"""The stages, as `dvc repro` runs them, and cells trained on a machine with torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resgrid.commands import LOCK, PROCESSED, RAW, REPORTS, RUNS
+from resgrid.commands.grid import show
+from resgrid.config import load_params
+from resgrid.errors import ResgridError
+from resgrid.grid import expand, find_cell
+from resgrid.progress import Progress
+from resgrid.stage_record import recorded
+
+if TYPE_CHECKING:
+    from resgrid.config import Params
+    from resgrid.grid import Cell
+
+
+def _refuse_if_recording() -> None:
+    """Where a result made elsewhere is only to be taken over, nothing is computed because it is not there."""
+    if os.environ.get("RESGRID_RECORD_ONLY"):
+        raise ResgridError(
+            "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
+            "params, data and code."
+        )
+
+
+@recorded()
+def download(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
+    from resgrid.cost import announce
+    from resgrid.data.fetch import download, known_num_train
+
+    params = load_params()
+    if num_train := known_num_train(params.data):
+        announce(params, num_train)
+    with Progress("download", None, "B") as progress:
+        download(params.data, RAW, progress.update, progress.say)
+
+
+@recorded()
+def preprocess(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
+    from resgrid.cost import announce
+    from resgrid.data.fetch import known_num_train
+    from resgrid.data.preprocess import preprocess
+
+    params = load_params()
+    with Progress("preprocess", None, "images") as progress:
+
+        def on_image(split: str, done: int, total: int) -> None:
+            progress.note = split
+            progress.update(done, total)
+
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image, progress.say)
+    counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
+    print(f"{counts} images of {len(meta.class_names)} classes: {', '.join(meta.class_names[:12])}")
+    if not known_num_train(params.data):
+        announce(params, meta.num_images["train"])
+
+
+@recorded()
+def train(options: argparse.Namespace) -> None:
+    _refuse_if_recording()
+    from resgrid import provenance
+
+    params = load_params()
+    cell = find_cell(params, options.cell)
+    provenance.check_lock(Path())
+    provenance.check_code(Path())
+
+    from resgrid.run_status import noted_failure
+
+    with noted_failure(RUNS / cell.id):
+        _train_cell(options, params, cell)
+
+
+def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None:
+    from resgrid import leftovers, tracking, watch
+    from resgrid.allocator import keep_freed_memory
+    from resgrid.checkpoint import Checkpoints
+    from resgrid.data.dataset import load_meta
+    from resgrid.train import show_history, train_cell, write_metrics
+    from resgrid.training.device import choose_device, choose_execution, device_name
+    from resgrid.training.engine import Epoch
+
+    watch.watch()
+    keep_freed_memory()
+    cache = tracking.project_root() / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    device = choose_device(options.device)
+    meta = load_meta(PROCESSED)
+    weights = tracking.fetch_weights(cell.recipe.initial_weights)
+    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
+    leftovers.forget_recorded(kept, LOCK)
+    if options.afresh:
+        leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
+    execution = choose_execution(cell, meta.num_images["train"], device)
+    checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution))
+    with tracking.shared_checkpoints(params.name, cell, checkpoints.digest, kept) as others:
+        elsewhere = [checkpoints.adopt(path) for path in others]
+    epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
+    num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
+    with (
+        tracking.LiveRun(params.name, cell, meta.digest, checkpoints.digest, finished) as run,
+        Progress(cell.id, epochs * num_images, "images") as progress,
+    ):
+        progress.say(f"{cell.id}  {execution} on {device_name(device)}; curves: `resgrid status --watch`")
+        if cell.engine.compile == "always" and not execution.compiled:
+            progress.say(f"{cell.id}  is not compiled: there is no C++ compiler with Python's headers here")
+        for damaged in checkpoints.refused:
+            progress.say(f"{cell.id}  {damaged} The one before it is used.")
+        if finished:
+            origin = ", which another machine has reached" if any(elsewhere) else ""
+            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}{origin}")
+            progress.begin(finished * num_images)
+
+        def on_step(images: int, images_an_epoch: int) -> None:
+            progress.update(finished * images_an_epoch + images)
+
+        epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
+        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
+            finished = epoch.epoch
+            epochs_so_far.append(epoch)
+            show_history(RUNS / cell.id, epochs_so_far)
+            run.log_epoch(epoch)
+            run.share_checkpoint(checkpoints.latest)
+            test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
+            progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
+            progress.say(
+                f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
+                f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
+                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining()}".rstrip()
+            )
+        write_metrics(RUNS / cell.id, params.name)
+        run.complete(RUNS / cell.id)
+
+
+def train_list(options: argparse.Namespace) -> int:
+    from resgrid.grid import choose
+    from resgrid.offline import train_list
+    from resgrid.tracking import project_root
+
+    cells = choose(load_params(), options.cells)
+    missing = train_list(cells, project_root(), options.slots, options.time_limit, options.pack)
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are trained.")
+    return 1 if missing else 0
+
+
+def take_in(options: argparse.Namespace) -> int:
+    from resgrid.data.dataset import load_meta
+    from resgrid.offline import take_in
+    from resgrid.tracking import project_root
+
+    taken, refused = take_in(options.parts, load_params(), load_meta(PROCESSED).digest, project_root())
+    if taken:
+        print(f"Recorded in dvc.lock: {', '.join(taken)}.")
+        print("`resgrid sync` gives them their runs in MLflow, `dvc repro evaluate` compares them.")
+    for line in refused:
+        print(f"resgrid: refused: {line}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+@recorded()
+def evaluate(options: argparse.Namespace) -> None:
+    params = load_params()
+
+    from resgrid.data.dataset import Split, load_meta, load_split
+    from resgrid.evaluation import evaluate
+    from resgrid.report.ensembles import assemble, write_ensembles
+    from resgrid.report.files import write_report
+    from resgrid.report.findings import Findings
+    from resgrid.run_status import find_runs
+    from resgrid.training.device import choose_device, device_name
+
+    meta = load_meta(PROCESSED)
+    names = [name for name in ("test", "validation") if name in meta.num_images]
+    splits: dict[str, Split] = {name: load_split(PROCESSED, name) for name in names}
+    cells, kept = expand(params), REPORTS / "predictions"
+    shutil.rmtree(kept, ignore_errors=True)  # of cells that are no more
+    device = choose_device(options.device)
+    with Progress("evaluate", len(cells), "cells") as progress:
+        results = []
+        for run in find_runs(cells, Path()):
+            results.append(evaluate(run, splits["test"], device, splits.get("validation"), kept))
+            progress.update(len(results))
+    kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
+    labels = {name: split.labels.numpy() for name, split in splits.items()}
+    ensembles, why_not = assemble(results, kept, labels)
+    scored_on = device_name(device)
+    findings = Findings(results, splits["test"], meta, params.name, scored_on, ensembles, why_not)
+    write_report(findings, REPORTS)
+    write_ensembles(ensembles, results, Path())
+    show(findings.frame)
+    print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")
