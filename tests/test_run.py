@@ -322,32 +322,6 @@ def test_a_weights_file_that_is_not_there_is_named(tmp_path, monkeypatch):
 # --- data that cannot be trained on ------------------------------------------------------------------
 
 
-def test_labels_beyond_the_classes_are_refused(folder, tmp_path):
-    meta = load_meta(folder)
-    splits = {name: load_split(folder, name) for name in meta.num_images}
-    splits["train"].labels[5] = 10
-    digests = {name: split_digest(split) for name, split in splits.items()}
-    changed = {"split_digests": digests, "digest": content_digest(meta.class_names, digests)}
-    save(tmp_path / "odd", meta.model_copy(update=changed), splits)
-    with pytest.raises(
-        ResgridError, match=r"odd/train\.safetensors: labels run from 0 to 10, but .* names 10 classes"
-    ):
-        train(cell(), tmp_path / "odd", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_one_class_alone_is_refused(folder, tmp_path):
-    meta = load_meta(folder)
-    splits = {name: load_split(folder, name) for name in meta.num_images}
-    for split in splits.values():
-        split.labels.zero_()
-    digests = {name: split_digest(split) for name, split in splits.items()}
-    changed = {"class_names": ("0",), "split_digests": digests, "digest": content_digest(("0",), digests)}
-    save(tmp_path / "odd", meta.model_copy(update=changed), splits)
-    with pytest.raises(ResgridError, match="nothing to learn with 1 class; two are needed"):
-        train(cell(), tmp_path / "odd", tmp_path / "run")
-
-
 def test_a_folder_without_data_is_named(tmp_path):
     with pytest.raises(ResgridError, match=r"meta\.json: no such file.*dvc repro preprocess"):
         train(cell(), tmp_path / "nowhere", tmp_path / "run")

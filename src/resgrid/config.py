@@ -23,7 +23,6 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -37,8 +36,7 @@ def _known(name: str, info: ValidationInfo) -> str:
     """One of the packages' architectures, or one that the file lists as its own."""
     names = [*ARCHITECTURES, *(() if name in ARCHITECTURES else installed()), *(info.context or ())]
     if name not in names:
-        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
-        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        raise ValueError(f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r} (it is {name!r})")
     return name
 
 

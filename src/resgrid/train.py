@@ -27,7 +27,7 @@ from resgrid import __version__
 from resgrid.checkpoint import Checkpoints
 from resgrid.config import MlflowWeights, WeightsFile
 from resgrid.data.batches import statistics
-from resgrid.data.dataset import Meta, Split, load_meta, load_split
+from resgrid.data.dataset import Meta, load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import origin_of, own_file
@@ -69,11 +69,9 @@ def train_cell(
     meta = load_meta(data_folder)
     mean, std = statistics(meta, cell.recipe.normalization)
     data = TrainingData(
-        train=_load_checked(data_folder, "train", meta),
-        test=_load_checked(data_folder, "test", meta),
-        validation=_load_checked(data_folder, "validation", meta)
-        if "validation" in meta.num_images
-        else None,
+        train=load_split(data_folder, "train"),
+        test=load_split(data_folder, "test"),
+        validation=load_split(data_folder, "validation") if "validation" in meta.num_images else None,
         mean=mean,
         std=std,
     )
@@ -109,22 +107,6 @@ def train_cell(
             "space on its disk."
         ) from None
     return outcome
-
-
-def _load_checked(folder: Path, name: str, meta: Meta) -> Split:
-    split = load_split(folder, name)
-    num_classes = len(meta.class_names)
-    if num_classes < 2:
-        raise ResgridError(f"{folder}: there is nothing to learn with {num_classes} class; two are needed.")
-    if len(split.labels) == 0:
-        raise ResgridError(f"{folder}/{name}.safetensors: the split has no images.")
-    if int(split.labels.min()) < 0 or int(split.labels.max()) >= num_classes:
-        raise ResgridError(
-            f"{folder}/{name}.safetensors: labels run from {int(split.labels.min())} to "
-            f"{int(split.labels.max())}, but meta.json names {num_classes} classes (0 to {num_classes - 1}). "
-            "`dvc repro preprocess` makes the folder anew."
-        )
-    return split
 
 
 def write_metrics(run_folder: Path, pipeline: str) -> None:
