@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resgrid.config import Resize
-from resgrid.data.batches import in_order
-from resgrid.data.dataset import Split
 from resgrid.data.pictures import decode, large_pictures, picture_suffixes
 from resgrid.errors import ResgridError
 from resgrid.filetype import identify
@@ -91,18 +89,11 @@ def probabilities(
     model: nn.Module, info: WeightsInfo, images: NDArray[np.uint8], device: torch.device
 ) -> Tensor:
     """Of each class for `images` (N, 32, 32, 3), in fp32 on the CPU: (N, classes)."""
-    model.to(device).eval()
-    split = Split(
-        images=torch.from_numpy(images).to(device), labels=torch.zeros(len(images), dtype=torch.int64)
-    )
-    with (
-        torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-    ):
-        return torch.cat([
-            torch.softmax(model(batch).float(), dim=1).cpu()
-            for batch, _ in in_order(split, info.mean, info.std, BATCH)
-        ])  # fmt: skip
+    scaled = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255  # (N, 3, 32, 32)
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), exact:
+        result: Tensor = Predictor(model, info).to(device)(scaled)
+    return result.cpu()
 
 
 def find_pictures(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
