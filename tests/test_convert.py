@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resgrid.cli import main
-from resgrid.convert import CIFAR10_CLASSES, import_keras, import_torch
+from resgrid.convert import CIFAR10_CLASSES
+from resgrid.convert.keras import import_keras
+from resgrid.convert.pytorch import import_torch
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
 from resgrid.models.classifier import Classifier

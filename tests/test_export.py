@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from resgrid.cli import main
-from resgrid.convert import import_torch
+from resgrid.convert.pytorch import import_torch
 from resgrid.data.sources import Digits
 from resgrid.errors import ResgridError
 from resgrid.export import export

@@ -28,7 +28,8 @@ from test_convert import _keras_file, _random_model
 
 from resgrid import checkpoint
 from resgrid.checkpoint import Checkpoint
-from resgrid.convert import import_keras, import_torch
+from resgrid.convert.keras import import_keras
+from resgrid.convert.pytorch import import_torch
 from resgrid.data.archives import contents, names
 from resgrid.data.cifar_pickle import load_pickle
 from resgrid.data.sources import ImageFolder

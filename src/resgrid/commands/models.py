@@ -104,7 +104,8 @@ def summary(options: argparse.Namespace) -> None:
 
 def import_weights(options: argparse.Namespace) -> None:
     """Convert; say what was checked, what had to be assumed, and how to find out whether that is right."""
-    from resgrid.convert import import_keras, import_torch
+    from resgrid.convert.keras import import_keras
+    from resgrid.convert.pytorch import import_torch
     from resgrid.weights import load_weights
 
     given = _normalization(options)
