@@ -192,12 +192,7 @@ class Checkpoints:
 
 def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
     """The parts of its file, one after the other; not joined, for that would be another copy of them."""
-    head = {
-        "owner": checkpoint.owner,
-        "started": checkpoint.started,
-        "threads": checkpoint.threads,
-        "epochs": checkpoint.epochs,
-    }
+    head = {name: value for name, value in vars(checkpoint).items() if name != "tensors"}
     tensors = save_tensors({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
     told = json.dumps(head, allow_nan=False).encode() + b"\n"
     sha256 = hashlib.sha256(told)

@@ -7,19 +7,16 @@ recipe, and a study names only what it changes.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     SerializeAsAny,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
@@ -27,6 +24,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from resgrid.errors import ResgridError, suggest
+from resgrid.mistakes import Check, shown
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
@@ -347,12 +345,12 @@ def read_yaml(path: Path) -> tuple[str, Any]:
 def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does."""
     if not isinstance(raw, dict):
-        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {_shown(raw)}")
+        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {shown(raw)}")
     match raw:
         case {"grid": {"own_architectures": list(own)}}:
-            check = _Check([name for name in own if isinstance(name, str)])
+            check = Check([name for name in own if isinstance(name, str)])
         case _:
-            check = _Check()
+            check = Check()
     file = check(_File, raw)
     params = _put_together(file, check) if file else None
     if check.problems or params is None:
@@ -360,7 +358,7 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
     return params
 
 
-def _put_together(file: _File, check: _Check) -> Params:
+def _put_together(file: _File, check: Check) -> Params:
     """Optimizers from `optimizers` and `tuning`, studies from what they change; problems go to `check`."""
     for architecture in file.grid.own_architectures:
         if architecture in (*file.grid.architectures, *ARCHITECTURES, *installed()):
@@ -399,16 +397,8 @@ def _put_together(file: _File, check: _Check) -> Params:
     for study_name, head in file.studies.items():
         if study := _study(study_name, head, file, optimizers, check):
             studies[study_name] = study
-    return Params(
-        name=file.name,
-        data=file.data,
-        preprocess=file.preprocess,
-        grid=file.grid,
-        recipes=file.recipes,
-        optimizers=optimizers,
-        studies=studies,
-        engine=file.engine,
-    )
+    same = {key: value for key, value in file if key in Params.model_fields}
+    return Params(**same | {"optimizers": optimizers, "studies": studies})
 
 
 def _study(
@@ -416,7 +406,7 @@ def _study(
     head: _StudyHead,
     file: _File,
     optimizers: Mapping[str, Mapping[OptimizerName, Optimizer]],
-    check: _Check,
+    check: Check,
 ) -> Study | None:
     changes = head.model_extra or {}
     if re.fullmatch(rf"({'|'.join([*ARCHITECTURES, *file.recipes])})-({'|'.join(OPTIMIZERS)})-\d+", name):
@@ -456,7 +446,7 @@ def _study(
 
 
 def _optimizer(
-    name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: _Check
+    name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: Check
 ) -> Optimizer | None:
     lr = check(_Rate, {"lr": values.get("lr")} if "lr" in values else {}, where)
     settings = check(
@@ -469,7 +459,7 @@ class _Rate(Strict):
     lr: Positive
 
 
-def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str], check: _Check) -> None:
+def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str], check: Check) -> None:
     rates = dropout_rates(architecture)
     if rates == 3 and not isinstance(recipe.dropout, tuple):
         check.problem(where("dropout"), "VGG-16 takes three rates, as in [0.3, 0.4, 0.5]")
@@ -479,76 +469,3 @@ def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str]
         check.problem(where("dropout"), f"{architecture} has no dropout layer, so it must be 0.0")
     if recipe.initial_weights.name == "imagenet" and architecture != "vgg16":
         check.problem(where("initial_weights"), "imagenet weights exist for vgg16 only")
-
-
-# --- what is wrong with a file ----------------------------------------------------------------------
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Check:
-    """Validates values against models, and keeps a line `key.path: what is wrong (value)` a mistake."""
-
-    def __init__(self, own_architectures: Sequence[str] = ()) -> None:
-        self.own_architectures = own_architectures
-        self.problems: list[str] = []
-
-    def problem(self, key: str, what: str) -> None:
-        key = key.rstrip(".")  # a whole mapping has the empty path in itself
-        self.problems.append(f"{key}: {what}" if key else what)
-
-    def __call__(
-        self, model: type[Model], value: dict[str, Any], where: Callable[[str], str] = str
-    ) -> Model | None:
-        """`value` as a `model`, or None where it has mistakes; `where` gives the place of a path in it."""
-        try:
-            # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
-            return model.model_validate_json(
-                json.dumps(value, default=str), strict=True, context=self.own_architectures
-            )
-        except ValidationError as error:
-            for key, what in _explain(error.errors(), value):
-                self.problem(where(key), what)
-            return None
-
-
-def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
-    """The key's path in `raw`, and what is wrong there, of each of pydantic's problems."""
-    lines: list[tuple[str, str]] = []
-    missing = [_locate(problem, raw)[0] for problem in problems if problem["type"] == "missing"]
-    for problem in problems:
-        key, value = _locate(problem, raw)
-        parent, _, last = key.rpartition(".")
-        match problem["type"]:
-            case "missing":
-                what = "this key is missing"
-            case "extra_forbidden":
-                beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
-                what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
-            case "value_error":
-                what = problem["msg"].removeprefix("Value error, ")
-            case _:
-                what = f"{problem['msg'].replace('Input should be', 'must be')} (it is {_shown(value)})"
-        lines.append((key, what))
-    return lines
-
-
-def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
-    """The key's path as it stands in the file, and its value, without pydantic's names of union members."""
-    keys: list[str] = []
-    node: Any = raw
-    for depth, part in enumerate(problem["loc"]):
-        missing = problem["type"] == "missing" and depth == len(problem["loc"]) - 1
-        in_list = isinstance(node, list) and isinstance(part, int) and part < len(node)
-        if in_list or (isinstance(node, dict) and part in node):
-            node = node[part]
-        elif not missing:
-            continue  # a tag such as `drop` in schedule.drop.factor, or the name of a type
-        keys.append(str(part))
-    return ".".join(keys), node
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

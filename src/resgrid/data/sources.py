@@ -6,7 +6,6 @@ ever in memory at its own size. CIFAR's own layouts are in `cifar`.
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from resgrid.data import archives
 from resgrid.data.dataset import SIDE, Split
 from resgrid.data.pictures import BrokenPicture, decode, large_pictures, picture_suffixes, to_square
 from resgrid.data.room import require_memory
-from resgrid.errors import ResgridError
+from resgrid.errors import ResgridError, suggest
 from resgrid.filetype import START_BYTES, identify_bytes
 
 OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
@@ -257,12 +256,10 @@ def _require_same_classes(path: Path, classes: dict[str, set[str]]) -> None:
         if not (missing := sorted(everything - present)):
             continue
         several = f" (and {len(missing) - 1} more classes)" if len(missing) > 1 else ""
-        alone = {name.lower(): name for name in present if any(name not in held for held in classes.values())}
-        alike = difflib.get_close_matches(missing[0].lower(), alone, n=1)
-        way_on = f"Is it {alone[alike[0]]!r} there? Then rename one. " if alike else ""
+        alone = [name for name in present if any(name not in held for held in classes.values())]
         raise ResgridError(
-            f"{path}: class {missing[0]!r} has no image in {split}/, but in the other split{several}. "
-            f"{way_on}Every class needs images in both."
+            f"{path}: class {missing[0]!r} has no image in {split}/, but in the other split{several}"
+            f"{suggest(missing[0], alone)} Every class needs images in both."
         )
 
 
