@@ -261,7 +261,7 @@ def _our_name(name: str) -> str:
 def _rename(
     tensors: dict[str, Tensor], info: WeightsInfo, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The same tensors by our names, or as they are where those cannot be told."""
+    """The same tensors by our names, as far as these can be told."""
     if family_of(info.architecture) in OF_KERAS or tensors.keys() == expected.keys():
         return tensors
     renamed = {_our_name(name): tensor for name, tensor in tensors.items()}
@@ -270,4 +270,4 @@ def _rename(
     theirs = [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in tensors.items()]
     if theirs == [(name.rpartition(".")[2], shape) for name, shape in expected.items()]:
         return dict(zip(expected, tensors.values(), strict=True))
-    return tensors
+    return renamed
