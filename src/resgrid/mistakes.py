@@ -54,6 +54,11 @@ def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
                 what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
             case "value_error":
                 what = problem["msg"].removeprefix("Value error, ")
+            case "union_tag_not_found":
+                key, what = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}", "this key is missing"
+            case "union_tag_invalid":
+                what = f"must be one of {problem['ctx']['expected_tags']} (it is {problem['ctx']['tag']!r})"
+                key = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}"
             case _:
                 what = f"{problem['msg'].replace('Input should be', 'must be')} (it is {shown(value)})"
         lines.append((key, what))
