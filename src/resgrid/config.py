@@ -384,7 +384,8 @@ def _put_together(file: _File, check: Check) -> Params:
                 check.problem(f"{place}.{key}", f"stands in optimizers.{name} too; keep one of them")
 
             def where(key: str, place: str = place, name: str = name, own: Any = tuned) -> str:
-                return f"{place}.{key}" if key in own or key == "lr" else f"optimizers.{name}.{key}"
+                tuned = key.partition(".")[0] in {*own, "lr"}  # of the first beta as well
+                return f"{place}.{key}" if tuned else f"optimizers.{name}.{key}"
 
             if optimizer := _optimizer(name, shared | tuned, where, check):
                 optimizers[architecture][name] = optimizer
