@@ -62,7 +62,7 @@ repro: install  ## Run the whole grid on CIFAR-10: weeks without a GPU
 	dvc repro
 
 ##@ Test and measure
-PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: install  ## Run the tests
 	$(PYTEST)
 

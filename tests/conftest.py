@@ -23,6 +23,19 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
     os.environ["OMP_WAIT_POLICY"] = "passive"  # where a test asks for more, its threads do not spin
 
+# These begin first, so that no worker is left alone with minutes of work at the end. Those without the small
+# trained pipeline come before those with it: while one worker makes it, the others need not wait for it.
+LONGEST = (
+    "train_all", "pool", "services", "checkpoint", "faults", "offline", "pages", "plan", "engine", "lockfile",
+    "experiments", "extending", "init", "pipeline", "run_status", "tracking", "stage", "registry", "predict",
+    "export", "graph", "convert",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
