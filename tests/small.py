@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from resgrid.cli import main
 from resgrid.edit import assign, rewritten
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +48,7 @@ data: {data}
 preprocess:
   resize: stretch
   validation_fraction: {validation}
-  training_fraction: 1.0
+  training_fraction: {training}
   seed: 0
 grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}, own_architectures: []}}
 recipes:
@@ -76,13 +82,15 @@ STUDIES = """
       checksum: md5:00000000000000000000000000000000"""
 SMALL = PARAMS.format(
     data="{source: image-folder, location: images, test_fraction: 0.0, on_broken: refuse}",
+    training=1.0,
     validation=0.1,
     seeds="[0, 1]",
     recipe=RECIPE.format(epochs=2, batch_size=16),
     studies=STUDIES,
 )
 DIGITS = PARAMS.format(
-    data="{source: digits, test_fraction: 0.8, split_seed: 0}",
+    data="{source: digits, test_fraction: 0.1, split_seed: 0}",
+    training=0.1,
     validation=0.0,
     seeds="[0]",
     recipe=RECIPE.format(epochs=1, batch_size=32),
@@ -108,15 +116,36 @@ class Project:
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
+        environment |= extra
+        if command[0] == "resgrid" and command[1] != "train" and set(extra) <= {"MLFLOW_TRACKING_URI"}:
+            return self._run_here(command, environment)
         return subprocess.run(
             command,
             cwd=self.root,
-            env=environment | extra,
+            env=environment,
             capture_output=True,
             text=True,
             timeout=600,
             check=False,
         )
+
+    def _run_here(
+        self, command: tuple[str, ...], environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """The same in this process, which has imported torch and MLflow already: 4 s of CPU less each time."""
+        handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+        with (
+            chdir(self.root), patch.dict(os.environ, environment, clear=True),
+            redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
+        ):  # fmt: skip
+            try:
+                code = main(command[1:])
+            except SystemExit as left:  # argparse's
+                code = int(left.code or 0)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+                torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     def stale(self) -> set[str]:
         """The stages that `dvc status` calls changed, less those whose outputs were never made."""
