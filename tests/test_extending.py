@@ -191,11 +191,10 @@ def test_a_toy_network_and_a_toy_optimizer_by_the_page_alone(small: Project, tmp
     params["tuning"] = {name: rates | {"nadam": {"lr": 0.001}} for name, rates in params["tuning"].items()}
     params["grid"] |= {"architectures": ["toy2"], "optimizers": ["nadam"], "seeds": [0]}
     (project.root / "params.yaml").write_text(json.dumps(params | {"studies": {}}))
-    for command in (("train", "toy2-nadam-0"), ("evaluate",)):
-        done = project.run(sys.executable, "-m", "resgrid", *command, PYTHONPATH=str(project.root / "src"))
-        assert done.returncode == 0, done.stderr
+    command = (sys.executable, "-m", "resgrid", "train", "toy2-nadam-0")
+    done = project.run(*command, PYTHONPATH=str(project.root / "src"))
+    assert done.returncode == 0, done.stderr
     assert "Total parameters: 898" in (project.root / "runs/toy2-nadam-0/summary.txt").read_text()
-    assert "toy2-nadam" in (project.root / "reports/index.html").read_text()
 
 
 # --- ensembles, where there are two seeds, two architectures and a validation split --------------------
