@@ -322,6 +322,14 @@ def test_eight_processes_make_one_store_at_once_and_log_into_it(
 # --- live -------------------------------------------------------------------------------------------
 
 
+def test_a_run_leads_back_to_the_flow_that_it_belongs_to(
+    pipeline: Path, trained: Trained, meta: Meta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESGRID_FLOW_RUN_ID", "0123-4567")
+    log_live(trained, pipeline, meta)
+    assert the_run().data.tags["flow_run_id"] == "0123-4567"
+
+
 def test_a_trained_cell_is_one_complete_run(
     pipeline: Path, trained: Trained, meta: Meta, capfd: pytest.CaptureFixture[str]
 ) -> None:
