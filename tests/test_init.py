@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
+from small import Project
 
 from resgrid.cli import main
 from resgrid.config import load_params
@@ -26,12 +27,6 @@ from resgrid.grid import expand
 from resgrid.scaffold import Found, _params, init, look_at
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -58,15 +53,16 @@ def test_outside_of_any_repository_it_makes_one_in_which_dvc_repro_goes_to_the_e
     assert f"cd '{folder}' && dvc repro" in said
 
     smaller = ("grid.architectures=[resnet20]", "grid.optimizers=[adam]", "recipes.*.epochs=1")
-    assert run("resgrid", "set", *smaller, cwd=folder).returncode == 0
-    done = run("dvc", "repro", cwd=folder)
+    pipeline = Project(folder)
+    assert pipeline.run("resgrid", "set", *smaller).returncode == 0
+    done = pipeline.run("dvc", "repro")
     assert done.returncode == 0, done.stderr
     assert "resnet20-adam-0" in (folder / "reports" / "leaderboard.csv").read_text()
-    again = run("dvc", "status", cwd=folder)
+    again = pipeline.run("dvc", "status")
     assert "up to date" in again.stdout, again.stdout
-    synced = run("resgrid", "sync", cwd=folder)
+    synced = pipeline.run("resgrid", "sync")
     assert "champion of models:/a pipeline: resnet20-adam-0" in synced.stdout, synced.stderr
-    predicted = run("resgrid", "predict", str(pictures / "test" / "round"), cwd=folder)
+    predicted = pipeline.run("resgrid", "predict", str(pictures / "test" / "round"))
     assert predicted.returncode == 0, predicted.stderr
     assert len(predicted.stdout.splitlines()) == 4
 
