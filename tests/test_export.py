@@ -66,7 +66,9 @@ def expected(weights: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
         return torch.softmax(model(normalised.permute(0, 3, 1, 2)), dim=1).numpy()
 
 
-@pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
+@pytest.mark.parametrize(
+    "architecture", ["resnet20", pytest.param("resnet10", marks=pytest.mark.long), "vgg16"]
+)
 def test_onnx_gives_the_probabilities_of_the_model_for_any_number_of_images(
     architecture: str, images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,7 @@ def test_the_benchmark_goes_through_all_of_its_sections(tmp_path):
     assert "Error" not in page
 
 
+@pytest.mark.long
 def test_the_tests_for_a_gpu_pass_dry_without_the_other_tests_fixtures():
     done = run(
         "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "tests/test_gpu.py", RESGRID_GPU_DRY="1"
