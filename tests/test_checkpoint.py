@@ -321,7 +321,7 @@ dvc.kill()
 
 
 class Project:
-    """A DVC repository with one cell of 60 epochs, whose MLflow is one SQLite file."""
+    """A DVC repository with one cell of 24 epochs, whose MLflow is one SQLite file."""
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root = root
@@ -331,7 +331,7 @@ class Project:
         params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
         params["studies"] = {}
         params["engine"] = {"precision": "fp32", "compile": "never", "scored_epochs": "all"}
-        params["recipes"]["resnet20"] |= {"epochs": 60, "batch_size": 16}
+        params["recipes"]["resnet20"] |= {"epochs": 24, "batch_size": 16}
         with (root / "params.yaml").open("w") as file:
             YAML(typ="safe").dump(params, file)
         (root / "dvc.yaml").write_text(STAGES)
@@ -412,7 +412,7 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     [run] = project.mlflow_runs()
     assert run.info.status == "KILLED"
     done = len(project.steps(run.info.run_id, "train_loss"))
-    assert 0 < done < 60
+    assert 0 < done < 24
 
     second = project.begin("dvc", "repro")
     while "goes on after epoch" not in (line := second.stdout.readline()):
@@ -428,13 +428,13 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     third = project.begin("dvc", "repro")
     said, _ = third.communicate()
     assert third.returncode == -signal.SIGKILL, said
-    assert "epoch  60/60" in said
+    assert "epoch  24/24" in said
     assert not (project.root / "dvc.lock").exists()
     assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
     (project.root / "after.py").write_text("")
     fourth = project.run("dvc", "repro")
     assert fourth.returncode == 0, fourth.stderr
-    assert "goes on after epoch 60/60" in fourth.stderr
+    assert "goes on after epoch 24/24" in fourth.stderr
     assert "loss" not in fourth.stderr  # no epoch was trained
     assert same_files(project.root / "runs" / CELL, tmp_path / "alone")
 
@@ -442,7 +442,7 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     assert (one.info.run_id, one.info.status) == (run.info.run_id, "FINISHED")
     assert one.data.tags["grid"] == "current"
     for key in ("train_loss", "test_accuracy", "learning_rate"):
-        assert project.steps(one.info.run_id, key) == list(range(1, 61)), key
+        assert project.steps(one.info.run_id, key) == list(range(1, 25)), key
 
     # The lock lists it now, so its checkpoints may go.
     names = sorted(path.name.rpartition(".")[2] for path in project.kept.iterdir())
