@@ -315,6 +315,7 @@ def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end
     assert restarted.left() == []
 
 
+@pytest.mark.long
 def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
     project = Project(tmp_path / "project")
     process = project.up((free_port(), free_port()))
