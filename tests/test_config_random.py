@@ -163,7 +163,7 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=500, **FEW)
+@settings(max_examples=150, **FEW)
 @given(raw=whole())
 def test_every_valid_configuration_loads_and_its_grid_expands(raw: dict[str, Any]) -> None:
     params = parse_params(raw)
@@ -211,7 +211,7 @@ def broken(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     return raw, ".".join((*path, key))
 
 
-@settings(max_examples=500, **FEW)
+@settings(max_examples=150, **FEW)
 @given(case=broken())
 def test_every_broken_configuration_is_refused_with_its_key(case: tuple[dict[str, Any], str]) -> None:
     raw, key = case

@@ -12,15 +12,20 @@ CELL = "resnet20-sgd-0"
 STAGE = f"train@{CELL}"
 
 
-@pytest.fixture
-def project(small: Project, tmp_path: Path) -> Project:
+@pytest.fixture(scope="module")
+def committed(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy in which dvc.lock is committed."""
-    copy = small.copy(tmp_path / "a project")
+    copy = small.copy(tmp_path_factory.mktemp("committed") / "a project")
     # Of a stage that was never run DVC's `apply` misses the outputs, and says that it failed.
     copy.set("studies={too-fast: {architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}}")
     assert copy.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
     commit(copy, "dvc.lock", "params.yaml")
     return copy
+
+
+@pytest.fixture
+def project(committed: Project, tmp_path: Path) -> Project:
+    return committed.copy(tmp_path / "a project")
 
 
 def commit(project: Project, *paths: str) -> None:

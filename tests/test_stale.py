@@ -19,7 +19,7 @@ from resgrid.edit import assign
 from resgrid.grid import expand
 from resgrid.provenance import CODE
 
-NUM_SHORT = 6  # keys in the short form
+NUM_SHORT = 3  # keys in the short form
 
 
 @pytest.fixture(scope="module")
