@@ -58,7 +58,6 @@ WAYS_ON = {  # by what DVC says
     "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
     "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
     "this one's; `git checkout` brings back the last file that was committed.",
-    "own_architectures'": ". `resgrid set --migrate` adds the key to a params.yaml of an earlier version.",
     "validation failed": ". `dvc stage list` in that folder shows the line.",
     "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
 }
