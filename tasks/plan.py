@@ -151,7 +151,8 @@ class Plan:
         slots = f"{len(self.slots)} at a time ({', '.join(slot.name for slot in self.slots[:8])}; {each})"
         if len(self.slots) == 1:
             slots = f"One at a time ({self.slots[0].name}; {each})"
-        takes = "unknown until a cell has been trained" if self.seconds is None else duration(self.seconds)
+        unknown = "unknown until a cell of every architecture has been trained"
+        takes = unknown if self.seconds is None else duration(self.seconds)
         elsewhere = not self.cache.is_relative_to(self.pipeline.root)
         if self.busy:
             ago = duration(time.time() - self.asked)

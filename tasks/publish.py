@@ -60,7 +60,7 @@ class Progress:
         for status in (FAILED, CUT):
             said += f", {num[status]} {status}" if num[status] else ""
         if num[RUNNING] or num[WAITING]:
-            left = "unknown until a cell has been trained"
+            left = "unknown until a cell of every architecture has been trained"
             said += (
                 f"; time left: {left if self.until is None else duration(max(0.0, self.until - time.time()))}"
             )

@@ -109,7 +109,7 @@ def test_an_edit_of_the_file_makes_its_cells_stale_and_no_others(project: Projec
         ("x = 1", "AttributeError: module 'architectures.tiny' has no attribute 'build'"),
         ("build = 1 +", "SyntaxError"),
         ("from torch import nn\nbuild = lambda n, d: (nn.Flatten(), nn.Linear(3072, 7))", r"gives \(2, 7\), where logits have \(2, 10\)"),
-        ("from torch import nn\nbuild = lambda n, d: nn.Flatten()", "TypeError"),
+        ("from torch import nn\nbuild = lambda n, d: nn.Flatten()", "TypeError: returns one Flatten, where base and head are expected"),
         (None, "there is no architectures/tiny.py. Known are resnet20, "),
     ],
 )  # fmt: skip
@@ -130,7 +130,7 @@ def test_names_that_would_be_ambiguous_are_refused() -> None:
     raw = YAML(typ="safe").load(ROOT / "params.yaml")
     for own, said in (
         (["resnet20"], r"grid\.own_architectures: resnet20 is in grid\.architectures too, or a package's"),
-        (["not-one-word"], r"grid\.own_architectures\.0: "),
+        (["not-one-word"], r"grid\.own_architectures\.0: must be a lower-case letter, then such"),
         (["tiny"], r"recipes\.tiny: is missing, but the grid has tiny"),
     ):
         with pytest.raises(ResgridError, match=said):

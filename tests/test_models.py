@@ -140,11 +140,12 @@ def test_table_of_vgg16_is_the_originals() -> None:
     assert (summary.total, summary.trainable, summary.non_trainable) == (15_001_418, 14_991_946, 9_472)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "resnet20v1"])
-def test_summary_equals_the_reference_file(architecture: str, reference_data: Path) -> None:
-    expected = json.loads((reference_data.parent / "reference" / "models.json").read_text())[architecture]
-    ours = summarize(architecture).as_dict()
-    assert {key: ours[key] for key in expected} == expected
+def test_summaries_equal_those_of_the_reference_file(reference_data: Path) -> None:
+    expected = json.loads((reference_data.parent / "reference" / "models.json").read_text())
+    assert expected.keys() == ARCHITECTURES.keys() & expected.keys()
+    for architecture, numbers in expected.items():
+        ours = summarize(architecture).as_dict()
+        assert {key: ours[key] for key in numbers} == numbers, architecture
 
 
 def test_summary_prints_as_a_table() -> None:

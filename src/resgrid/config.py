@@ -34,12 +34,22 @@ def _known(name: str, info: ValidationInfo) -> str:
     """One of the packages' architectures, or one that the file lists as its own."""
     names = [*ARCHITECTURES, *(() if name in ARCHITECTURES else installed()), *(info.context or ())]
     if name not in names:
-        raise ValueError(f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r} (it is {name!r})")
+        raise ValueError(
+            f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}, or listed in "
+            f"grid.own_architectures (it is {name!r})"
+        )
+    return name
+
+
+def _file_name(name: str) -> str:
+    """A name that a file of Python's and a stage of DVC's can both have."""
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"must be a lower-case letter, then such letters, digits and _ (it is {name!r})")
     return name
 
 
 Architecture = Annotated[str, AfterValidator(_known)]
-OwnArchitecture = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # its file is architectures/<name>.py
+OwnArchitecture = Annotated[str, AfterValidator(_file_name)]  # its file is architectures/<name>.py
 if TYPE_CHECKING:
     OptimizerName = str
 else:

@@ -120,7 +120,11 @@ def build_model(
         return model
     origin, build = _from_elsewhere(architecture, pipeline)
     try:
-        model = Classifier(*build(num_classes, dropout))
+        match build(num_classes, dropout):
+            case (base, head):
+                model = Classifier(base, head)
+            case other:
+                raise TypeError(f"returns one {type(other).__name__}, where base and head are expected")
         check(model, num_classes)
     except Exception as error:  # whatever the code of somebody else raises
         raise ResgridError(f"{origin}: build({num_classes}, {dropout}): {_said(error)}") from error
