@@ -175,7 +175,9 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
         run.unlink()
         state.unlink()
     assert plan_of(repository).seconds is None
-    assert "Expected time: unknown until a cell has been trained" in str(plan_of(repository))
+    assert "Expected time: unknown until a cell of every architecture has been trained" in str(
+        plan_of(repository)
+    )
 
 
 def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):

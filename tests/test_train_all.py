@@ -433,7 +433,7 @@ def test_cancelling_a_run_ends_every_trainer_and_leaves_nothing(server, deployme
     run = deployed(server, deployment, endless)
     wait_until(lambda: begun(endless), 120)
     shown = str(status(Pipeline.find(endless.root))).splitlines()
-    left = r"(unknown until a cell has been trained|less than a second|\d+ seconds?)"  # as earlier runs tell
+    left = r"(unknown until a cell of every architecture has been trained|less than a second|\d+ seconds?)"  # as earlier runs tell
     assert re.fullmatch(rf"0 of 2 cells done, 2 running, 0 waiting; time left: {left}\.", shown[1]), shown
     assert [line.split()[0] for line in shown[3:]] == ["train@resnet20-adam-0", "train@resnet20-sgd-0"]
     server.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
