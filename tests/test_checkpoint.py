@@ -273,7 +273,7 @@ def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
 
 def test_no_more_threads_are_taken_over_than_there_are_cores(data: Path, tmp_path: Path) -> None:
     trained = cell(epochs=2, **LIVELY)
-    torch.set_num_threads(64)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
     go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
     go_on(trained, data, tmp_path / "kept", tmp_path / "run")
     assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == len(os.sched_getaffinity(0))

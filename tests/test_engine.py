@@ -164,7 +164,8 @@ def test_the_score_is_the_mean_over_images_and_not_over_batches():
 
 
 @pytest.mark.parametrize(
-    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not BF16, reason="no bf16"))]
+    "precision",
+    ["fp32", pytest.param("bf16", marks=[pytest.mark.long, pytest.mark.skipif(not BF16, reason="no bf16")])],
 )
 def test_a_learnable_problem_is_learnt(precision):
     trained = cell(precision=precision, epochs=3, schedule={"name": "cosine", "final_factor": 0.0})
