@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+from ports import free_port
 
 BUCKET = "resgrid"
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian has them outside of the PATH
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(holds: Callable[[], object], seconds: float, what: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 from small import Project as Pipeline
-from test_services import ROOT, Project, close, free_port
+from test_services import ROOT, Project, close
 
 from resgrid.tracking.view import VIEW_QUERY
 

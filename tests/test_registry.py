@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from ports import free_port
 from test_tracking import RECIPE
 
 from resgrid import tracking
@@ -285,9 +285,7 @@ def test_a_leaderboard_that_is_none_is_named_after_all_else_was_done(trained: Pa
 def test_mlflows_own_server_answers_for_the_champion(trained: Path, pipeline: Path) -> None:
     put(trained, pipeline, 1)
     tracking.sync(make_params(1), pipeline)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["--model-uri", "models:/small digits@champion", "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {

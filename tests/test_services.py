@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ports import free_port
 from ruamel.yaml import YAML
 
 from resgrid.errors import ResgridError
@@ -156,13 +157,6 @@ def until(true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def close(process: subprocess.Popen[bytes], project: Project) -> None:
     """For the end of a test that may have failed."""
     with suppress(subprocess.TimeoutExpired):
@@ -180,8 +174,10 @@ def close(process: subprocess.Popen[bytes], project: Project) -> None:
 @pytest.fixture(scope="module")
 def taken() -> Iterator[tuple[int, int]]:
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        yield sockets[0].getsockname()[1], sockets[1].getsockname()[1]
+        ports = free_port(), free_port()
+        for port in ports:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        yield ports
 
 
 @pytest.fixture(scope="module")

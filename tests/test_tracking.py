@@ -26,6 +26,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 
 from resgrid import tracking, watch
 from resgrid.config import Digits, MlflowWeights, Params, Preprocess, RandomWeights, parse_params
@@ -606,9 +607,7 @@ def test_training_outlives_a_server_that_is_away_and_no_secret_is_shown(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://anna:hunter2@{address}?token=hunter3")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     log_live(trained, pipeline, meta)
@@ -725,7 +724,7 @@ def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_bac
     processes: ForkServerContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    params, port = make_params(), _free_port()
+    params, port = make_params(), free_port()
     address = f"http://127.0.0.1:{port}"
 
     def begin() -> ForkServerProcess:
@@ -1034,12 +1033,6 @@ def _serve(folder: Path, port: int) -> None:
     tracking.serve(port, "small digits")
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _wait_until_healthy(address: str, is_alive: Callable[[], bool]) -> None:
     while True:
         assert is_alive()
@@ -1054,7 +1047,7 @@ def _wait_until_healthy(address: str, is_alive: Callable[[], bool]) -> None:
 @pytest.fixture
 def server(pipeline: Path, processes: ForkServerContext) -> Iterator[str]:
     """`resgrid ui` on the project's store."""
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     process = processes.Process(target=_serve, args=(pipeline, port))
     process.start()
@@ -1104,7 +1097,7 @@ def test_a_server_with_a_store_of_its_own_takes_artifacts_and_models_as_well(
     pipeline: Path, tmp_path: Path, trained: Trained, meta: Meta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/elsewhere/their.db"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

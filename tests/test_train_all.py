@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ports import free_port
 from sleeping import ROOT, Sleeping, left_over, sleeping
 from small import digits
 
@@ -41,9 +41,7 @@ class Server:
     """A Prefect server on loopback, and flows run at it."""
 
     def __init__(self, home: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = home / "server.log"
         kept = {
