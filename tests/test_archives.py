@@ -177,7 +177,8 @@ def test_a_tar_header_that_asks_for_much_memory_is_refused(tmp_path):
     header.type, header.size = tarfile.XHDTYPE, 2**32
     path = tmp_path / "bad.tar"
     path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    with pytest.raises(ResgridError, match=r"a header of 4,294,967,296 bytes is refused"):
+    refused = r"a header of 4,294,967,296 bytes is refused|is cut or damaged"  # 3.14 reads it in parts
+    with pytest.raises(ResgridError, match=refused):
         names(path)
 
 

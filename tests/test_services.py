@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class Project:
 
     def states(self) -> set[tuple[str, str]]:
         """(state, message) of every flow run, read from the server's database."""
-        with sqlite3.connect(self.root / ".resgrid/prefect/prefect.db") as database:
+        with closing(sqlite3.connect(self.root / ".resgrid/prefect/prefect.db")) as database:
             return set(
                 database.execute(
                     "SELECT type, message FROM flow_run_state JOIN flow_run ON flow_run.state_id = flow_run_state.id"
