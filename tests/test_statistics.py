@@ -14,6 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
 from resgrid.report.statistics import (
+    Interval,
     calibration_error,
     confusion,
     holm,
@@ -26,6 +27,16 @@ from resgrid.report.statistics import (
 
 ROOT = Path(__file__).parents[1]
 IMAGE = 1 / 360
+
+
+def test_an_interval_has_its_ends_in_it_and_says_whether_zero_is_outside():
+    interval = Interval(0.9, 0.875, 0.9375, 0.01, "3 seeds")
+    inside = [interval.contains(value) for value in (0.87, 0.875, 0.9, 0.9375, 0.94)]
+    assert inside == [False, True, True, True, False]
+    ends = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0))
+    outside = [interval._replace(low=low, high=high).excludes_zero for low, high in ends]
+    assert outside == [True, True, False, False, False]
+    assert interval.text("+") == "+90.00 (+87.50 to +93.75)"
 
 
 # --- intervals over seeds ----------------------------------------------------------------------------
