@@ -452,6 +452,7 @@ def main() -> None:
     parser.add_argument("--child", choices=("eager", "graphed"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
+    options.out.mkdir(parents=True, exist_ok=True)
     size = Size(options.dry)
     device = choose_device("cpu" if options.dry else "auto")
     if device.type != "cuda" and not options.dry:
