@@ -28,12 +28,12 @@ CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kube
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
-MAX_SHARING = 8  # cells on one card: four ResNet-20 train 1.72 times the images/s of one, eight 1.84
+MAX_SHARING = 8  # cells on one card
 
 # Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
-# were seen of ResNet-20 and 3.8 of ResNet-10 on an H100. The others are three times what their steps alone
-# took there, as it is with these two. Used until a cell's timing.json has a measured `peak_memory_bytes`; an
-# architecture that is not here counts as the largest.
+# of ResNet-20 (seen on an H100 and an H200) and 3.8 of ResNet-10 (H100); of the others three times what their
+# steps alone took, as it is with these two. Used until a cell's timing.json has a measured
+# `peak_memory_bytes`; an architecture that is not here counts as the largest.
 CUDA_GIB = {
     "resnet20": 1.3, "resnet32": 1.9, "resnet44": 2.5, "resnet56": 3.1, "resnet110": 4.7,
     "resnet10": 3.8, "resnet18": 4.4, "resnet26": 5.6,
@@ -131,9 +131,10 @@ def _on_cards(
 def shared_speed(sharing: int) -> float:
     """Images/s of each of `sharing` cells on one card under MPS, by those of one alone.
 
-    ResNet-20 on an H100: four cells together 1.72 times one, eight 1.84; between these by a straight line.
+    ResNet-20 on an H200: four cells together 1.84 times one, eight 2.06; between these by a straight line.
+    (A prototype of the graph on an H100: 1.72 and 1.84.)
     """
-    return float(np.interp(sharing, (1, 4, 8), (1.0, 1.72, 1.84))) / sharing
+    return float(np.interp(sharing, (1, 4, 8), (1.0, 1.84, 2.06))) / sharing
 
 
 def num_cores() -> int:

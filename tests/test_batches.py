@@ -228,15 +228,6 @@ def test_the_state_of_the_generator_repeats_an_epoch_exactly(images):
     assert not torch.equal(second[0][0], third[0][0])
 
 
-def test_batches_made_several_at_once_are_the_same(images):
-    split = Split(images=images, labels=torch.arange(40))
-    one, three = (list(Batches(split, EVERYTHING, 7, MEAN, STD, generator(), at_once)) for at_once in (1, 3))
-    for (a, labels_a), (b, labels_b) in zip(one, three, strict=True):  # five batches: three and two
-        assert torch.equal(a, b)
-        assert torch.equal(labels_a, labels_b)
-        assert b.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_torchs_global_generator_has_no_part_in_it(images):
     split = Split(images=images, labels=torch.arange(40))
     torch.manual_seed(1)

@@ -25,11 +25,9 @@ def test_the_benchmark_goes_through_all_of_its_sections(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results-gpu.json").read_text())
     assert found["steps"]["resnet20"]["convolutions_ms"] > 0
-    assert [images > 0 for *_, images in found["shares"]] == [True, True]
+    assert [images > 0 for *_, images in found["shares"]] == [True, True, True]
     assert found["standard"] > 0
     assert found["compiled"]["resnet20"]["graphed_ms"] > 0
-    assert found["at_once"]["resnet20"] > 0
-    assert found["scoring"]["resnet20"]["graphed_ms"] > 0
     page = (tmp_path / "results-gpu.md").read_text()
     assert "| 2 eager under MPS | " in page
     assert "cells of params.yaml take" in page

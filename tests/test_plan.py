@@ -139,7 +139,7 @@ def test_while_a_stage_runs_dvcs_last_answer_is_shown_with_its_age_and_who_is_at
         plan = plan_of(repository)
         assert 0 < started - plan.asked < 60
         assert plan.busy.startswith(f"process {by_hand.pid} is at work (")
-        assert f"DVC is busy: {plan.busy}. What it said " in str(plan)
+        assert f"DVC is busy: {plan.busy}. This is what it said " in str(plan)
         running = plan.by_title["resnet110-adam-0"]
         assert running.state == "running"
         assert abs(running.since - started) < 5
@@ -181,7 +181,7 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
 
 
 def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):
-    """One graphed ResNet-20 alone on an H100: 57,759 images/s, so 216 s for 250 epochs; eight together 1.84 as many."""
+    """One graphed ResNet-20 alone on an H100: 57,759 images/s, so 216 s for 250 epochs; eight together 2.06 as many."""
     run = repository.root / "runs/resnet20-sgd-0/timing.json"
     run.write_text(
         '{"images_per_second": 57759.0, "device": "cuda", "threads": 2, "sharing": 1, "peak_memory_bytes": 9}'
@@ -197,7 +197,7 @@ def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):
     finally:
         run.unlink()
     assert alone["train@resnet20-adam-0"] == pytest.approx(216.4, abs=0.1)
-    assert eighth["train@resnet20-adam-0"] == pytest.approx(216.4 * 8 / 1.84, rel=1e-3)
+    assert eighth["train@resnet20-adam-0"] == pytest.approx(216.4 * 8 / 2.06, rel=1e-3)
     assert "train@resnet20-adam-0" not in on_cpu  # a card says nothing of a CPU
 
 
@@ -310,7 +310,7 @@ def test_a_module_of_a_persons_own_may_be_called_as_ours_is(name, repository, tm
 
 
 def test_without_a_flow_there_is_no_status(repository):
-    assert str(status(Pipeline.find(repository.root))) == "Nothing has been run here by a flow."
+    assert str(status(Pipeline.find(repository.root))) == "No train-all has run here, and nothing runs now."
 
 
 # --- order and slots --------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_the_page_is_what_the_program_makes_of_the_rows(results: ModuleType) -> 
     assert results.PAGE.read_text(encoding="utf-8") == results.page(runs)
     for digest in runs["weights_sha256"] if len(runs) else ():
         assert re.fullmatch(r"[0-9a-f]{64}", digest)
-    assert not runs.duplicated(["pipeline", "cell"]).any()
+    assert not runs.duplicated(["pipeline", "epochs", "cell"]).any()
     start, end = results.ANSWER
     front = results.FRONT.read_text(encoding="utf-8")
     assert front.partition(start)[2].partition(end)[0] == f"\n{results.answer(runs)}\n"
@@ -76,6 +76,12 @@ def test_rows_of_other_code_or_epochs_are_not_compared(results: ModuleType) -> N
     runs.loc[runs["cell"] == "resnet20-adam-1", "code_digest"] = "other"
     groups = results.groups_of(runs, "optimizers", "optimizer")
     assert {name: len(group) for name, group in groups.items()} == {"sgd": 2, "adam": 1}
+    longer = runs[runs["optimizer"] == "adam"].assign(epochs=70, code_digest="c")
+    both = pd.concat([runs, longer])
+    assert {name: len(rows) for name, rows in results.groups_of(both, "optimizers", "optimizer").items()} == {
+        "adam": 2
+    }
+    assert set(results.groups_of(both, "optimizers", "optimizer", epochs=6)) == {"sgd", "adam"}
 
 
 def test_a_cell_that_was_cut_off_is_said_to_be(results: ModuleType) -> None:

@@ -55,7 +55,8 @@ def collect(pipeline: Path) -> int:
             rows.append({column: row[column] for column in COLUMNS})
     known = pd.read_csv(RUNS) if RUNS.exists() else pd.DataFrame(columns=COLUMNS)
     frame = pd.DataFrame([*rows, *known.to_dict(orient="records")], columns=COLUMNS)
-    frame = frame.drop_duplicates(["pipeline", "cell"]).sort_values(["pipeline", "cell"], kind="stable")
+    each = ["pipeline", "epochs", "cell"]
+    frame = frame.drop_duplicates(each).sort_values(each, kind="stable")
     frame.to_csv(RUNS, index=False, lineterminator="\n")
     return len(rows)
 
@@ -198,12 +199,15 @@ def h100_table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def groups_of(runs: pd.DataFrame, pipeline: str, key: str) -> dict[str, pd.DataFrame]:
-    """Completed rows by `key`, of those that agree in data, code, recipe and epochs with the most."""
+def groups_of(
+    runs: pd.DataFrame, pipeline: str, key: str, epochs: int | None = None
+) -> dict[str, pd.DataFrame]:
+    """Completed rows of so many epochs, or the most, by `key`: of those of the same data and code the largest set."""
     rows = runs[(runs["pipeline"] == pipeline) & (runs["status"] == "completed")]
     if rows.empty:
         return {}
-    same = ["data_digest", "code_digest", "epochs"]
+    rows = rows[rows["epochs"] == (rows["epochs"].max() if epochs is None else epochs)]
+    same = ["data_digest", "code_digest"]
     most = rows.groupby(same).size().idxmax()
     rows = rows[(rows[same] == list(most)).all(axis=1)]
     order = {"sgd": 0, "adam": 1, "rmsprop": 2, "adagrad": 3}
@@ -229,49 +233,52 @@ def page(runs: pd.DataFrame) -> str:
         if not groups:
             parts.append("Not trained yet.")
             continue
-        rows = pd.concat(groups.values())
-        parts.append(
-            f"{question}, {rows['epochs'].iloc[0]} epochs, batch {rows['batch_size'].iloc[0]}, cosine to zero."
-        )
-        parts += [table(groups), f"![Test accuracy by {what}]({name}.png)"]
+        parts += [setting(question, groups), table(groups), f"![Test accuracy by {what}]({name}.png)"]
         parts.append("\n".join(f"- {sentence}" for sentence in sentences(groups, what)))
+        for epochs in sorted(set(runs[runs["pipeline"] == name]["epochs"]) - {_epochs(groups)}, reverse=True):
+            fewer = groups_of(runs, name, what if what == "optimizer" else "architecture", epochs)
+            parts += [f"### In {epochs} epochs", setting("As above", fewer), table(fewer)]
+            parts.append("\n".join(f"- {sentence}" for sentence in sentences(fewer, what)))
     parts.append(CARD + "\n\n" + h100_table(card))
     parts.append("## What the originals claim\n\n" + claims(optimizers, depth, card))
     parts.append(tail(runs))
     return "\n\n".join(parts) + "\n"
 
 
+def setting(question: str, groups: dict[str, pd.DataFrame]) -> str:
+    """The recipe and the machine that all rows of a table have in common."""
+    row = next(iter(groups.values())).iloc[0]
+    return (
+        f"{question}, {row['epochs']} epochs, batch {row['batch_size']}, cosine to zero; "
+        f"on {row['device']}, torch {row['torch'].partition('+')[0]}."
+    )
+
+
 def answer(runs: pd.DataFrame) -> str:
-    """The project's first table and picture: each question's means, and what can be told from them."""
+    """The project's first table and picture: the optimizers' means, what can be told from them, and of depth."""
     optimizers, depth = groups_of(runs, "optimizers", "optimizer"), groups_of(runs, "depth", "architecture")
     lines = ["| | test accuracy, % | 95 % interval | seeds |", "|:--|--:|:--|--:|"]
-    told = []
-    for groups, what, name in (
-        (optimizers, "optimizer", "ResNet-20, {}"),
-        (depth, "depth", "{}, sgd"),
-    ):
-        if any(len(rows) < 2 for rows in groups.values()):
-            continue  # not yet an answer
-        for key, rows in groups.items():
-            title = name.format(key.replace("resnet", "ResNet-"))
-            if any(f"| {title} |" in line for line in lines):
-                continue  # one training in both comparisons
-            found = mean(rows["test_accuracy"].to_numpy())
-            interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-            lines.append(f"| {title} | **{100 * found.estimate:.1f}** | {interval} | {len(rows)} |")
-        if groups:  # the best one against the others, or that nothing can be told
-            best = max(groups, key=lambda key: groups[key]["test_accuracy"].mean())
-            kept = (f"**{best}**", "With fewer", "No difference")
-            told += [each for each in sentences(groups, what) if each.startswith(kept)]
-    epochs, epochs_there = runs["epochs"].max(), h100()["epochs"].max()
+    for name, rows in optimizers.items():
+        found = mean(rows["test_accuracy"].to_numpy())
+        interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
+        lines.append(f"| {name} | **{100 * found.estimate:.1f}** | {interval} | {len(rows)} |")
+    best = max(optimizers, key=lambda name: optimizers[name]["test_accuracy"].mean())
+    kept = (f"**{best}**", "With fewer", "No difference")  # the best one against the others
+    told = [each for each in sentences(optimizers, "optimizer") if each.startswith(kept)]
+    means = ", ".join(f"{name} {100 * rows['test_accuracy'].mean():.1f} %" for name, rows in depth.items())
+    of_depth = " ".join(list(sentences(depth, "depth"))[:-1])
     return f"""\
-Trained on all 50,000 CIFAR-10 images (JPEG copies, which cost about {JPEG_POINTS} points) for {epochs} epochs, cosine to zero, each optimizer at one rate: a comparison of short recipes, not of what 200 epochs would give.
+ResNet-20 trained for {_epochs(optimizers)} epochs on all 50,000 CIFAR-10 images, each optimizer at one learning rate, which was not tuned. (The images are copies in JPEG, which costs about {JPEG_POINTS} points.)
 
 {chr(10).join(lines)}
 
 ![Test accuracy by optimizer](docs/results/optimizers.png)
 
-{" ".join(told)} [All results](docs/results/README.md), six trainings on a GPU among them (up to {epochs_there} epochs)."""
+{" ".join(told)} Depth, in {_epochs(depth)} epochs: {means}. {of_depth} [All results](docs/results/README.md)"""
+
+
+def _epochs(groups: dict[str, pd.DataFrame]) -> int:
+    return int(next(iter(groups.values()))["epochs"].iloc[0])
 
 
 def claims(optimizers: dict[str, pd.DataFrame], depth: dict[str, pd.DataFrame], card: pd.DataFrame) -> str:
@@ -288,24 +295,14 @@ def claims(optimizers: dict[str, pd.DataFrame], depth: dict[str, pd.DataFrame], 
         "| Adam is the best of four optimizers (ResNet-10, 200 epochs; PyTorch original) | cannot be told: at 60 "
         f"epochs and one seed Adam is first; ahead, in points with 95 % over test images, of {'; '.join(against)} |"
     )
-    if len(optimizers) > 1:
-        best = max(optimizers, key=lambda name: optimizers[name]["test_accuracy"].mean())
-        lines.append(
-            f"| the same, on ResNet-20 in few epochs | the highest mean is {best}'s; see the sentences above |"
-        )
+    if "adam" in optimizers and len(optimizers) > 1:
+        other = max(set(optimizers) - {"adam"}, key=lambda name: optimizers[name]["test_accuracy"].mean())
+        lines.append(f"| the same, on ResNet-20 | {verdict(optimizers, 'adam', other)} |")
     if len(depth) > 1:
         names = list(depth)
-        gap = difference(depth[names[-1]], depth[names[0]])
-        verdict = (
-            "cannot be told"
-            if gap is None or not gap.excludes_zero
-            else "holds"
-            if gap.estimate > 0
-            else "does not hold"
-        )
-        told = "" if gap is None else f": {names[-1]} against {names[0]} {points(gap)} points"
         lines.append(
-            f"| deeper is better (91.5 % to 93.9 % from ResNet-20 to 110 in 165 epochs; Keras original) | {verdict} at so few epochs{told} |"
+            "| deeper is better (91.5 % to 93.9 % from ResNet-20 to 110 in 165 epochs; Keras original) | "
+            f"{verdict(depth, names[-1], names[0])} |"
         )
     whole = card[(card["architecture"] == "resnet20") & ~card["is_cut"]].iloc[0]
     lines.append(
@@ -313,6 +310,15 @@ def claims(optimizers: dict[str, pd.DataFrame], depth: dict[str, pd.DataFrame], 
         f"recipe and {whole['epochs']} epochs on JPEG copies, which cost about {JPEG_POINTS} points: not comparable to the last point |"
     )
     return "\n".join(lines)
+
+
+def verdict(groups: dict[str, pd.DataFrame], better: str, other: str) -> str:
+    """Whether a claim that `better` is ahead of `other` holds."""
+    gap = difference(groups[better], groups[other])
+    if gap is None:
+        return "cannot be told"
+    said = "cannot be told" if not gap.excludes_zero else "holds" if gap.estimate > 0 else "does not hold"
+    return f"{said} in {_epochs(groups)} epochs: {better} against {other} {points(gap)} points"
 
 
 HEAD = """\
@@ -330,28 +336,34 @@ One H100, torch 2.11, bf16, one seed; by the prototype of the training loop as a
 def tail(runs: pd.DataFrame) -> str:
     if runs.empty:
         return ""
-    machines = ", ".join(sorted(runs["device"].unique()))
-    hours = runs.groupby("pipeline")["train_seconds"].sum() / 3600
-    took = ", ".join(f"{name} {value:.1f} h" for name, value in hours.items())
-    commits = ", ".join(sorted({commit[:10] for commit in runs["commit"]}))
+    hours = runs.groupby(["pipeline", "device", "torch"])["train_seconds"].sum() / 3600
+    took = "; ".join(
+        f"{name} {value:.1f} h on {device} (torch {torch})" for (name, device, torch), value in hours.items()
+    )
+    commits = ", ".join(
+        f"{'/'.join(sorted({commit[:10] for commit in rows['commit']}))} ({epochs} epochs)"
+        for epochs, rows in runs.groupby("epochs")
+    )
+    most = runs["epochs"].max()
     return f"""\
 ## What can and cannot be concluded
 
 - **A recipe is not an optimizer.** Each optimizer was run at one rate; another rate may change the order. No rate was chosen on test images.
-- **Few epochs are not many.** What leads after {runs["epochs"].max()} epochs need not lead after 200.
+- **Few epochs are not many.** What leads after {most} epochs need not lead after 200.
 - Rows are compared only among equal data, code and epochs.
 
 ## How to repeat it
 
-With an archive of the images as `train/<class>/*` and `test/<class>/*`, at commit {commits}, one thread a cell:
+With an archive of the images as `train/<class>/*` and `test/<class>/*`, at commit {commits}:
 
 ```
 cd examples/optimizers
-RESGRID_ARCHIVE=/path/to/cifar10-images.tar.xz RESGRID_THREADS=1 dvc repro -k
+resgrid set 'recipes.*.epochs={most}'                                               # on a GPU
+RESGRID_ARCHIVE=/path/to/cifar10-images.tar.xz RESGRID_THREADS=1 dvc repro -k       # one thread a cell
 cd ../.. && python docs/results/results.py collect examples/optimizers && python docs/results/results.py write
 ```
 
-The same cell at the same commit, torch and number of threads gives the same weights, bit for bit; [runs.csv](runs.csv) has the digests of each. It took {took} of training on one core of {machines} (torch {", ".join(sorted(runs["torch"].unique()))})."""
+On a CPU the same cell at the same commit, torch and number of threads gives the same weights, bit for bit; on a GPU it is the same training, but not the same bits. [runs.csv](runs.csv) has the digests of each. The cells' times, summed: {took}. Up to eight cells shared the card, which makes each of them slower and all together faster."""
 
 
 def write() -> None:

@@ -1,7 +1,7 @@
 """NVIDIA's Multi-Process Service (MPS): cells that share a card run on it at once instead of taking turns.
 
-On an H100 four graphed ResNet-20 trained 0.99 times the images/s of one without it, 1.72 times under it, and
-eight 1.84 times. The daemon needs no root. A fault in one client can take the others along: their cells go on
+On an H200 four graphed ResNet-20 trained 0.99 times the images/s of one without it, 1.84 times under it, and
+eight 2.06 times. The daemon needs no root. A fault in one client can take the others along: their cells go on
 from their last checkpoints.
 """
 

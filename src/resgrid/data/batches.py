@@ -57,17 +57,12 @@ class Batches:
         mean: Triple,
         std: Triple,
         generator: torch.Generator,
-        at_once: int = 1,
     ) -> None:
-        """`split` lies on the device of `generator`; `mean` and `std` are on the 0–1 scale.
-
-        `at_once` batches are made together, with as many launches as one and the same images.
-        """
+        """`split` lies on the device of `generator`; `mean` and `std` are on the 0–1 scale."""
         assert len(split.labels) >= batch_size
         self.padded = pad(split.images, augmentation.crop_padding)
         self.labels = split.labels
         self.augmentation, self.batch_size, self.generator = augmentation, batch_size, generator
-        self.at_once = at_once
         self.mean, self.std = _per_channel(mean, split.images.device), _per_channel(std, split.images.device)
 
     def __len__(self) -> int:
@@ -77,14 +72,11 @@ class Batches:
         num_images = len(self.labels)
         order = torch.randperm(num_images, generator=self.generator, device=self.generator.device)
         draws = draw(self.augmentation, num_images, self.generator)
-        end = len(self) * self.batch_size
-        for start in range(0, end, self.at_once * self.batch_size):
-            made = slice(start, min(start + self.at_once * self.batch_size, end))
-            index = order[made]
-            images = augment(self.padded, index, Draws(*(field[made] for field in draws)), self.augmentation)
-            images, labels = (images - self.mean) / self.std, self.labels[index]
-            split = (torch.split(tensor, self.batch_size) for tensor in (images, labels))
-            yield from zip(*split, strict=True)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            index = order[batch]
+            images = augment(self.padded, index, Draws(*(field[batch] for field in draws)), self.augmentation)
+            yield (images - self.mean) / self.std, self.labels[index]
 
 
 def in_order(split: Split, mean: Triple, std: Triple, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
