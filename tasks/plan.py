@@ -140,8 +140,15 @@ class Plan:
         }
 
     def __str__(self) -> str:
+        lines = []
+        if self.busy:
+            ago = duration(time.time() - self.asked)
+            lines += [
+                f"DVC is busy: {self.busy}. This is what it said {ago} ago, and what has ended since:",
+                "",
+            ]
         width = max(len(step.title) for step in self.steps)
-        lines = [f"  {step.title:{width}}  {_said(step)}" for step in self.steps]
+        lines += [f"  {step.title:{width}}  {_said(step)}" for step in self.steps]
         num = Counter(step.state for step in self.steps)
         total = f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date"
         if num["running"]:
@@ -151,12 +158,9 @@ class Plan:
         slots = f"{len(self.slots)} at a time ({', '.join(slot.name for slot in self.slots[:8])}; {each})"
         if len(self.slots) == 1:
             slots = f"One at a time ({self.slots[0].name}; {each})"
-        unknown = "unknown until a cell of every architecture has been trained"
-        takes = unknown if self.seconds is None else duration(self.seconds)
+        unknown = "unknown until a cell of every architecture has been trained (`resgrid cost` estimates it)"
+        takes = unknown if self.seconds is None else f"{duration(self.seconds)}, by what cells took here"
         elsewhere = not self.cache.is_relative_to(self.pipeline.root)
-        if self.busy:
-            ago = duration(time.time() - self.asked)
-            lines += ["", f"DVC is busy: {self.busy}. What it said {ago} ago, and what has ended since:"]
         if not num["stale"] and not num["running"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
         return "\n".join(

@@ -87,7 +87,7 @@ class Status:
 
     def __str__(self) -> str:
         if self.grid is None and not self.running:
-            return "Nothing has been run here by a flow."
+            return "No train-all has run here, and nothing runs now."
         lines = []
         if self.grid:
             ago = duration(time.time() - (self.grid.ended or self.grid.started))
@@ -102,8 +102,8 @@ class Status:
                 lines.append(f"{self.grid.flow_run}   (curves: `resgrid status --watch`)")
         width = max((len(record.stage) for record, _ in self.running), default=0)
         for record, line in self.running:
-            since = duration(time.time() - record.started)
-            lines.append(f"  {record.stage:{width}}  {since:>10}  {record.slot:>9}  {line}")
+            since = f"for {duration(time.time() - record.started)}"
+            lines.append(f"  {record.stage:{width}}  {since:>14}  {record.slot:>9}  {line}")
         failed = [cell for cell, status in (self.grid.cells.items() if self.grid else ()) if status == FAILED]
         if failed:
             lines.append(f"Failed: {', '.join(failed)}")

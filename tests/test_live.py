@@ -46,7 +46,7 @@ def test_before_the_first_epoch_it_says_when_curves_appear(small: Project):
 def test_without_a_grid_the_state_is_shown_once(small: Project):
     done = small.run("resgrid", "status", "--watch")
     assert done.returncode == 0, done.stderr
-    assert "Nothing has been run here by a flow." in done.stdout
+    assert "No train-all has run here, and nothing runs now." in done.stdout
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_what_was_trained_and_not_compared_has_the_figures_of_its_training(
     row = resgrid.load(copy.root).results.set_index("cell").loc["resnet20-sgd-0"]
     record = json.loads((copy.root / "runs/resnet20-sgd-0/run.json").read_text())
     assert (row["status"], row["test_accuracy"]) == ("completed", record["test_accuracy"])
-    assert "`dvc repro evaluate` compares it" in row["remark"]
+    assert "`dvc repro -s evaluate` compares it" in row["remark"]
 
 
 def test_history_model_and_predictions_are_those_of_the_cell(small: Project) -> None:

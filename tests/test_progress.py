@@ -25,7 +25,9 @@ def test_the_time_left_is_that_of_the_speed_since_this_start(capsys):
     with Progress("cell", 1000, "images") as progress:
         progress.begin(900)  # before
         assert progress.remaining() == ""  # nothing is known yet
-        progress._started = time.monotonic() - 10  # 10 s for 10 images: 90 s for the other 90
+        progress.update(901)
+        assert progress.remaining() == ""  # nor yet: what came before the first step took its time, too
+        progress._started = time.monotonic() - 10  # 10 s for 9 images: 100 s for the other 90
         progress.update(910)
         assert progress.remaining() == "about 2 minutes left"
         progress.update(1000)

@@ -102,3 +102,33 @@ def test_a_process_that_is_gone_cannot_be_described(sleeper):
     sleeper.wait()
     with pytest.raises(ProcessLookupError):
         watch.describe(sleeper.pid)
+
+
+def test_a_signal_that_comes_in_a_callback_of_pythons_own_ends_the_command_all_the_same():
+    """As one does that comes while a module is imported: Python prints such an exception and goes on."""
+    program = """
+import os, signal, sys, time, weakref
+from resgrid.cli import main
+
+class Gone: ...
+
+def cells(options):
+    gone = Gone()
+    kept = weakref.ref(gone, lambda _: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.2)])
+    del gone
+    try:
+        time.sleep(20)
+    finally:
+        print("closed")
+
+from resgrid.commands import grid
+grid.cells = cells
+sys.exit(main(["cells"]))
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "closed\n"), done.stderr
+    assert "ignored" not in done.stderr
+    assert time.monotonic() - began < 15

@@ -33,7 +33,9 @@ UNWRITABLE = (  # a person can put it right
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A person's mistake ends with one message and status 1."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _terminated)
+    sys.unraisablehook = _unraisable
     _claim("tasks")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8: it is printed as it is
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"resgrid: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("resgrid: stopped. The same command starts again.", file=sys.stderr)
+        print("resgrid: stopped. The same command goes on from here.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:  # where there is torch and little else
         print(f"resgrid: this command needs the package {error.name}: `make install`.", file=sys.stderr)
@@ -71,7 +73,18 @@ def _claim(name: str) -> None:
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)  # unwinds, so that what is open is closed and recorded as ended
+    raise SystemExit(128 + signal.SIGTERM)  # unwinds, so that what is open is closed and recorded as ended
+
+
+def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    """A signal that comes while Python runs a callback of its own, as in an import, is given once more."""
+    if ignored.exc_type is SystemExit:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        _unraisable_before(ignored)
+
+
+_unraisable_before = sys.unraisablehook
 
 
 class _Parser(argparse.ArgumentParser):

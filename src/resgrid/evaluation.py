@@ -114,7 +114,7 @@ def load_logits(
     Raises ResgridError: where it kept none, or those of other weights than `weights_sha256`.
     """
     path = predictions / f"{cell}.safetensors"
-    way_on = "`dvc repro evaluate` makes it."
+    way_on = "`dvc repro -s evaluate` makes it."
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["resgrid"])

@@ -27,6 +27,7 @@ class Progress:
         self.note = ""
         self._started = self._drawn = time.monotonic()
         self._said = self._started
+        self._first = True
         self._bar: Any = None
         self._task: Any = None
 
@@ -66,8 +67,12 @@ class Progress:
 
     def update(self, done: int, total: int | None = None) -> None:
         """`done` units of the whole are done."""
-        self.done, self.total = done, total if total is not None else self.total
         now = time.monotonic()
+        if (
+            self._first
+        ):  # what came before the first unit, such as opening an archive, is no part of the speed
+            self._first, self._before, self._started = False, done, now
+        self.done, self.total = done, total if total is not None else self.total
         if self._bar is not None and now - self._drawn >= 0.1:
             self._draw()
         elif self._bar is None and now - self._said >= SECONDS_BETWEEN_LINES:

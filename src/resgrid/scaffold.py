@@ -100,7 +100,7 @@ def init(folder: Path, data: Path) -> str:
     return (
         f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{notes}{repository}\n"
         f"Look at {folder / 'params.yaml'}, then:\n"
-        f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid sync && resgrid compare"
+        f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid compare && resgrid sync"
     )
 
 

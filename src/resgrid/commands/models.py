@@ -82,7 +82,7 @@ def export(options: argparse.Namespace) -> None:
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
     difference = export(model, info, options.format, out, images)
-    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB of {options.model}")
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {options.model}")
     if difference is not None:
         print(
             f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."

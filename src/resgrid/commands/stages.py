@@ -161,7 +161,7 @@ def take_in(options: argparse.Namespace) -> int:
     taken, refused = take_in(options.parts, load_params(), load_meta(PROCESSED).digest, project_root())
     if taken:
         print(f"Recorded in dvc.lock: {', '.join(taken)}.")
-        print("`resgrid sync` gives them their runs in MLflow, `dvc repro evaluate` compares them.")
+        print("`resgrid sync` gives them their runs in MLflow, `dvc repro -s evaluate` compares them.")
     for line in refused:
         print(f"resgrid: refused: {line}", file=sys.stderr)
     return 1 if refused else 0

@@ -176,7 +176,7 @@ def load_ensemble(name: str, pipeline: Path = Path()) -> tuple[nn.Module, Weight
         known = json.loads((pipeline / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResgridError(
-            f"{pipeline / FILE}: cannot be read ({error}). `dvc repro evaluate` makes it."
+            f"{pipeline / FILE}: cannot be read ({error}). `dvc repro -s evaluate` makes it."
         ) from None
     if name not in known:
         raise ResgridError(f"there is no ensemble {name!r}{suggest(name, known)} The report lists them.")
@@ -185,7 +185,7 @@ def load_ensemble(name: str, pipeline: Path = Path()) -> tuple[nn.Module, Weight
         run = trained_run(find_cell(params, cell), pipeline)
         assert run.record is not None
         if run.record["weights_sha256"] != known[name]["weights_sha256"][cell]:
-            raise ResgridError(f"{name}: {cell} was trained again since. `dvc repro evaluate` renews it.")
+            raise ResgridError(f"{name}: {cell} was trained again since. `dvc repro -s evaluate` renews it.")
         model, info = load_model(run.folder / WEIGHTS, pipeline)
         members.append(Predictor(model, info))
     mean = Mean(members, list(known[name]["members"].values()))

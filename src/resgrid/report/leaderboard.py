@@ -149,7 +149,7 @@ def as_of_now(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
             timing = read_json(run.folder / "timing.json") if run.record else None
             row = _row(Result(cell=run.cell, status=run.status, metrics=run.record, timing=timing), None)
             if run.record:
-                row["remark"] = "scored by its training: `dvc repro evaluate` compares it"
+                row["remark"] = "scored by its training: `dvc repro -s evaluate` compares it"
         now.append(row | {"status": run.status, "cause": run.reason})
     return _ranked(pd.DataFrame(now))
 
@@ -224,5 +224,8 @@ def read_leaderboard(reports: Path) -> pd.DataFrame:
     """The `leaderboard.csv` that `evaluate` wrote; raises ResgridError if there is none."""
     path = reports / "leaderboard.csv"
     if not path.is_file():
-        raise ResgridError(f"{path}: there is no comparison yet. `dvc repro` makes it.")
+        raise ResgridError(
+            f"{path}: there is no comparison yet. `dvc repro` trains and compares; "
+            "`dvc repro -s evaluate` compares what is trained."
+        )
     return pd.read_csv(path, dtype=dict.fromkeys(("study", "cause", "device", "remark"), "string"))

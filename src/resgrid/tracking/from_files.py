@@ -16,7 +16,7 @@ from resgrid.run_status import Run as Result
 from resgrid.run_status import data_digest, find_runs, read_json
 from resgrid.tracking import contents, shared
 from resgrid.tracking.cell_runs import end_killed, is_live, mark, retire, runs_of, start_second
-from resgrid.tracking.registry import crown
+from resgrid.tracking.registry import crown, judge
 from resgrid.tracking.reports import log_comparison, write_links
 from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
 from resgrid.tracking.view import arrange
@@ -40,6 +40,7 @@ class SyncReport:
     stale: dict[str, str] = field(default_factory=dict)  # of other numbers, code or data than today's; why
     failed: dict[str, str] = field(default_factory=dict)  # why
     champions: dict[str, str | None] = field(default_factory=dict)  # models that got another cell, or none
+    accuracies: dict[str, str] = field(default_factory=dict)  # of these cells, as they were compared
     summary: str | None = None  # the run that was made of the reports
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,18 +48,23 @@ class SyncReport:
 
     def __str__(self) -> str:
         num_done = len(self.unchanged) + len(self.completed) + len(self.created)
-        lists = {"created": self.created, "completed": self.completed, "superseded": self.superseded}
-        changes = ", ".join(f"{len(ids)} {what}" for what, ids in lists.items() if ids) or "as before"
+        changed = {
+            "created": self.created,
+            "completed": self.completed,
+            "of replaced weights, now tagged superseded": self.superseded,
+        }
+        changes = ", ".join(f"{len(ids)} {what}" for what, ids in changed.items() if ids)
         lines = [
             f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store} "
-            f"({changes})"
+            f"({changes or 'nothing new'})"
         ]
         if self.missing:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
         for name, cell in self.champions.items():
-            lines.append(f"  champion of models:/{name}: {cell or 'none, for no cell of it is current'}")
+            told = f"{cell}, {self.accuracies[cell]}" if cell else "none, for no cell of it is current"
+            lines.append(f"  champion of models:/{name}: {told}")
         if self.summary:
             lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
@@ -106,11 +112,19 @@ def sync(
                 shared.drop(store, run)
             current = [run for run in settled if run.data.tags["grid"] == "current"]
             report.champions = crown(store, current, data_digest(pipeline_folder))
+            report.accuracies = {cell: _accuracy(current, cell) for cell in report.champions.values() if cell}
             arrange(store)
             report.summary = log_comparison(store, pipeline_folder / "reports")
     except (MlflowException, OSError) as error:
         raise unusable(store.uri, error) from None
     return report
+
+
+def _accuracy(runs: list[Run], cell: str) -> str:
+    """`test 52.10 %` or, where there is a validation split, its accuracy: what a champion was chosen by."""
+    run = next(run for run in runs if run.data.tags["cell"] == cell)
+    split = judge([run])
+    return f"{split} {100 * run.data.metrics[f'{split}_accuracy']:.2f} %"
 
 
 def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport) -> str | None:

@@ -86,7 +86,7 @@ def log_comparison(store: Store, reports: Path) -> str | None:
     except (ValueError, KeyError) as error:  # pandas' own are of these
         raise ResgridError(
             f"{reports / 'leaderboard.csv'}: cannot be read as a comparison ({reason(error)}). "
-            "`dvc repro -f --single-item evaluate` makes it anew."
+            "`dvc repro -f -s evaluate` makes it anew."
         ) from None
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
     tags = {
