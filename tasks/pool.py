@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -87,6 +87,7 @@ class Pool:
         self.name, self.pipeline, self.order, self.env = name, pipeline, order, env
         self._client, self._say, self._stop = client, say, stop
         self._asking, self._recording = threading.Lock(), threading.Lock()
+        self._ended: set[str] = set()  # stages whose result is to be recorded
         self._alive: dict[UUID, State] = {}  # runs that have not ended
         self._looked = 0.0
         self._answering = self._worked = time.monotonic()  # since when the server does; when a cell last was
@@ -243,13 +244,25 @@ class Pool:
             return answer
 
     def _record(self, step: Step, say: Callable[[str], None]) -> bool:
-        """Whether the cell's result is here, as the remote gives it; waits for a remote that is away."""
+        """Whether the cell's result is here, as the remote gives it; waits for a remote that is away.
+
+        One `dvc` at a time, for all that have ended since the one before it: reading dvc.lock and the
+        remote's run cache takes it seconds, however many it records.
+        """
+        self._ended.add(step.stage)
         while True:
-            with self._recording:  # one `dvc` at a time
+            with self._recording:
+                if step.stage not in self._ended:
+                    return True  # another one's `dvc` has recorded it
                 self._pause(0.0)
+                others = self._ended - {step.stage}
+                if others and record(self.pipeline, step.stage, self.env, say, self._stop, others):
+                    self._ended -= {step.stage, *others}
+                    return True
                 is_here = record(self.pipeline, step.stage, self.env, say, self._stop)
-            if is_here is not None:
-                return is_here
+                if is_here is not None:
+                    self._ended.remove(step.stage)
+                    return is_here
             self._pause(AWAY_SECONDS)
 
     def _pause(self, seconds: float) -> None:
@@ -263,13 +276,16 @@ def record(
     env: Mapping[str, str],
     say: Callable[[str], None],
     stop: threading.Event,
+    others: Collection[str] = (),
 ) -> bool | None:
     """Whether the DVC remote has a result of `stage`, which is then here; None if it does not answer.
 
-    Its command does not run. Raises Stopped after `stop`.
+    With `others` it is whether it has one of each. No command of a stage runs. Raises Stopped after `stop`.
     """
     try:
-        reproduce(pipeline, stage, {**env, RECORD_ONLY: "1"}, say, pull=True, stop=stop)
+        reproduce(
+            pipeline, stage, {**env, RECORD_ONLY: "1"}, say, pull=True, stop=stop, others=sorted(others)
+        )
     except StageFailed as failure:
         if failure.fault is None and not any("Failed to pull run cache" in line for line in failure.tail):
             return False  # its command was about to run

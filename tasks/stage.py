@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +139,13 @@ def reproduce(
     pull: bool = False,
     stop: threading.Event | None = None,
     slot: str = "",
+    others: Sequence[str] = (),
 ) -> Outcome:
     """Bring `stage` up to date with `dvc repro --single-item`; each line of output goes to `on_line`.
 
-    `env` is added to this process's environment; with `pull` the DVC remote is asked for a result. Setting
-    `stop` ends the child and all that it started. Raises StageFailed, with the end of the log, if the stage
+    `env` is added to this process's environment; with `pull` the DVC remote is asked for a result. `others`
+    are stages that the same command brings up to date. Setting `stop` ends the child and all that it started.
+    Raises StageFailed, with the end of the log, if the stage
     fails, and Stopped after `stop`.
     """
     stop = stop or threading.Event()
@@ -153,7 +155,7 @@ def reproduce(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("", encoding="utf-8")
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
-    command = [*DVC_COMMAND, "repro", "--single-item", *options, stage]
+    command = [*DVC_COMMAND, "repro", "--single-item", *options, stage, *others]
     began = time.monotonic()
     code, tail = run(command, pipeline.folder, {**env, stage_record.SLOT: slot}, log, on_line, stop)
     now = pipeline.record(stage)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,9 @@ from small import digits
 
 from resgrid.errors import ResgridError
 from tasks.order import Order
-from tasks.pool import record, watch_runs
-from tasks.stage import Pipeline
+from tasks.plan import Step
+from tasks.pool import Pool, record, watch_runs
+from tasks.stage import Outcome, Pipeline, reproduce
 from tasks.worker import NotPushed, push
 
 RUN = """
@@ -146,8 +148,8 @@ class Project:
 
     def end(self) -> None:
         if self.coordinator:
-            self.coordinator.kill()
-            self.coordinator.communicate()
+            with self.coordinator:
+                self.coordinator.kill()
         for worker in self.workers:
             worker.signal(signal.SIGKILL)
             worker.process.wait()
@@ -448,6 +450,36 @@ def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clo
     lock = (origin.root / "dvc.lock").read_text()
     assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, True, False]
     assert "resnet20" not in (origin.root / "trained").read_text()
+
+
+@pytest.mark.parametrize("missing", [(), ("resnet20-adam-0",)])
+def test_cells_that_end_together_are_recorded_together(clones, missing, monkeypatch) -> None:
+    origin, clone = clones
+    cells = ["resnet20-sgd-0", "resnet20-adam-0", "resnet20-rmsprop-0"]
+    for cell in set(cells) - set(missing):
+        assert clone.run("dvc", "repro", "--single-item", f"train@{cell}").returncode == 0
+        push(Pipeline.find(clone.root), f"train@{cell}", print, threading.Event())
+    commands = []
+
+    def counted(*arguments: Any, **keywords: Any) -> Outcome:
+        commands.append(1 + len(keywords["others"]))
+        return reproduce(*arguments, **keywords)
+
+    monkeypatch.setattr("tasks.pool.reproduce", counted)
+    monkeypatch.setattr("tasks.pool._deploy", lambda client, name: None)
+    pool = Pool(None, "pool", Pipeline.find(origin.root), None, {}, print, threading.Event())
+    steps = [Step(f"train@{cell}", None, "stale", ()) for cell in cells]
+    with ThreadPoolExecutor() as threads:
+        with pool._recording:  # as another's `dvc` does
+            waiting = [threads.submit(pool._record, step, print) for step in steps]
+            while len(pool._ended) < len(steps):
+                time.sleep(0.01)
+        found = [each.result() for each in waiting]
+    assert found == [cell not in missing for cell in cells]
+    assert commands[0] == 3
+    assert missing or len(commands) == 1
+    lock = (origin.root / "dvc.lock").read_text()
+    assert [f"train@{cell}" in lock for cell in cells] == found
 
 
 def test_a_push_that_the_remote_does_not_take_is_told(clones) -> None:
