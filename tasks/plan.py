@@ -23,6 +23,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from resgrid import mps
 from resgrid.config import Params, load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
@@ -30,7 +31,7 @@ from resgrid.leftovers import cache_folder
 from resgrid.progress import amount, duration
 from resgrid.stage_record import read_state, write_state
 from tasks.lockfile import keep, read_lock
-from tasks.slots import Slot, share, shared_speed
+from tasks.slots import Slot, share
 from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working
 
 # GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
@@ -427,7 +428,8 @@ def expect(pipeline: Pipeline, params: Params, steps: Iterable[Step], slot: Slot
     for cell, timing in _timings(pipeline, expand(params)):
         if (timing["device"] == "cuda") == (slot.card is not None):
             if slot.card:
-                scale = shared_speed(slot.sharing) / shared_speed(timing.get("sharing") or 1)
+                before = timing.get("sharing") or 1
+                scale = mps.gain(slot.sharing) / slot.sharing / (mps.gain(before) / before)
             else:
                 scale = (slot.threads / timing["threads"]) ** THREADS_POWER
             speeds.setdefault(cell.architecture, []).append(timing["images_per_second"] * scale)

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from resgrid import mps
@@ -28,7 +27,6 @@ CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kube
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
-MAX_SHARING = 8  # cells on one card
 
 # Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
 # of ResNet-20 (seen on an H100 and an H200) and 3.8 of ResNet-10 (H100); of the others three times what their
@@ -90,7 +88,7 @@ def share(
         known = {name: int(gib * GIB) for name, gib in CUDA_GIB.items()} | dict(footprints or {})
         most = max(known.values())
         largest = max((known.get(name, most) for name in architectures), default=most)
-        sharing = MAX_SHARING if mps.available() else 1
+        sharing = mps.MAX_SHARING if mps.available() else 1
         return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
     if slots is None:
         # Metal's one queue gains little from sharing, and its memory is the machine's.
@@ -110,7 +108,7 @@ def _on_cards(
     num_cells: int,
     cores: int,
     slots: int | None,
-    max_sharing: int = MAX_SHARING,
+    max_sharing: int = mps.MAX_SHARING,
 ) -> list[Slot]:
     if slots is None:
         rooms = [max(1, min(max_sharing, card.free_bytes // each)) for card in devices]
@@ -126,15 +124,6 @@ def _on_cards(
     return [
         Slot(f"cuda:{name} {turn + 1}/{sharing[name]}", threads, name, sharing[name]) for turn, name in turns
     ]
-
-
-def shared_speed(sharing: int) -> float:
-    """Images/s of each of `sharing` cells on one card under MPS, by those of one alone.
-
-    ResNet-20 on an H200: four cells together 1.84 times one, eight 2.06; between these by a straight line.
-    (A prototype of the graph on an H100: 1.72 and 1.84.)
-    """
-    return float(np.interp(sharing, (1, 4, 8), (1.0, 1.84, 2.06))) / sharing
 
 
 def num_cores() -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from resgrid import mps
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
@@ -70,9 +71,13 @@ def announce(params: Params, num_train: int) -> None:
 def sentence(seconds: dict[str, float], device: torch.device) -> str:
     """The estimate as one would say it, and what to do where it is long."""
     total = sum(seconds.values())
-    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type.upper()
+    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else "GPU"
     text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}"
-    text += ", one after another."
+    text += ", one after another"
+    if device.type == "cuda" and len(seconds) > 1 and mps.available():
+        at_once = min(len(seconds), mps.MAX_SHARING)
+        text += f"; {at_once} at a time under MPS, about {duration(total / mps.gain(at_once))}"
+    text += "."
     if total > 24 * 3600:
         quickest = min(seconds, key=lambda cell: seconds[cell])
         longest, _ = Counter(seconds).most_common(1)[0]
