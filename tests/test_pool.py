@@ -413,21 +413,28 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
 # --- what travels -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clones(tmp_path: Path) -> tuple[Sleeping, Sleeping]:
-    """A coordinator and a worker's clone, and a folder as their DVC remote; the data are everywhere."""
-    origin = sleeping(tmp_path / "origin", "resnet20", "sgd, adam, rmsprop")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A coordinator's folder and a worker's clone, and beside them the folder that is their DVC remote."""
+    folder = tmp_path_factory.mktemp("clones")
+    origin = sleeping(folder / "origin", "resnet20", "sgd, adam, rmsprop")
     (origin.root / "work.sh").write_text(NAPPING)
     for command in (
-        f"dvc remote add --default storage {tmp_path}/storage", "git add -A",
+        "dvc remote add --default storage ../storage", "git add -A",
         "git -c user.name=t -c user.email=t@t.invalid commit -qm start",
-        f"git clone -q {origin.root} {tmp_path}/clone",
+        f"git clone -q {origin.root} {folder}/clone",
     ):  # fmt: skip
         assert origin.run(*command.split()).returncode == 0
-    clone = Sleeping(tmp_path / "clone")
-    for each in (origin, clone):
+    for each in (origin, Sleeping(folder / "clone")):
         assert each.run("dvc", "repro", "--single-item", "download", "preprocess").returncode == 0
-    return origin, clone
+    return folder
+
+
+@pytest.fixture
+def clones(made: Path, tmp_path: Path) -> tuple[Sleeping, Sleeping]:
+    """Copies of both, of this test's own; the data are everywhere."""
+    shutil.copytree(made, tmp_path / "of its own", symlinks=True)
+    return Sleeping(tmp_path / "of its own/origin"), Sleeping(tmp_path / "of its own/clone")
 
 
 def taken(origin: Sleeping, *cells: str) -> list[bool | None]:
