@@ -160,7 +160,11 @@ class Plan:
         if len(self.slots) == 1:
             slots = f"One at a time ({self.slots[0].name}; {each})"
         unknown = "unknown until a cell of every architecture has been trained (`resgrid cost` estimates it)"
-        takes = unknown if self.seconds is None else f"{duration(self.seconds)}, by what cells took here"
+        takes = (
+            unknown
+            if self.seconds is None
+            else f"{duration(self.seconds)} at most, for what DVC's run cache has is restored"
+        )
         elsewhere = not self.cache.is_relative_to(self.pipeline.root)
         if not num["stale"] and not num["running"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])

@@ -99,7 +99,7 @@ class Status:
                 lines.append("The last run of the grid was cut off: its process is gone. Run it again.")
             lines.append(f"{self.grid}.")
             if self.alive and self.grid.flow_run:
-                lines.append(f"{self.grid.flow_run}   (curves: `resgrid status --watch`)")
+                lines.append(f"{self.grid.flow_run}")
         width = max((len(record.stage) for record, _ in self.running), default=0)
         for record, line in self.running:
             since = f"for {duration(time.time() - record.started)}"

@@ -223,8 +223,9 @@ class _Services:
         self._write()
         up_now("Deployments", names)
         _say(
-            "\nNow, in another terminal in this folder:  prefect deployment run train-all --watch"
-            "\nCtrl-C here ends all of it."
+            "\nNow, in another terminal in this folder, after `source .venv/bin/activate`:"
+            "\n  prefect deployment run train-all -p pipeline=examples/digits --watch"
+            "\nWithout -p it trains the grid of this folder's own params.yaml. Ctrl-C here ends all of it."
         )
         if given_url and given_url.rstrip("/") != f"{self.prefect}/api":
             _say(

@@ -213,7 +213,7 @@ def test_nothing_listens_on_any_address_but_loopback(project):
 
 def test_the_three_deployments_and_the_next_command_are_printed(project):
     assert "prepare-data, train-all, train-cell" in project.said
-    assert "prefect deployment run train-all --watch" in project.said
+    assert "prefect deployment run train-all -p pipeline=examples/digits --watch" in project.said
 
 
 def test_a_second_start_says_where_the_first_one_answers(project):

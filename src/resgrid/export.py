@@ -8,6 +8,7 @@ file; both want the architecture's code, and images that are normalised.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -91,6 +92,7 @@ def _onnx(predictor: Predictor, info: WeightsInfo) -> bytes:
 
 
 def _run_onnx(content: bytes, images: Tensor) -> Tensor:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read at the import; the function that does it comes too late
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

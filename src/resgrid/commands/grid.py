@@ -165,6 +165,8 @@ def status(options: argparse.Namespace) -> None:
         return
     counts = Counter(run.status for run in runs)
     print(now)
+    if now.running:
+        print("Curves: `resgrid status --watch`")
     print("Results: " + ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each]) + ".")
     for run in runs:
         if run.status in ("stale", "other data"):

@@ -56,7 +56,7 @@ class SyncReport:
         changes = ", ".join(f"{len(ids)} {what}" for what, ids in changed.items() if ids)
         lines = [
             f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store} "
-            f"({changes or 'nothing new'})"
+            f"({changes or 'no change'})"
         ]
         if self.missing:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
