@@ -14,12 +14,12 @@ def comparisons(rows: list[Comparison]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "compared": f"{row.first} − {row.second}",
+            "verdict": row.verdict,
             "difference (95 % interval), points": row.difference.text("+"),
             "interval over": row.difference.basis,
             "mean of": ", ".join(row.over),
             "epochs": row.epochs,
             "p (Holm)": f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001",
-            "verdict": row.verdict,
         }
         for row in rows
     )
