@@ -163,7 +163,7 @@ class Plan:
         takes = (
             unknown
             if self.seconds is None
-            else f"{duration(self.seconds)} at most, for what DVC's run cache has is restored"
+            else f"{duration(self.seconds)}, less what DVC's run cache restores"
         )
         elsewhere = not self.cache.is_relative_to(self.pipeline.root)
         if not num["stale"] and not num["running"]:

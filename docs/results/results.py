@@ -219,15 +219,23 @@ def page(runs: pd.DataFrame) -> str:
     optimizers, depth = groups_of(runs, "optimizers", "optimizer"), groups_of(runs, "depth", "architecture")
     card = h100()
     parts = [HEAD]
-    for groups, title, question, what, name in (
+    for groups, title, question, what, name, key in (
         (
             optimizers,
             "Which optimizer?",
             "ResNet-20, each optimizer at a rate of its own",
             "optimizer",
             "optimizers",
+            "optimizer",
         ),
-        (depth, "Does depth pay?", "SGD at rate 0.1, one recipe for all depths", "depth", "depth"),
+        (
+            depth,
+            "Does depth pay?",
+            "SGD at rate 0.1, one recipe for all depths",
+            "depth",
+            "depth",
+            "architecture",
+        ),
     ):
         parts.append(f"## {title}")
         if not groups:
@@ -236,7 +244,7 @@ def page(runs: pd.DataFrame) -> str:
         parts += [setting(question, groups), table(groups), f"![Test accuracy by {what}]({name}.png)"]
         parts.append("\n".join(f"- {sentence}" for sentence in sentences(groups, what)))
         for epochs in sorted(set(runs[runs["pipeline"] == name]["epochs"]) - {_epochs(groups)}, reverse=True):
-            fewer = groups_of(runs, name, what if what == "optimizer" else "architecture", epochs)
+            fewer = groups_of(runs, name, key, epochs)
             parts += [f"### In {epochs} epochs", setting("As above", fewer), table(fewer)]
             parts.append("\n".join(f"- {sentence}" for sentence in sentences(fewer, what)))
     parts.append(CARD + "\n\n" + h100_table(card))

@@ -1,8 +1,8 @@
 """NVIDIA's Multi-Process Service (MPS): cells that share a card run on it at once instead of taking turns.
 
 Without it four graphed ResNet-20 trained 0.99 times the images/s of one on an H200; with it see `gain`. The
-daemon needs no root. A fault in one client can take the others along: their cells go on
-from their last checkpoints.
+daemon needs no root. A fault in one client can take the others along: their cells go on from their last
+checkpoints.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 DEFAULT_PIPES = Path("/tmp/nvidia-mps")  # where clients look for a daemon without PIPES
 SWITCH = "RESGRID_MPS"
 START_SECONDS, QUIT_SECONDS = 5.0, 20.0
-
-
 MAX_SHARING = 8  # cells on one card
 
 

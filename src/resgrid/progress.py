@@ -68,9 +68,7 @@ class Progress:
     def update(self, done: int, total: int | None = None) -> None:
         """`done` units of the whole are done."""
         now = time.monotonic()
-        if (
-            self._first
-        ):  # what came before the first unit, such as opening an archive, is no part of the speed
+        if self._first:  # what came before, such as opening an archive, is no part of the speed
             self._first, self._before, self._started = False, done, now
         self.done, self.total = done, total if total is not None else self.total
         if self._bar is not None and now - self._drawn >= 0.1:
