@@ -14,6 +14,7 @@ import psutil
 import pytest
 from sleeping import Sleeping, left_over, sleeping
 
+from resgrid import watch
 from tasks.plan import make_plan
 from tasks.stage import Outcome, Pipeline, StageFailed, Stopped, reproduce
 
@@ -209,6 +210,8 @@ def test_stopping_while_dvc_records_a_result_lets_it(stale):
     running = Running(stale)
     while f"{CELL} ends" not in running.lines:
         time.sleep(0.01)
+    while (record := running.pipeline.record(STAGE)) and watch.alive(record.by):
+        time.sleep(0.01)  # its last line is said before it has ended
     running.stop.set()
     running.end()
     assert left_over(stale) == []
