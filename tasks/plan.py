@@ -158,7 +158,8 @@ class Plan:
         each = f"{threads} thread{'s' * (threads > 1)} each"
         slots = f"{len(self.slots)} at a time ({', '.join(slot.name for slot in self.slots[:8])}; {each})"
         if len(self.slots) == 1:
-            slots = f"One at a time ({self.slots[0].name}; {each})"
+            is_one = sum(step.state == "stale" for step in self.cells) == 1
+            slots = f"One {'cell to train' if is_one else 'at a time'} ({self.slots[0].name}; {each})"
         unknown = "unknown until a cell of every architecture has been trained (`resgrid cost` estimates it)"
         takes = (
             unknown

@@ -54,21 +54,20 @@ def project(small: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         close(process, project)
 
 
-def read(url: str, folder: Path, *wanted: str) -> str:
-    """The text of a page once it shows all that is `wanted`; a screenshot of it is left in `folder`."""
+def browse(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Open a page: its elements after 15 seconds of its own time, and `page.png` in `folder`."""
     flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
     flags += ["disable-background-networking", "disable-component-update", "window-size=1400,900"]
+    flags += [f"user-data-dir={folder / 'profile'}", f"screenshot={folder / 'page.png'}", "dump-dom"]
+    command = ["chromium", *(f"--{flag}" for flag in flags), "--virtual-time-budget=15000", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+
+def read(url: str, folder: Path, *wanted: str) -> str:
+    """The text of a page once it shows all that is `wanted`; a screenshot of it is left in `folder`."""
     deadline = time.monotonic() + 90
     while True:
-        browser = ["chromium", *(f"--{flag}" for flag in flags), f"--user-data-dir={folder / 'profile'}"]
-        command = [
-            *browser,
-            "--virtual-time-budget=15000",
-            f"--screenshot={folder / 'page.png'}",
-            "--dump-dom",
-            url,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        done = browse(url, folder)
         text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", done.stdout, flags=re.DOTALL)
         if all(each in text for each in wanted):
             return text
@@ -103,6 +102,19 @@ def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tm
     assert set(links) == set(CELLS)
     text = read(links["resnet20-adam-0"], tmp_path, "resnet20-adam-0", "test_accuracy")
     assert "resnet20-sgd-0" not in text
+
+
+def test_the_report_leads_to_a_cells_run_and_says_so_while_mlflow_is_away(project, tmp_path):
+    links = (project.root / "reports/runs.html").read_text()
+    given = re.search(r'href="(http://[^/]+)/', links)
+    assert given
+    cell = "runs.html#resnet20-adam-0"
+    (tmp_path / "runs.html").write_text(links.replace(given[1], project.services["mlflow"]))
+    text = read(f"{tmp_path.as_uri()}/{cell}", tmp_path, "resnet20-adam-0", "test_accuracy")
+    assert "resnet20-sgd-0" not in text
+    (tmp_path / "runs.html").write_text(links.replace(given[1], f"http://127.0.0.1:{free_port()}"))
+    elements = browse(f"{tmp_path.as_uri()}/{cell}", tmp_path).stdout
+    assert '<p id="away" role="alert">' in elements  # no longer hidden
 
 
 def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):

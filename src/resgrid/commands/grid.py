@@ -163,11 +163,13 @@ def status(options: argparse.Namespace) -> None:
         results = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
         print(json.dumps(now.as_dict() | {"results": results}, indent=2))
         return
-    counts = Counter(run.status for run in runs)
+    training = {record.stage.partition("@")[2] for record, _ in now.running}
+    counts = Counter("being trained" if run.cell.id in training else run.status for run in runs)
     print(now)
     if now.running:
         print("Curves: `resgrid status --watch`")
-    print("Results: " + ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each]) + ".")
+    told = [f"{counts[each]} {each}" for each in (*STATUSES, "being trained") if counts[each]]
+    print(f"Results: {', '.join(told)}.")
     for run in runs:
         if run.status in ("stale", "other data"):
             print(f"  {run.cell.id}: {run.reason}")

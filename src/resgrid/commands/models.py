@@ -32,10 +32,10 @@ def predict(options: argparse.Namespace) -> int:
 
     passed_over: Counter[str] = Counter()
     files = find_pictures(options.pictures, passed_over)
-    model, info = _model(options.model)
+    model, info, name = _model(options.model)
     device = choose_device(options.device)
     if not (options.json or options.csv):
-        print(f"{options.model}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
+        print(f"{name}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if options.csv:
         writer.writerow(("file", "rank", "class", "probability", "error"))
@@ -59,13 +59,17 @@ def predict(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _model(name: str) -> tuple[nn.Module, WeightsInfo]:
-    """What `--model` means: an ensemble, or whatever `find_weights` finds."""
+def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
+    """What `--model` means: an ensemble, or whatever `find_weights` finds; and what to call it."""
     from resgrid import tracking
     from resgrid.report.ensembles import is_ensemble, load_ensemble
     from resgrid.weights import load_model
 
-    return load_ensemble(name) if is_ensemble(name) else load_model(tracking.find_weights(name, RUNS))
+    if is_ensemble(name):
+        return *load_ensemble(name), name
+    weights = tracking.find_weights(name, RUNS)
+    is_named = name != tracking.CHAMPION and ":/" not in name  # by the cell or its file
+    return *load_model(weights), name if is_named else f"{name} ({weights.stem.rpartition('-')[0]})"
 
 
 def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
@@ -75,15 +79,20 @@ def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
 
 
 def export(options: argparse.Namespace) -> None:
+    from resgrid.data.sources import some
     from resgrid.export import export, images_to_compare
 
-    model, info = _model(options.model)
+    model, info, told = _model(options.model)
     name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
     difference = export(model, info, options.format, out, images)
-    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {options.model}")
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {told}")
     if difference is not None:
+        print(
+            "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
+            f"(N, {len(info.class_names)}), in the order {some(info.class_names)}."
+        )
         print(
             f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
         )

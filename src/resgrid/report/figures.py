@@ -130,12 +130,19 @@ def trade_off(findings: Findings, cost: str, title: str) -> go.Figure:
                 marker={
                     "size": 10,
                     "color": OF_OPTIMIZER[optimizer],
-                    "symbol": [SYMBOLS[place_of(g.architecture) % len(SYMBOLS)] for g in own],
+                    "symbol": [_symbol(g.architecture) for g in own],
                 },
                 name=optimizer,
             )
         )
+    for architecture in dict.fromkeys(group.architecture for group in groups):  # the legend's shapes
+        marker = {"size": 10, "color": GREY, "symbol": _symbol(architecture)}
+        traces.append(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=architecture))
     return _figure(420, *traces, x=title, y="test accuracy, %", xaxis={"type": "log"})
+
+
+def _symbol(architecture: str) -> str:
+    return SYMBOLS[place_of(architecture) % len(SYMBOLS)]
 
 
 def study(levels: list[Level]) -> go.Figure:

@@ -30,16 +30,22 @@ PAGE = """<!doctype html>
 <title>{name}: the runs in MLflow</title>
 <style>:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}</style>
 <h1>{name}: the runs in MLflow</h1>
-<p>The links lead to {address}. Without an MLflow server, <code>resgrid ui</code> serves it.</p>
+<p>The links lead to {address}{when}.</p>
+<p id="away" role="alert" hidden>It does not answer now. Once it does, this is <a href="">the run</a>.</p>
 <ul>
 {rows}
 </ul>
 <script>
 const link = document.getElementById(location.hash.slice(1));
-if (link) location.replace(link.href);
+const away = document.getElementById("away");
+if (link) fetch(link.href, {{mode: "no-cors"}}).then(() => location.replace(link.href), () => {{
+  away.hidden = false;
+  away.querySelector("a").href = link.href;
+}});
 </script>
 </html>
 """
+WHEN = ", which answers while <code>resgrid ui</code> or <code>resgrid up</code> runs"
 TABLE = "leaderboard.json"
 NOTE = "mlflow.note.content"
 
@@ -54,7 +60,8 @@ def write_links(store: Store, runs: Mapping[str, str], reports: Path) -> None:
         f'<li><a id="{escape(cell)}" href="{page}{run}{query}">{escape(cell)}</a></li>'
         for cell, run in runs.items()
     ]
-    text = PAGE.format(name=escape(store.name), address=escape(address), rows="\n".join(rows))
+    when = "" if is_remote(store.uri) else WHEN
+    text = PAGE.format(name=escape(store.name), address=escape(address), when=when, rows="\n".join(rows))
     path = reports / LINKS
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         reports.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ def fetch(
     try:
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
-        path = kept / f"{run_id}.safetensors"
+        cell = client.get_run(run_id).data.tags.get("cell", "")
+        path = kept / f"{cell}-{run_id}.safetensors"  # the cell for a person to read
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=kept) as part:
