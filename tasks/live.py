@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -16,16 +17,20 @@ PLOT_LINES = 16
 
 
 def watch(pipeline: Pipeline) -> None:
-    """Until the grid has ended or Ctrl-C; on what is no terminal, the last state alone."""
+    """Until what runs has ended, or Ctrl-C. Before anything runs, a terminal waits; others are told once."""
     from rich.live import Live
     from rich.text import Text
 
+    seen = not sys.stdout.isatty()
     with Live(auto_refresh=False) as screen:
         try:
             while True:
                 now = status(pipeline)
-                screen.update(Text.from_ansi(f"{now}\n\n{curves(pipeline, now)}"), refresh=True)
-                if not (now.alive or now.running):
+                runs = now.alive or bool(now.running)
+                seen = seen or runs
+                below = curves(pipeline, now) if seen else "Waiting for something to run; Ctrl-C ends this."
+                screen.update(Text.from_ansi(f"{now}\n\n{below}"), refresh=True)
+                if seen and not runs:
                     return
                 time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:

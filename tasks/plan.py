@@ -174,7 +174,7 @@ class Plan:
                 *lines,
                 "",
                 f"{total}.",
-                f"{slots}. Expected time: {takes}.",
+                f"By train-all: {slots[0].lower()}{slots[1:]}. Expected time: {takes}.",
                 f"Disk: {amount(self.disk_needed, 'B')} needed, {amount(self.disk_free, 'B')} free"
                 + (f" (DVC's cache is {self.cache})." if elsewhere else "."),
             ]

@@ -213,7 +213,7 @@ class _Services:
                 "worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
             )
             self._until("mlflow", lambda: _answers(f"{self.mlflow}/health"))
-            up_now("MLflow", self.mlflow)
+            up_now("MLflow", f"{self.mlflow}/#/experiments?workflowType=machine_learning")  # not its home
             while deploy.process.poll() is None:
                 self.stop.pause()
             if deploy.process.returncode:

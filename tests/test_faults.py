@@ -88,7 +88,9 @@ def test_in_a_copy_elsewhere_nothing_is_stale_and_mlflow_leads_to_the_files_that
     before = sorted(original.root.rglob("mlruns/**/*"))
     assert pipeline.stale() <= ALWAYS
     synced = pipeline.run("resgrid", "sync")
-    assert (synced.returncode, "(no change)" in synced.stdout) == (0, True), synced.stdout + synced.stderr
+    assert (synced.returncode, "(nothing to add)" in synced.stdout) == (0, True), (
+        synced.stdout + synced.stderr
+    )
     store = tracking.open_store("small", pipeline.root)
     runs = store.client.search_runs([store.experiment_id])
     here = (pipeline.root / "mlruns").as_uri()
@@ -210,7 +212,7 @@ def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
     assert f"MLflow does not get all of {CELL}" in done.stderr
 
     disks.resize(disk, "100m")
-    for said in ("completed", "(no change)"):
+    for said in ("completed", "(nothing to add)"):
         synced = pipeline.run("resgrid", "sync", MLFLOW_TRACKING_URI=uri)
         assert said in synced.stdout, synced.stdout + synced.stderr
     store = tracking.open_store("small", pipeline.root)

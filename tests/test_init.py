@@ -98,7 +98,8 @@ def found(num_train: int, smallest: int = 100, size: tuple[int, int] = (64, 64))
 @pytest.mark.parametrize(
     ("num_train", "architectures", "epochs", "batch"),
     [
-        (100, ["resnet20", "resnet10"], 30, 16),
+        (100, ["resnet20", "resnet10"], 100, 16),
+        (240, ["resnet20", "resnet10"], 53, 16),
         (1_999, ["resnet20", "resnet10"], 30, 16),
         (2_000, ["resnet20", "resnet32", "resnet10"], 20, 32),
         (19_999, ["resnet20", "resnet32", "resnet10"], 20, 32),

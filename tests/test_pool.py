@@ -383,7 +383,7 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
 
 @pytest.mark.long
 def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Project, tmp_path: Path) -> None:
-    real.origin.edit("params.yaml", "epochs: 1\n", "epochs: 60\n")
+    real.origin.edit("params.yaml", "epochs: 1\n", "epochs: 250\n")
     real.origin.edit("params.yaml", "optimizers: [sgd, adam]", "optimizers: [sgd]")
     commit(real)
     first = real.work("first", slots=2)
@@ -398,7 +398,7 @@ def test_a_training_goes_on_on_another_machine_with_the_same_weights(real: Proje
     second = real.work("second", slots=2)
     said, _ = grid.communicate(timeout=600)
     assert json.loads(said.splitlines()[-1]) == ["Completed", "1 cells: 1 trained"], said
-    assert "/60, which another machine has reached" in second.said
+    assert "/250, which another machine has reached" in second.said
     real.check_recorded_once(1)
     alone = tmp_path / "alone"
     real.run("git", "clone", "-q", str(real.root), str(alone))

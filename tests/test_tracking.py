@@ -823,7 +823,7 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
     }
     assert str(second) == (
         "MLflow: 1 cells of 'small digits' have their complete run in "
-        f"sqlite:///{pipeline.parents[1]}/mlflow.db (no change)\n"
+        f"sqlite:///{pipeline.parents[1]}/mlflow.db (nothing to add)\n"
         "  without a result yet: resnet20-sgd-1"
     )
 

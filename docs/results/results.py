@@ -134,7 +134,7 @@ def sentences(groups: dict[str, pd.DataFrame], what: str) -> Iterator[str]:
 
 
 def figure(groups: dict[str, pd.DataFrame], path: Path, title: str) -> None:
-    """A dot a training, and the interval of the mean."""
+    """A dot for each training, and the interval of the mean."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -145,7 +145,12 @@ def figure(groups: dict[str, pd.DataFrame], path: Path, title: str) -> None:
         values = rows["test_accuracy"].to_numpy()
         found = mean(values)
         axes.plot(
-            100 * np.array([found.low, found.high]), [place, place], color="#888", linewidth=6, alpha=0.4
+            100 * np.array([found.low, found.high]),
+            [place, place],
+            color="#888",
+            linewidth=6,
+            alpha=0.4,
+            solid_capstyle="butt",  # or the bar is longer than the interval
         )
         axes.plot(100 * values, [place] * len(values), "o", color="#1f5fa8")
     axes.set_yticks(range(len(groups)), list(groups))
@@ -382,7 +387,8 @@ def write() -> None:
     FRONT.write_text(f"{before}{start}\n{answer(runs)}\n{end}{after}", encoding="utf-8")
     for name, key in (("optimizers", "optimizer"), ("depth", "architecture")):
         if groups := groups_of(runs, name, key):
-            figure(groups, HERE / f"{name}.png", "A dot a training; the bar is the 95 % interval of the mean")
+            title = "A dot for each training; the bar is the 95 % interval of the mean"
+            figure(groups, HERE / f"{name}.png", title)
 
 
 def main(arguments: list[str]) -> int:

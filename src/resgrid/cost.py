@@ -71,7 +71,8 @@ def announce(params: Params, num_train: int) -> None:
 def sentence(seconds: dict[str, float], device: torch.device) -> str:
     """The estimate as one would say it, and what to do where it is long."""
     total = sum(seconds.values())
-    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else "GPU"
+    threads = torch.get_num_threads()
+    where = f"CPU ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else "GPU"
     text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}"
     text += ", one after another"
     if device.type == "cuda" and len(seconds) > 1 and mps.available():

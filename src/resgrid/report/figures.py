@@ -91,7 +91,7 @@ def by_row(axis: str, rows: Sequence[str], *dots: Dots) -> go.Figure:
             )
         )
     order = {"type": "category", "categoryorder": "array", "categoryarray": list(reversed(rows))}
-    return _figure(90 + 26 * len(rows), *traces, x=axis, yaxis=order)
+    return _figure(max(150, 90 + 26 * len(rows)), *traces, x=axis, yaxis=order)
 
 
 def differences(comparisons: list[Comparison]) -> go.Figure:

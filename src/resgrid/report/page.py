@@ -121,14 +121,18 @@ def _grid(findings: Findings) -> dict[str, list[dict[str, Any]]]:
         for group in findings.trained
     }
     highest = max(errors.values(), default=0.0)
-    span = highest - min(errors.values(), default=0.0) or 1.0
+    span = highest - min(errors.values(), default=0.0)
+
+    def shade(name: str) -> float:
+        return round((highest - errors[name]) / span, 3) if span else 0.5
+
     table = by_optimizer(findings.frame)
     rows: dict[str, list[dict[str, Any]]] = {}
     for group in findings.groups:
         place = {
             "optimizer": group.optimizer,
             "text": table.loc[group.architecture, group.optimizer],
-            "shade": round((highest - errors[group.name]) / span, 3) if group.name in errors else None,
+            "shade": shade(group.name) if group.name in errors else None,
             "cells": [result.cell for result in group.results if result.status != "missing"],
         }
         rows.setdefault(group.architecture, []).append(place)

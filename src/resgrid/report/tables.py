@@ -14,12 +14,12 @@ def comparisons(rows: list[Comparison]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "compared": f"{row.first} − {row.second}",
-            "verdict": row.verdict,
             "difference (95 % interval), points": row.difference.text("+"),
+            "verdict": row.verdict,
+            "p (Holm)": f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001",
+            "epochs": row.epochs,
             "interval over": row.difference.basis,
             "mean of": ", ".join(row.over),
-            "epochs": row.epochs,
-            "p (Holm)": f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001",
         }
         for row in rows
     )
@@ -63,12 +63,12 @@ def ensembles(findings: Findings) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "ensemble": each.name,
-            "mean of": each.over,
-            "members": ", ".join(f"{cell} × {n}" if n > 1 else cell for cell, n in each.members.items()),
             "test % (95 % interval)": of_one_model(each.num_correct, len(findings.test.labels)).text(),
             "members, test %": f"{100 * each.member_accuracy:.2f}",
             "calibration error, points": f"{100 * each.calibration_error:.2f}",
             "disagreement, %": f"{100 * each.disagreement:.2f}",
+            "mean of": each.over,
+            "members": ", ".join(f"{cell} × {n}" if n > 1 else cell for cell, n in each.members.items()),
         }
         for each in findings.ensembles
     )

@@ -56,13 +56,13 @@ class SyncReport:
         changes = ", ".join(f"{len(ids)} {what}" for what, ids in changed.items() if ids)
         lines = [
             f"MLflow: {num_done} cells of {self.experiment!r} have their complete run in {self.store} "
-            f"({changes or 'no change'})"
+            f"({changes or 'nothing to add'})"
         ]
         if self.missing:
             lines.append(f"  without a result yet: {', '.join(self.missing)}")
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
-        for name, cell in self.champions.items():
+        for name, cell in sorted(self.champions.items()):
             told = f"{cell}, {self.accuracies[cell]}" if cell else "none, for no cell of it is current"
             lines.append(f"  champion of models:/{name}: {told}")
         if self.summary:
