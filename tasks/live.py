@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks.publish import Status, status
+from tasks.publish import Status, results, status
 from tasks.stage import Pipeline
 
 REFRESH_SECONDS = 2.0
@@ -29,7 +29,8 @@ def watch(pipeline: Pipeline) -> None:
                 runs = now.alive or bool(now.running)
                 seen = seen or runs
                 below = curves(pipeline, now) if seen else "Waiting for something to run; Ctrl-C ends this."
-                screen.update(Text.from_ansi(f"{now}\n\n{below}"), refresh=True)
+                text = f"{now}\n{results(pipeline, now)[1]}\n\n{below}"
+                screen.update(Text.from_ansi(text), refresh=True)
                 if seen and not runs:
                     return
                 time.sleep(REFRESH_SECONDS)

@@ -25,7 +25,10 @@ from uuid import UUID
 import httpx
 
 from resgrid import tracking, watch
+from resgrid.config import load_params
+from resgrid.grid import expand
 from resgrid.progress import duration
+from resgrid.run_status import STATUSES, Run, find_runs
 from resgrid.stage_record import Record, read_state, write_state
 from tasks.services import running
 from tasks.stage import Pipeline
@@ -124,6 +127,15 @@ def status(pipeline: Pipeline) -> Status:
         alive=bool(grid and not grid.ended and watch.alive(grid.by)),
         running=tuple((record, _last_line(pipeline.log(record.stage))) for record in records),
     )
+
+
+def results(pipeline: Pipeline, now: Status) -> tuple[list[Run], str]:
+    """What there is of each cell of the grid, and a line that counts it."""
+    runs = find_runs(expand(load_params(pipeline.folder / "params.yaml")), pipeline.folder)
+    training = {record.stage.partition("@")[2] for record, _ in now.running}
+    counts = Counter("being trained" if run.cell.id in training else run.status for run in runs)
+    told = [f"{counts[each]} {each}" for each in (*STATUSES, "being trained") if counts[each]]
+    return runs, f"Results: {', '.join(told)}."
 
 
 def save(pipeline: Pipeline, progress: Progress) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,8 +146,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def status(options: argparse.Namespace) -> None:
-    from resgrid.run_status import STATUSES, find_runs
-    from tasks.publish import status
+    from tasks.publish import results, status
     from tasks.stage import Pipeline
 
     pipeline = Pipeline.find(options.pipeline)
@@ -158,18 +156,15 @@ def status(options: argparse.Namespace) -> None:
         watch(pipeline)
         return
     now = status(pipeline)
-    runs = find_runs(expand(load_params(pipeline.folder / "params.yaml")), pipeline.folder)
+    runs, said = results(pipeline, now)
     if options.json:
-        results = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
-        print(json.dumps(now.as_dict() | {"results": results}, indent=2))
+        told = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
+        print(json.dumps(now.as_dict() | {"results": told}, indent=2))
         return
-    training = {record.stage.partition("@")[2] for record, _ in now.running}
-    counts = Counter("being trained" if run.cell.id in training else run.status for run in runs)
     print(now)
     if now.running:
         print("Curves: `resgrid status --watch`")
-    told = [f"{counts[each]} {each}" for each in (*STATUSES, "being trained") if counts[each]]
-    print(f"Results: {', '.join(told)}.")
+    print(said)
     for run in runs:
         if run.status in ("stale", "other data"):
             print(f"  {run.cell.id}: {run.reason}")
