@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from resgrid.cli import main
+from resgrid.commands import stages
 from resgrid.config import Engine, Params, load_params
 from resgrid.cost import announce, estimate, sentence
 from resgrid.training import device as devices
@@ -83,3 +84,13 @@ def test_the_command_takes_a_number_of_images_or_that_of_the_data(
     assert "argument --images: -5: there must be at least one" in capsys.readouterr().err
     assert main(["cost"]) == 1
     assert "dvc repro" in capsys.readouterr().err  # there are no data yet
+
+
+@pytest.mark.parametrize(("threads", "load", "told"), [(2, 9.0, True), (2, 2.0, False), (1, 9.0, False)])
+def test_a_busy_machine_is_told_where_threads_wait_for_one_another(
+    monkeypatch: pytest.MonkeyPatch, threads: int, load: float, told: bool
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert stages._is_busy() == told

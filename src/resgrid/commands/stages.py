@@ -112,6 +112,8 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
         progress.say(f"{cell.id}  {execution} on {device_name(device)}; curves: `resgrid status --watch`")
+        if device.type == "cpu" and _is_busy():
+            progress.say(f"{cell.id}  other programs use the cores: RESGRID_THREADS=1 may be much faster")
         if cell.engine.compile == "always" and not execution.compiled:
             progress.say(f"{cell.id}  is not compiled: there is no C++ compiler with Python's headers here")
         for damaged in checkpoints.refused:
@@ -140,6 +142,14 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
             )
         write_metrics(RUNS / cell.id, params.name)
         run.complete(RUNS / cell.id)
+
+
+def _is_busy() -> bool:
+    """Whether so much runs that threads which wait for one another at every operation are slow."""
+    import torch
+
+    cores = os.cpu_count() or 1
+    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * cores  # a training before is 1.0
 
 
 def train_list(options: argparse.Namespace) -> int:
