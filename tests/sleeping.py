@@ -182,9 +182,10 @@ def repository_in(root: Path) -> Sleeping:
     for name in (".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     pipeline = Sleeping(root)
-    for command in ("git init -q -b main", "dvc init -q", "dvc config core.analytics false"):
+    for command in ("git init -q -b main", "dvc init -q"):
         done = pipeline.run(*command.split())
         assert done.returncode == 0, done.stderr
+    shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
     return pipeline
 
 

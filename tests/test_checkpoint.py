@@ -338,8 +338,9 @@ class Project:
         (root / "after.py").write_text("")
         for name in (".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, root / name)
-        for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
+        for command in ("git init -q", "dvc init -q"):
             assert self.run(*command.split()).returncode == 0
+        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
         self.kept = root / ".resgrid/checkpoints"
 
     @property

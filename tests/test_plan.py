@@ -222,7 +222,7 @@ def test_a_dvc_yaml_that_cannot_be_read_is_told_with_dvcs_words(repository):
 
 def git_repository(folder: Path) -> Path:
     """A git and DVC repository, as `git clone` leaves one, with a pipeline in the folder `ignored/own`."""
-    for command in ("git init -q", "dvc init -q", "dvc config core.analytics false"):
+    for command in ("git init -q", "dvc init -q"):
         subprocess.run(
             command.split(),
             cwd=folder,

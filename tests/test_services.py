@@ -86,6 +86,7 @@ class Project:
             (root / "flows" / f"{function}.py").write_text(text)
         for command in ("git init -q -b main", "dvc init -q"):
             subprocess.run(command.split(), cwd=root, env=self.env(), check=True)
+        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
 
     def env(self, **more: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "RESGRID"))}

@@ -293,7 +293,8 @@ def _make_repository(folder: Path) -> None:
     in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
     kind = ["--no-scm"] if in_git is None else [] if in_git == folder else ["--subdir"]
     dvc = [sys.executable, "-m", "dvc"]
-    for command in (["init", "--quiet", *kind], ["config", "core.analytics", "false"]):
+    quiet = ["config", "core.analytics", "false"], ["config", "core.check_update", "false"]  # it is locked
+    for command in (["init", "--quiet", *kind], *quiet):
         done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr + done.stdout).strip() or "no reason given"
