@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 import sys
 import time
@@ -12,6 +13,7 @@ from tasks.publish import Status, results, status
 from tasks.stage import Pipeline
 
 REFRESH_SECONDS = 2.0
+BETWEEN_SECONDS = 10.0  # at most, that `dvc repro` takes from one stage to the next
 COLOURS = ("cyan", "orange", "green", "magenta", "red", "blue")  # of more curves, nobody tells which is which
 PLOT_LINES = 16
 
@@ -21,17 +23,19 @@ def watch(pipeline: Pipeline) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    seen = not sys.stdout.isatty()
+    last = None if sys.stdout.isatty() else -math.inf  # when something ran
     with Live(auto_refresh=False) as screen:
         try:
             while True:
                 now = status(pipeline)
-                runs = now.alive or bool(now.running)
-                seen = seen or runs
-                below = curves(pipeline, now) if seen else "Waiting for something to run; Ctrl-C ends this."
-                text = f"{now}\n{results(pipeline, now)[1]}\n\n{below}"
+                text = f"{now}\n{results(pipeline, now)[1]}\n"
+                if now.alive or now.running:
+                    last = time.monotonic()
+                    text += f"\n{curves(pipeline, now)}"
+                elif last is None:
+                    text += "\nWaiting for something to run; Ctrl-C ends this."
                 screen.update(Text.from_ansi(text), refresh=True)
-                if seen and not runs:
+                if last and time.monotonic() - last > BETWEEN_SECONDS:
                     return
                 time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:
