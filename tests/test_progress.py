@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from resgrid.progress import Progress, duration
+from resgrid.progress import Progress, amount, duration
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,10 @@ def test_the_time_left_is_that_of_the_speed_since_this_start(capsys):
         assert progress.remaining() == "about 2 minutes left"
         progress.update(1000)
         assert progress.remaining() == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(1234.4, "1,234 cells"), (1.2, "1 cell"), (0.3, "0.3 cells"), (0, "0 cells")]
+)
+def test_an_amount_is_said_in_the_singular_and_never_as_none_of_what_there_is(number, said):
+    assert amount(number, "cells") == said

@@ -93,7 +93,7 @@ class Progress:
         """`about 2 days left` at the speed so far, or nothing while that is unknown."""
         if not self.total or not self._before < self.done < self.total:
             return ""
-        return f"about {duration((self.total - self.done) / self.speed)} left"
+        return f"about {duration(max(1.0, (self.total - self.done) / self.speed))} left"
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
@@ -117,9 +117,10 @@ def duration(seconds: float) -> str:
 
 
 def amount(number: float, unit: str) -> str:
-    """`1,234 images`, or of the unit B `1.2 MB`."""
+    """`1,234 images`, `1 image`, `0.3 images`, or of the unit B `1.2 MB`."""
     if unit != "B":
-        return f"{number:,.0f} {unit}"
+        text = f"{number:,.{1 if 0 < number < 0.95 else 0}f}"
+        return f"{text} {unit.removesuffix('s') if text == '1' else unit}"
     for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= size:
             return f"{number / size:,.1f} {name}"
