@@ -851,13 +851,14 @@ def test_sync_leaves_a_run_alone_that_training_completed(
     assert snapshot() == before
 
 
+@pytest.mark.parametrize("arrived", [0, 1])
 def test_sync_completes_the_run_of_a_training_that_lost_the_server(
-    pipeline: Path, trained: Trained, meta: Meta, digits: Path
+    pipeline: Path, trained: Trained, meta: Meta, digits: Path, arrived: int
 ) -> None:
     params = make_params()
     with tracking.LiveRun(params.name, only_cell(params), meta.digest) as run:  # one of two epochs arrives
         epochs = list(train_cell(only_cell(params), digits, pipeline / "runs" / "resnet20-sgd-0", CPU))
-        run.log_epoch(epochs[0])
+        run.log_epoch(epochs[arrived])
     partial = the_run()
     report = tracking.sync(params, pipeline)
     assert (report.completed, report.created) == (["resnet20-sgd-0"], [])

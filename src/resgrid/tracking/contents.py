@@ -148,7 +148,8 @@ def complete(
         for key in EACH_EPOCH
         if key in row
     ]
-    latest = run.data.metrics | (new_epochs[-1] if new_epochs else {})
+    # A killed process may have lost an epoch in the middle, and the run have the last one already.
+    latest = run.data.metrics | (epochs[-1] if new_epochs and new_epochs[-1] is epochs[-1] else {})
     outcome = {key: metrics[key] for key in (*SCORES, *COUNTS, "best_test_accuracy")}
     outcome |= {key: timing[key] for key in ("train_seconds", "peak_memory_bytes")}
     points += [
