@@ -36,7 +36,7 @@ from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand, find_cell
 from resgrid.run_status import FILES
-from resgrid.tracking import shared
+from resgrid.tracking import contents, shared
 from resgrid.tracking.store import _is_within_reach, fetch
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
@@ -291,9 +291,10 @@ def _open_and_log(root: Path, cell: Cell, meta: Meta, together: Barrier) -> None
     os.chdir(root)
     together.wait()
     store = tracking.open_store("small digits")
-    run = store.client.create_run(store.experiment_id, tags={"cell": cell.id})
+    together.wait()
+    run_id = contents.create(store, cell, meta.digest, 0)  # with the data set, which is not there yet
     for step in range(20):
-        store.client.log_metric(run.info.run_id, "step", step, step=step)
+        store.client.log_metric(run_id, "step", step, step=step)
 
 
 def test_eight_processes_make_one_store_at_once_and_log_into_it(

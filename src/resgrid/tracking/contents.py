@@ -50,6 +50,7 @@ def create(store: Store, cell: Cell, data_digest: str, start_time: int, training
     By the digest `training` the run is found again when that training goes on after an interruption.
     """
     from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
 
     commit, dirty = git_commit()
     made = experiment()
@@ -79,7 +80,11 @@ def create(store: Store, cell: Cell, data_digest: str, start_time: int, training
     )
     params = [Param(key, value) for key, value in params_of(cell).items()]
     store.client.log_batch(run.info.run_id, params=params)
-    store.client.log_inputs(run.info.run_id, _splits(store.name, data_digest))
+    inputs = _splits(store.name, data_digest)
+    try:
+        store.client.log_inputs(run.info.run_id, inputs)
+    except MlflowException:  # of the first runs at once, MLflow lets one make the data sets and refuses others
+        store.client.log_inputs(run.info.run_id, inputs)
     return str(run.info.run_id)
 
 
