@@ -159,7 +159,7 @@ class Plan:
         slots = f"{len(self.slots)} at a time ({', '.join(slot.name for slot in self.slots[:8])}; {each})"
         if len(self.slots) == 1:
             is_one = sum(step.state == "stale" for step in self.cells) == 1
-            slots = f"One {'cell to train' if is_one else 'at a time'} ({self.slots[0].name}; {each})"
+            slots = f"one {'cell to train' if is_one else 'at a time'} ({self.slots[0].name}; {each})"
         unknown = "unknown until a cell of every architecture has been trained (`resgrid cost` estimates it)"
         takes = (
             unknown
@@ -174,7 +174,7 @@ class Plan:
                 *lines,
                 "",
                 f"{total}.",
-                f"By train-all: {slots[0].lower()}{slots[1:]}. Expected time: {takes}.",
+                f"By train-all: {slots}. Expected time: {takes}.",
                 f"Disk: {amount(self.disk_needed, 'B')} needed, {amount(self.disk_free, 'B')} free"
                 + (f" (DVC's cache is {self.cache})." if elsewhere else "."),
             ]

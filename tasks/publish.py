@@ -289,7 +289,7 @@ def mlflow_runs(root: Path, experiment: str, cells: Iterable[str]) -> dict[str, 
                 found = server.post("runs/search", json=wanted)
                 for run in found.raise_for_status().json().get("runs", []):
                     place = f"{page}/#/experiments/{number}/runs/{run['info']['run_id']}"
-                    links[cell] = f"{place}?workflowType=machine_learning"  # else MLflow asks
+                    links[cell] = f"{place}?{tracking.WORK}"
     except (httpx.HTTPError, ValueError, KeyError):
         pass
     return links

@@ -200,6 +200,7 @@ class _Services:
         up_now("Prefect", self.prefect)
 
         with self._asking() as client:
+            from resgrid import tracking
             from tasks.pool import make_pool
 
             make_pool(client, POOL)
@@ -213,7 +214,7 @@ class _Services:
                 "worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
             )
             self._until("mlflow", lambda: _answers(f"{self.mlflow}/health"))
-            up_now("MLflow", f"{self.mlflow}/#/experiments?workflowType=machine_learning")  # not its home
+            up_now("MLflow", f"{self.mlflow}/#/experiments?{tracking.WORK}")  # not its home page
             while deploy.process.poll() is None:
                 self.stop.pause()
             if deploy.process.returncode:

@@ -53,7 +53,10 @@ def test_on_a_card_it_says_what_sharing_gains(monkeypatch) -> None:
     said = sentence(
         {f"resnet20-sgd-{seed}": 70 * 50_000 / 58_422 for seed in range(12)}, torch.device("cuda")
     )
-    assert "on this GPU, one after another; 8 at a time under MPS, about 6 minutes; starting" in said
+    assert said.endswith(
+        "on this GPU, one after another; 8 at a time under MPS, about 6 minutes; starting, scoring and comparing "
+        "come on top."
+    )
     monkeypatch.setattr("resgrid.mps.available", lambda: False)
     assert "MPS" not in sentence({"resnet20-sgd-0": 60.0, "resnet20-sgd-1": 60.0}, torch.device("cuda"))
 

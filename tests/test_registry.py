@@ -230,7 +230,8 @@ def test_predict_uses_the_champion_unless_told_otherwise(
     for arguments in ([], ["--model", "models:/small digits-resnet20@champion"]):
         assert main(["predict", "digit.png", *arguments]) == 0
         assert capsys.readouterr().out.startswith(f"digit.png: {label} ")
-    assert tracking.find_weights("champion", pipeline / "runs").read_bytes() == best.read_bytes()
+    weights, told = tracking.find_weights("champion", pipeline / "runs")
+    assert (weights.read_bytes(), told) == (best.read_bytes(), "champion (resnet20-sgd-1)")
 
 
 CSV = """cell,status,test_accuracy,best_test_accuracy,train_seconds,images_per_second,cause

@@ -251,6 +251,7 @@ def test_a_published_figure_stands_beside_a_measured_one_of_the_same_data_and_re
         "yes",
     ]
     assert near.measured.basis == "40 test images"
+    assert Page(page(findings)).sections == [*SECTIONS[:7], "Published and measured", *SECTIONS[7:]]
     row = findings.frame.set_index("cell").loc["vgg16-sgd-0"]
     assert row["difference"] == pytest.approx(0.925 - 0.9315)
     assert found(findings.results, source="digits").published == []

@@ -24,6 +24,7 @@ import pytest
 from ports import free_port
 from ruamel.yaml import YAML
 
+from resgrid import tracking
 from resgrid.errors import ResgridError
 from tasks import services
 from tasks.prefect_plugin import DEPLOYMENTS, _complete
@@ -194,12 +195,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, taken: tuple[int, int]) ->
 
 
 def test_a_taken_port_gives_way_to_a_free_one_and_this_is_said(project, taken):
-    for name, port in zip(("Prefect", "MLflow"), taken, strict=True):
+    pages = ("", f"/#/experiments?{tracking.WORK}")
+    for name, port, page in zip(("Prefect", "MLflow"), taken, pages, strict=True):
         address = project.services[name.lower()]
         assert address.startswith("http://127.0.0.1:")
         assert port < int(address.rpartition(":")[2]) < port + 50
         assert f"Port {port} is taken: {name} takes {address.rpartition(':')[2]}" in project.said
-        assert f"{name:12} {address}" in project.said
+        assert f"{name:12} {address}{page} " in project.said
 
 
 def test_nothing_listens_on_any_address_but_loopback(project):

@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"resgrid: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "" if options.run == grid.ui else " The same command goes on."
-        print(f"resgrid: stopped.{goes_on}", file=sys.stderr)
+        print("resgrid: stopped. The same command goes on.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:  # where there is torch and little else
         print(f"resgrid: this command needs the package {error.name}: `make install`.", file=sys.stderr)

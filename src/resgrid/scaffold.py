@@ -289,11 +289,14 @@ def _ignored_by_git(folder: Path) -> bool:
 
 
 def _make_repository(folder: Path) -> None:
-    """`dvc init`, as part of a git repository if there is one."""
+    """`dvc init`, as part of a git repository if there is one.
+
+    DVC asks for no newer version of itself, because versions are locked.
+    """
     in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
     kind = ["--no-scm"] if in_git is None else [] if in_git == folder else ["--subdir"]
     dvc = [sys.executable, "-m", "dvc"]
-    quiet = ["config", "core.analytics", "false"], ["config", "core.check_update", "false"]  # it is locked
+    quiet = ["config", "core.analytics", "false"], ["config", "core.check_update", "false"]
     for command in (["init", "--quiet", *kind], *quiet):
         done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:

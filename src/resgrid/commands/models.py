@@ -67,9 +67,8 @@ def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
 
     if is_ensemble(name):
         return *load_ensemble(name), name
-    weights = tracking.find_weights(name, RUNS)
-    is_named = name != tracking.CHAMPION and ":/" not in name  # by the cell or its file
-    return *load_model(weights), name if is_named else f"{name} ({weights.stem.rpartition('-')[0]})"
+    weights, told = tracking.find_weights(name, RUNS)
+    return *load_model(weights), told
 
 
 def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:

@@ -149,7 +149,7 @@ def _is_busy() -> bool:
     import torch
 
     cores = os.cpu_count() or 1
-    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * cores  # a training before is 1.0
+    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * cores  # one training is 1.0
 
 
 def train_list(options: argparse.Namespace) -> int:

@@ -16,13 +16,13 @@ it is complete; `grid` is `current` on one run a cell, `stale` on that of a cell
 
 from resgrid.tracking.from_files import SyncReport, sync
 from resgrid.tracking.live import LiveRun
-from resgrid.tracking.registry import CHAMPION, find_weights
+from resgrid.tracking.registry import find_weights
 from resgrid.tracking.shared import shared_checkpoints
 from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, shown, store_uri
-from resgrid.tracking.view import serve
+from resgrid.tracking.view import WORK, serve
 
 __all__ = [
-    "CHAMPION",
+    "WORK",
     "LiveRun",
     "Store",
     "SyncReport",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from resgrid.config import load_params
 from resgrid.grid import find_cell
 from resgrid.run_status import WEIGHTS, trained_run
-from resgrid.tracking.store import Store, fetch
+from resgrid.tracking.store import Store, fetch, fetched_cell
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -113,21 +113,24 @@ def _register(store: Store, name: str, run: Run, split: str) -> str:
     return str(version.version)
 
 
-def find_weights(model: str, runs: Path) -> Path:
-    """The weights file meant by `champion`, a file's path, a `models:/` or `runs:/` URI, or a cell's id.
+def find_weights(model: str, runs: Path) -> tuple[Path, str]:
+    """The weights file meant by `champion`, a file's path, a `models:/` or `runs:/` URI, or a cell's id; and
+    what to call it, which names the cell.
 
     Of a cell it is the one in the folder `runs`, checked against its record; one that is not the cell's as it
     is now is used all the same, which stderr then tells. Raises ResgridError if there is no such thing.
     """
-    if model.startswith(("models:/", "runs:/")):
-        return fetch(model, f"--model {model}")
     if model == CHAMPION:
         uri = f"models:/{load_params().name}@{CHAMPION}"
-        return fetch(uri, f"the champion, {uri},", "`resgrid sync` names one as soon as a cell is trained.")
+        path = fetch(uri, f"the champion, {uri},", "`resgrid sync` names one as soon as a cell is trained.")
+        return path, f"{model} ({fetched_cell(path)})"
+    if model.startswith(("models:/", "runs:/")):
+        path = fetch(model, f"--model {model}")
+        return path, f"{model} ({fetched_cell(path)})"
     path = Path(model)
     if path.is_file() or path.suffix == ".safetensors":
-        return path
+        return path, model
     run = trained_run(find_cell(load_params(), model), runs.parent)
     if not run.is_current:
         print(f"resgrid: {model} is {run.status}: {run.reason}", file=sys.stderr)
-    return run.folder / WEIGHTS
+    return run.folder / WEIGHTS, model

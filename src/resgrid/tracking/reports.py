@@ -20,7 +20,7 @@ from pathlib import Path
 from resgrid.errors import ResgridError
 from resgrid.tracking.registry import CHAMPION
 from resgrid.tracking.store import Store, is_remote, reason, shown
-from resgrid.tracking.view import VIEW_QUERY
+from resgrid.tracking.view import VIEW_QUERY, WORK
 
 LINKS = "runs.html"
 PAGE = """<!doctype html>
@@ -55,9 +55,8 @@ def write_links(store: Store, runs: Mapping[str, str], reports: Path) -> None:
     port = os.environ.get("RESGRID_MLFLOW_PORT", "5000")
     address = shown(store.uri).rstrip("/") if is_remote(store.uri) else f"http://127.0.0.1:{port}"
     page = f"{address}/#/experiments/{store.experiment_id}/runs/"
-    query = "?workflowType=machine_learning"  # without it MLflow asks which kind of work it is
     rows = [
-        f'<li><a id="{escape(cell)}" href="{page}{run}{query}">{escape(cell)}</a></li>'
+        f'<li><a id="{escape(cell)}" href="{page}{run}?{WORK}">{escape(cell)}</a></li>'
         for cell, run in runs.items()
     ]
     when = "" if is_remote(store.uri) else WHEN

@@ -142,8 +142,8 @@ def fetch(
     try:
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
-        cell = client.get_run(run_id).data.tags.get("cell", "")
-        path = kept / f"{cell}-{run_id}.safetensors"  # the cell for a person to read
+        cell = client.get_run(run_id).data.tags.get("cell", "run")
+        path = kept / f"{cell}-{run_id}.safetensors"
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=kept) as part:
@@ -153,6 +153,11 @@ def fetch(
             f"{what} gives no {WEIGHTS} in MLflow at {shown(uri)} ({reason(error)}). {advice}"
         ) from None
     return path
+
+
+def fetched_cell(path: Path) -> str:
+    """The cell of a weights file from `fetch`."""
+    return path.stem.rpartition("-")[0]
 
 
 def _source_run(client: MlflowClient, uri: str) -> str:

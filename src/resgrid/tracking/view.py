@@ -28,7 +28,8 @@ from resgrid.tracking.store import (
     store_uri,
 )
 
-VIEW_QUERY = "workflowType=machine_learning&viewStateShareKey=resgrid"
+WORK = "workflowType=machine_learning"  # without it MLflow's pages ask for the kind of work, or show another
+VIEW_QUERY = f"{WORK}&viewStateShareKey=resgrid"
 TAG = "mlflow.sharedViewState.resgrid"
 SECTION = "grid"
 
@@ -119,7 +120,8 @@ def serve(port: int, name: str | None = None) -> None:
     # A group of its own: Ctrl-C would make each of its processes print a traceback.
     process = subprocess.Popen(command, env=SETTINGS | QUIET_SERVER | os.environ, process_group=0)
     try:
-        process.wait()
+        with suppress(KeyboardInterrupt):  # which is how it is to end
+            process.wait()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
