@@ -83,7 +83,7 @@ def create(store: Store, cell: Cell, data_digest: str, start_time: int, training
     inputs = _splits(store.name, data_digest)
     try:
         store.client.log_inputs(run.info.run_id, inputs)
-    except MlflowException:  # of the first runs at once, MLflow lets one make the data sets and refuses others
+    except MlflowException:  # of first runs at once, one makes the data sets and others are refused
         store.client.log_inputs(run.info.run_id, inputs)
     return str(run.info.run_id)
 
