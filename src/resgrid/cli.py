@@ -24,6 +24,7 @@ from resgrid.config import NORMALIZATIONS
 from resgrid.errors import ResgridError
 from resgrid.models import ARCHITECTURES
 from resgrid.overview import EXAMPLES, overview
+from resgrid.progress import show_messages
 
 UNWRITABLE = (  # a person can put it right
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _terminated)
     sys.unraisablehook = _unraisable
     _claim("tasks")
+    show_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8: it is printed as it is
         sys.stdout.reconfigure(errors="surrogateescape")
     try:

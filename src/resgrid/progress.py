@@ -1,17 +1,41 @@
-"""Progress with remaining time: a bar on a terminal, plain lines in a log.
+"""What a command shows while it works: progress with remaining time, and its log messages as plain lines.
 
 rich draws the bar; where it is not installed (a machine with torch and little else) there are plain lines.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 SECONDS_BETWEEN_LINES = 15.0  # in a log, within one long task
+
+log = logging.getLogger(__name__)
+
+
+class _Messages(logging.Handler):
+    """Prints log records on stderr, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "resgrid: " if record.levelno >= logging.WARNING else ""
+        line = prefix + self.format(record)
+        if Progress.active is not None:
+            Progress.active.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def show_messages() -> None:
+    """Show what `resgrid` and `tasks` log, from INFO on; called once by the command line."""
+    for name in ("resgrid", "tasks"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            logger.addHandler(_Messages())
 
 
 class Progress:
@@ -20,6 +44,8 @@ class Progress:
     `update` may be called at every step: it draws at most ten times a second, and never asks the device
     for a figure.
     """
+
+    active: ClassVar[Any] = None  # the bar on the terminal
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -51,6 +77,7 @@ class Progress:
                 refresh_per_second=5,
             )
             self._bar.start()
+            Progress.active = self._bar
             self._task = self._bar.add_task(self.title, total=self.total, speed="", left="", note="")
         return self
 
@@ -60,6 +87,7 @@ class Progress:
         if self._bar is not None:
             self._draw()
             self._bar.stop()
+            Progress.active = None
 
     def begin(self, done: int) -> None:
         """`done` units were done before: they count as done, but not for the speed."""
@@ -74,15 +102,13 @@ class Progress:
         if self._bar is not None and now - self._drawn >= 0.1:
             self._draw()
         elif self._bar is None and now - self._said >= SECONDS_BETWEEN_LINES:
-            self.say(self._line())
+            log.info(self._line())
+            self._said = now
 
     def say(self, line: str) -> None:
         """A line that stays."""
         self._said = time.monotonic()
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        log.info(line)
 
     @property
     def speed(self) -> float:
