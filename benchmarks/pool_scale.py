@@ -35,7 +35,7 @@ from prefect.states import Completed, Pending, Running  # noqa: E402
 from sleeping import Sleeping, sleeping  # noqa: E402
 from test_pool import NAPPING, Project, commit  # noqa: E402
 
-from tasks.stage import DVC_COMMAND  # noqa: E402
+from resgrid.dvc.pipeline import DVC_COMMAND  # noqa: E402
 
 SIX = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10"
 FOUR = "sgd, adam, rmsprop, adagrad"

@@ -29,8 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from sleeping import Sleeping, sleeping  # noqa: E402
 from test_train_all import Server  # noqa: E402
 
+from resgrid.dvc.pipeline import Pipeline  # noqa: E402
+from resgrid.dvc.process import reproduce  # noqa: E402
 from tasks.plan import make_plan  # noqa: E402
-from tasks.stage import Pipeline, reproduce  # noqa: E402
 
 NINE = "resnet20, resnet32, resnet44, resnet56, resnet110, resnet10, resnet18, resnet26, vgg16"
 FOUR = "sgd, adam, rmsprop, adagrad"

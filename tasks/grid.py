@@ -24,14 +24,16 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from resgrid import watch
+from resgrid.dvc.ask import Busy
+from resgrid.dvc.ask import remote as dvc_remote
+from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
+from resgrid.dvc.process import PASSING, StageFailed, Stopped, held, repair, reproduce, run_logged
 from resgrid.errors import ResgridError
 from resgrid.grid import choose
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import amount, duration
-from tasks.lockfile import repair
 from tasks.order import DATA_STAGES, Order
-from tasks.order import remote as dvc_remote
-from tasks.plan import Busy, Plan, Step, expect, longest_first, make_plan, makespan, slots_for
+from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
 from tasks.pool import MAX_UNTAKEN, Pool
 from tasks.publish import (
     CUT,
@@ -47,16 +49,6 @@ from tasks.publish import (
     save,
 )
 from tasks.slots import Slot, whole_machine
-from tasks.stage import (
-    DVC_COMMAND,
-    PASSING,
-    Pipeline,
-    StageFailed,
-    Stopped,
-    held,
-    reproduce,
-    run_logged,
-)
 
 EVALUATE = "evaluate"  # after them
 HERE = "here"  # where cells train: on this machine; anything else names a work pool

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from resgrid.dvc.pipeline import Pipeline
 from tasks.publish import Status, results, status
-from tasks.stage import Pipeline
 
 REFRESH_SECONDS = 2.0
 BETWEEN_SECONDS = 10.0  # at most, that `dvc repro` takes from one stage to the next

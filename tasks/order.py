@@ -7,15 +7,14 @@ import json
 import re
 import socket
 import subprocess
-import sys
 from importlib import metadata
 from typing import Self
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
-from tasks.stage import Pipeline
 
 DATA_STAGES = ("download", "preprocess")  # the cells are trained on what the last of them makes
 
@@ -90,28 +89,6 @@ def installed() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # of another platform
             continue
     return found
-
-
-def remote(pipeline: Pipeline) -> str:
-    """The name of DVC's default remote; raises ResgridError if there is none that could do."""
-
-    def configured(key: str) -> str:
-        command = [sys.executable, "-m", "dvc", "config", key]
-        done = subprocess.run(command, cwd=pipeline.root, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    name = configured("core.remote")
-    if name and configured(f"remote.{name}.url").startswith("http"):
-        raise ResgridError(
-            f"{pipeline.root}: the DVC remote {name!r} is an HTTP server, which holds no run cache. Take a "
-            "bucket, SSH, or a folder that all machines see."
-        )
-    if not name:
-        raise ResgridError(
-            f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
-            "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."
-        )
-    return name
 
 
 def host() -> str:

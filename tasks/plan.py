@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import json
 import shutil
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,14 +24,12 @@ from ruamel.yaml.error import YAMLError
 
 from resgrid import mps
 from resgrid.config import Params, load_params
+from resgrid.dvc.ask import Answer, ask, cache_folder, runs_before
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
-from resgrid.leftovers import cache_folder
 from resgrid.progress import amount, duration
-from resgrid.stage_record import read_state, write_state
-from tasks.lockfile import keep, read_lock
 from tasks.slots import Slot, share
-from tasks.stage import DVC_COMMAND, Pipeline, mend_rwlock, working
 
 # GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
 # They put the architectures in order, and carry a measured speed over to one that has not been measured; one
@@ -53,21 +50,7 @@ CIFAR10_BYTES = {"download": 171_000_000, "preprocess": 185_000_000}
 # Images/s grow with the threads to this power: 1,572 with two against 958.5 with one (ResNet-20).
 THREADS_POWER = 0.71
 
-WAYS_ON = {  # by what DVC says
-    "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
-    "work without git by `dvc config --local core.no_scm true`.",
-    "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
-    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
-    "this one's; `git checkout` brings back the last file that was committed.",
-    "validation failed": ". `dvc stage list` in that folder shows the line.",
-    "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
-}
-
 State = Literal["up to date", "stale", "after", "running"]
-
-
-class Busy(ResgridError):
-    """DVC answers nothing while it runs a stage, and has answered nothing before."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +173,7 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, now: bool = False
     """
     params = load_params(pipeline.folder / "params.yaml")
     cells = {cell.stage: cell for cell in expand(params)}
-    answer = _ask_dvc(pipeline, now)
+    answer = ask(pipeline, now)
     if missing := [cell.id for stage, cell in cells.items() if stage not in answer.needs]:
         raise ResgridError(
             f"{pipeline.folder / 'dvc.yaml'}: has no stage for {', '.join(missing[:5])}"
@@ -241,67 +224,6 @@ def makespan(seconds: Iterable[float], num_slots: int) -> float:
     return max(ends)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What DVC says of a pipeline."""
-
-    needs: dict[str, list[str]]  # by stage, in the order of dvc.yaml: those whose outputs it depends on
-    status: dict[str, list[Any]]  # of the stages that it would run, as `dvc status --json` gives it
-    asked: float
-    busy: str = ""
-
-
-def _ask_dvc(pipeline: Pipeline, now: bool) -> _Answer:
-    mend_rwlock(pipeline)
-    lock = read_lock(pipeline)
-    graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
-    (said, why), (told, error) = graph.communicate(), status.communicate()
-    if graph.returncode:
-        raise _unusable(pipeline, why)
-    needs: dict[str, list[str]] = {}
-    for line in said.splitlines():
-        match line.strip(";").replace('"', "").split(" -> "):  # names with a colon are other pipelines'
-            case [stage] if line.startswith('"') and ":" not in stage:
-                needs[stage] = []
-            case [earlier, stage] if stage in needs:
-                needs[stage].append(earlier)
-    file, asked = pipeline.state("status"), time.time()
-    if not status.returncode:
-        found = {name.rpartition(":")[2]: entries for name, entries in json.loads(told).items()}
-        write_state(file, {"asked": asked, "status": found})
-        if read_lock(pipeline) == lock:  # nobody has written it
-            keep(pipeline, lock)
-        return _Answer(needs, found, asked)
-    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in working(pipeline).items())
-    if not others:
-        raise _unusable(pipeline, error)
-    last = read_state(file)
-    if now or not last:
-        raise Busy(f"{pipeline.folder}: DVC is busy: {others}. Ask again when that has ended.")
-    ended = {
-        stage
-        for stage in needs
-        if (of := pipeline.record(stage)) and of.seconds and of.started > last["asked"]
-    }
-    kept = {stage: entries for stage, entries in last["status"].items() if stage not in ended}
-    return _Answer(needs, kept, last["asked"], others)
-
-
-def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
-    way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
-    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
-
-
-def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*DVC_COMMAND, *arguments],
-        cwd=pipeline.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         return YAML(typ="safe").load(file) or {}
@@ -312,9 +234,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _steps(
-    pipeline: Pipeline, answer: _Answer, lock: Mapping[str, Any], cells: Mapping[str, Cell]
+    pipeline: Pipeline, answer: Answer, lock: Mapping[str, Any], cells: Mapping[str, Cell]
 ) -> list[Step]:
-    before = _runs_before(answer.needs)
+    before = runs_before(answer.needs)
     values = _read_yaml(pipeline.folder / "params.yaml")
     own: dict[str, Step] = {}
     for stage in answer.needs:
@@ -334,19 +256,6 @@ def _steps(
             step = replace(step, state="after", why=(f"{waits[0]}{more} {verb} before it",))
         steps.append(step)
     return steps
-
-
-def _runs_before(needs: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """For each stage those that run before it, directly or through others. DVC has refused cycles already."""
-    closed: dict[str, list[str]] = {}
-
-    def close(name: str) -> list[str]:
-        if name not in closed:
-            further = [earlier for other in needs[name] for earlier in close(other)]
-            closed[name] = list(dict.fromkeys([*needs[name], *further]))
-        return closed[name]
-
-    return {name: close(name) for name in needs}
 
 
 _OUTS = {"deleted": "is missing", "not in cache": "is not in DVC's cache"}

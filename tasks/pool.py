@@ -40,11 +40,12 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed
 
+from resgrid.dvc.pipeline import Pipeline
+from resgrid.dvc.process import Fault, Outcome, StageFailed, Stopped, reproduce
 from resgrid.errors import ResgridError
-from tasks.lockfile import RECORD_ONLY
+from resgrid.stage_record import RECORD_ONLY
 from tasks.order import Order
 from tasks.plan import Step
-from tasks.stage import Fault, Outcome, Pipeline, StageFailed, Stopped, reproduce
 
 FLOW = "train-cell"
 WATCHED = "resgrid-watched"  # the tag of deployments in pools of processes, where silence means an end

@@ -26,12 +26,12 @@ import httpx
 
 from resgrid import tracking, watch
 from resgrid.config import load_params
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.grid import expand
 from resgrid.progress import duration
 from resgrid.run_status import STATUSES, Run, find_runs
 from resgrid.stage_record import Record, read_state, write_state
 from tasks.services import running
-from tasks.stage import Pipeline
 
 GRID = "train-all"  # the name of the grid's own state, beside those of the stages
 # What a cell may be called besides what DVC had to do for it; CUT: its run was ended before it was done.

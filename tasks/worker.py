@@ -31,19 +31,21 @@ from prefect.states import Cancelled, Completed, Failed, Running
 
 from resgrid import mps, tracking
 from resgrid.config import load_params
+from resgrid.dvc.ask import remote as dvc_remote
+from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
+from resgrid.dvc.process import StageFailed, Stopped, held, reproduce, run_logged
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
+from resgrid.stage_record import RECORD_ONLY
 from tasks import order as orders
 from tasks.grid import end_with_worker
-from tasks.lockfile import RECORD_ONLY
 from tasks.order import Order
 from tasks.pool import BEAT_SECONDS, LOST, PASSING, REFUSED, make_pool, newest_run
 from tasks.publish import flow_environment
 from tasks.services import POOL, environment, running
 from tasks.slots import Slot, cards, share
-from tasks.stage import DVC_COMMAND, Pipeline, StageFailed, Stopped, held, reproduce, run_logged
 
 SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
 REFUSAL = "RESGRID_REFUSAL"  # the file in which a flow tells the worker why it must not train
@@ -196,7 +198,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     pipeline = Pipeline.find(root)
     env = _environment(root)
-    remote = orders.remote(pipeline)
+    remote = dvc_remote(pipeline)
     shares = share(slots or os.cpu_count() or 1, slots=slots)
     queues = ["default", *devices()]
     name = name or orders.host()

@@ -477,7 +477,7 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_p
     (tmp_path / ".dvc/cache/files/md5/ab/.Xk3.tmp").write_bytes(b"half")  # DVC is about to rename it
 
     def found(data_digest: str = digest) -> dict[str, str]:
-        leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest)
+        leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest, tmp_path / ".dvc/cache")
         return {each.path.name.split(".", 1)[0] + each.path.suffix: each.why for each in leftovers}
 
     mine = next(kept.glob(f"*{start(current, data, kept).digest[7:23]}.1"))
@@ -487,14 +487,17 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_p
         "resnet20-sgd-9.1": "there is no cell resnet20-sgd-9 any more",
         "": "data/raw is complete",
     }
-    leftovers = find_leftovers(tmp_path, pipeline, [current], digest)
+    leftovers = find_leftovers(tmp_path, pipeline, [current], digest, tmp_path / ".dvc/cache")
     assert mine not in {each.path for each in leftovers}
     assert sum(each.num_bytes for each in leftovers if each.why == "data/raw is complete") == 5
-    assert mine in {each.path for each in find_leftovers(tmp_path, pipeline, [current], "sha256:other")}
+    assert mine in {
+        each.path
+        for each in find_leftovers(tmp_path, pipeline, [current], "sha256:other", tmp_path / ".dvc/cache")
+    }
     assert len(delete(each.path for each in leftovers)) == 4
     assert not (pipeline / "data/.partial").exists()
     assert start(current, data, kept).num_epochs == 1
-    assert find_leftovers(tmp_path, pipeline, [current], digest) == []
+    assert find_leftovers(tmp_path, pipeline, [current], digest, tmp_path / ".dvc/cache") == []
 
 
 def test_only_what_dvc_has_recorded_is_forgotten(data: Path, tmp_path: Path) -> None:

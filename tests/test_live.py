@@ -10,13 +10,13 @@ import pytest
 from small import Project
 
 from resgrid import watch
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.run_status import RUN
 from resgrid.stage_record import Record
 from resgrid.train import show_history
 from resgrid.training.engine import Epoch
 from tasks.live import COLOURS, curves
 from tasks.publish import Status
-from tasks.stage import Pipeline
 
 
 def running(*cells: str) -> Status:

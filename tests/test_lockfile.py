@@ -17,10 +17,11 @@ import pytest
 from ruamel.yaml import YAML
 from sleeping import Sleeping, sleeping
 
+from resgrid.dvc.lock import is_whole
+from resgrid.dvc.pipeline import Pipeline
+from resgrid.dvc.process import repair, reproduce
 from resgrid.errors import ResgridError
-from tasks.lockfile import is_whole, repair
 from tasks.plan import make_plan
-from tasks.stage import Pipeline, reproduce
 
 CELL = "resnet20-sgd-0"
 STAGE = f"train@{CELL}"

@@ -16,15 +16,16 @@ from sleeping import Sleeping, sleeping
 from small import DIGITS, ROOT
 
 from resgrid.config import load_params
+from resgrid.dvc.ask import Busy, cache_folder
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.leftovers import find_leftovers, usage
 from resgrid.stage_record import Record, write_state
 from tasks import slots
-from tasks.plan import Busy, Step, expect, longest_first, make_plan, makespan
+from tasks.plan import Step, expect, longest_first, make_plan, makespan
 from tasks.publish import status
 from tasks.slots import Card, Slot
-from tasks.stage import Pipeline
 
 GRID = ["resnet20-sgd-0", "resnet20-adam-0", "resnet110-sgd-0", "resnet110-adam-0"]
 
@@ -288,9 +289,9 @@ def test_a_cache_that_is_elsewhere_is_what_the_plan_and_gc_look_at(repository, t
     try:
         assert plan_of(repository).cache == cache
         assert f"(DVC's cache is {cache})" in str(plan_of(repository))
-        found = find_leftovers(repository.root, repository.root, [], None)
+        found = find_leftovers(repository.root, repository.root, [], None, cache_folder(repository.root))
         assert [each.path for each in found] == [cache / "files/md5/ab" / ("0" * 30)]
-        assert str(cache) in usage(repository.root, repository.root)
+        assert str(cache) in usage(repository.root, repository.root, cache_folder(repository.root))
     finally:
         (repository.root / ".dvc/config.local").unlink()
     assert plan_of(repository).cache == repository.root / ".dvc/cache"

@@ -25,11 +25,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from sleeping import ROOT, WORK, Sleeping, sleeping
 from small import digits
 
+from resgrid.dvc.pipeline import Pipeline
+from resgrid.dvc.process import Outcome, reproduce
 from resgrid.errors import ResgridError
 from tasks.order import Order
 from tasks.plan import Step
 from tasks.pool import LOST, Pool, record, watch_runs
-from tasks.stage import Outcome, Pipeline, reproduce
 from tasks.worker import NotPushed, push
 
 RUN = """

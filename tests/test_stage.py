@@ -15,8 +15,9 @@ import pytest
 from sleeping import Sleeping, left_over, sleeping
 
 from resgrid import watch
+from resgrid.dvc.pipeline import Pipeline
+from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
 from tasks.plan import make_plan
-from tasks.stage import Outcome, Pipeline, StageFailed, Stopped, reproduce
 
 CELL = "resnet20-sgd-0"
 STAGE = f"train@{CELL}"
@@ -244,7 +245,8 @@ def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale)
 def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
     stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
     code = f"""if True:
-        from tasks.stage import Pipeline, reproduce
+        from resgrid.dvc.pipeline import Pipeline
+        from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
         reproduce(Pipeline.find("."), {STAGE!r}, {{}}, print)"""
     flow = subprocess.Popen(
         [sys.executable, "-c", code], cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL

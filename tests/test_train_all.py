@@ -25,8 +25,8 @@ from ports import free_port
 from sleeping import ROOT, Sleeping, left_over, sleeping
 from small import digits
 
+from resgrid.dvc.pipeline import Pipeline
 from tasks.publish import status
-from tasks.stage import Pipeline
 
 RUN = """
 import json, sys

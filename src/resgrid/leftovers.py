@@ -11,8 +11,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -68,8 +66,12 @@ class Leftover:
     why: str
 
 
-def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: str | None) -> list[Leftover]:
+def find_leftovers(
+    root: Path, pipeline: Path, cells: list[Cell], data_digest: str | None, cache: Path
+) -> list[Leftover]:
     """What can be deleted of a pipeline in the project `root`, whose cells and data are these now.
+
+    `cache` is DVC's.
 
     Nothing that a running process uses or a later one would go on from is among them.
     """
@@ -98,17 +100,9 @@ def find_leftovers(root: Path, pipeline: Path, cells: list[Cell], data_digest: s
         for path in (root / ".resgrid" / "weights").glob("*"):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:  # or it has just been fetched
                 reasons[path] = "no cell starts from it"
-    for path in _damaged(cache_folder(root) / "files" / "md5"):
+    for path in _damaged(cache / "files" / "md5"):
         reasons[path] = "it is damaged: its content is not that of its name"
     return [Leftover(path, size(path), why) for path, why in sorted(reasons.items())]
-
-
-def cache_folder(root: Path) -> Path:
-    """Where DVC keeps its files for the project in `root`: `dvc cache dir` may have put it elsewhere."""
-    command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    said = done.stdout.strip().splitlines()
-    return root / said[-1] if done.returncode == 0 and said else root / ".dvc" / "cache"
 
 
 def _damaged(cache: Path) -> Iterator[Path]:
@@ -123,10 +117,9 @@ def _damaged(cache: Path) -> Iterator[Path]:
                 yield path
 
 
-def usage(root: Path, pipeline: Path) -> dict[str, int]:
+def usage(root: Path, pipeline: Path, cache: Path) -> dict[str, int]:
     """Bytes of what the project keeps, by its path in `root`; hard links count each time."""
     inside = pipeline.relative_to(root)
-    cache = cache_folder(root)
     places = [
         cache.relative_to(root).as_posix() if cache.is_relative_to(root) else str(cache),
         "mlflow.db",

@@ -290,15 +290,12 @@ def _unpack(parts: Sequence[Path], folder: Path) -> None:
 
 
 def _record(cells: Sequence[Cell]) -> None:
-    stages = [cell.stage for cell in cells]
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", *stages],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
+    from resgrid.dvc.pipeline import dvc  # here, for a machine with torch alone has no DVC
+
+    try:
+        dvc(Path.cwd(), "commit", "--force", *(cell.stage for cell in cells))
+    except ResgridError as error:
+        names = ", ".join(cell.id for cell in cells)
         raise ResgridError(
-            f"{', '.join(cell.id for cell in cells)}: the files are in runs/, but DVC does not record them: "
-            f"{done.stderr.strip()[-1000:]}\n`dvc commit --force {' '.join(stages)}` tries it again."
-        )
+            f"{names}: the files are in runs/, but DVC does not record them. {error}"
+        ) from None

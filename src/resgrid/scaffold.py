@@ -12,7 +12,6 @@ import re
 import shlex
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from resgrid.data.detect import open_source
 from resgrid.data.fetch import digest
 from resgrid.data.pictures import large_pictures, open_picture
 from resgrid.data.sources import SPLITS, ImageFolder, some
+from resgrid.dvc.pipeline import dvc
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
@@ -295,13 +295,9 @@ def _make_repository(folder: Path) -> None:
     """
     in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
     kind = ["--no-scm"] if in_git is None else [] if in_git == folder else ["--subdir"]
-    dvc = [sys.executable, "-m", "dvc"]
     quiet = ["config", "core.analytics", "false"], ["config", "core.check_update", "false"]
     for command in (["init", "--quiet", *kind], *quiet):
-        done = subprocess.run([*dvc, *command], cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr + done.stdout).strip() or "no reason given"
-            raise ResgridError(f"{folder}: `dvc {' '.join(command)}` failed: {reason}")
+        dvc(folder, *command)
     (folder / ".dvcignore").write_text(IGNORED_BY_DVC, encoding="utf-8")
     if not (folder / ".gitignore").exists():
         (folder / ".gitignore").write_text(IGNORED_BY_GIT, encoding="utf-8")

@@ -20,6 +20,7 @@ from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
 from resgrid.provenance import experiment
 from resgrid.whole_file import write_whole
 
+RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
 SLOT = "RESGRID_SLOT"  # the share of the machine that the command was given, for people to read
 
 Fault = Literal["memory", "connection", "card"]  # those that can pass by themselves

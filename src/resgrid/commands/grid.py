@@ -93,6 +93,7 @@ def sync(options: argparse.Namespace) -> int:
 
 def gc(options: argparse.Namespace) -> None:
     from resgrid import leftovers, tracking
+    from resgrid.dvc.ask import cache_folder
 
     params = load_params()
     root, pipeline = tracking.project_root(), Path.cwd().resolve()
@@ -105,10 +106,11 @@ def gc(options: argparse.Namespace) -> None:
         from resgrid.data.dataset import load_meta
 
         digest = load_meta(PROCESSED).digest
-    found = leftovers.find_leftovers(root, pipeline, expand(params), digest)
+    cache = cache_folder(root)
+    found = leftovers.find_leftovers(root, pipeline, expand(params), digest, cache)
     if not options.dry_run:
         leftovers.delete(each.path for each in found)
-    taken = leftovers.usage(root, pipeline)
+    taken = leftovers.usage(root, pipeline, cache)
     if options.json:
         content = {
             "deleted": not options.dry_run,
@@ -138,16 +140,16 @@ def ui(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
+    from resgrid.dvc.pipeline import Pipeline
     from tasks.plan import make_plan
-    from tasks.stage import Pipeline
 
     plan = make_plan(Pipeline.find(options.pipeline), options.slots)
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
 
 
 def status(options: argparse.Namespace) -> None:
+    from resgrid.dvc.pipeline import Pipeline
     from tasks.publish import results, status
-    from tasks.stage import Pipeline
 
     pipeline = Pipeline.find(options.pipeline)
     if options.watch:

@@ -15,7 +15,7 @@ from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 from resgrid.progress import Progress
-from resgrid.stage_record import recorded
+from resgrid.stage_record import RECORD_ONLY, recorded
 
 if TYPE_CHECKING:
     from resgrid.config import Params
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def _refuse_if_recording() -> None:
     """Where a result made elsewhere is only to be taken over, nothing is computed because it is not there."""
-    if os.environ.get("RESGRID_RECORD_ONLY"):
+    if os.environ.get(RECORD_ONLY):
         raise ResgridError(
             "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
             "params, data and code."

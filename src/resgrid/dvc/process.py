@@ -17,7 +17,6 @@ no pipe that an orphan could hold open, and the log is whole even if this proces
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -36,8 +35,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from resgrid import stage_record, watch
+from resgrid.dvc.lock import mend_rwlock, must_be_repaired, put_back
+from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
-from resgrid.stage_record import Record
+from resgrid.stage_record import RECORD_ONLY, Record
 
 GRACE_SECONDS = 8.0  # from SIGTERM to SIGKILL; all is to be over within 10 s
 PATIENCE_SECONDS = 5.0  # with a dvc that has no command running: it loads, or records a result
@@ -45,9 +46,6 @@ POLL_SECONDS = 0.1  # how often the log is read and the child looked at
 RECORD_PAUSES = (1.0, 5.0, 15.0)  # before each further try to record what has been trained
 LOG_BYTES = 2**23  # above which a log that is added to begins anew
 TAIL = 8  # lines of the log in a message
-
-# -P: or Python would look for modules in the pipeline's folder first
-DVC_COMMAND = (sys.executable, "-P", "-m", "dvc", "--wait-for-lock")
 
 Fault = Literal["memory", "connection", "card", "dvc"]  # which can pass: the command's own, and DVC's
 PASSING: tuple[Fault, ...] = ("connection", "card", "dvc")  # by themselves, with the others as they are
@@ -80,53 +78,6 @@ class Outcome:
     ran: bool  # its command; or DVC had the result already
     seconds: float
     log: Path
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """A folder with a dvc.yaml, and where this project keeps its own state about it."""
-
-    folder: Path
-    root: Path  # of the DVC repository
-
-    @classmethod
-    def find(cls, folder: str | Path) -> Pipeline:
-        """The pipeline in `folder`; raises ResgridError if it has no dvc.yaml or is in no DVC repository."""
-        path = Path(folder).resolve()
-        if not (path / "dvc.yaml").is_file():
-            if (path / "params.yaml").is_file():
-                raise ResgridError(
-                    f"{path}: there is a params.yaml but no dvc.yaml here. `git checkout dvc.yaml` brings it "
-                    "back, or copy that of examples/digits; `resgrid init` makes both in a new folder."
-                )
-            raise ResgridError(
-                f"{path}: there is no dvc.yaml here. Name a pipeline's folder, such as the project's root or "
-                "examples/digits."
-            )
-        for root in (path, *path.parents):
-            if (root / ".dvc").is_dir():
-                return cls(path, root)
-        raise ResgridError(f"{path}: is in no DVC repository. Clone the project with git, or run `dvc init`.")
-
-    @property
-    def name(self) -> str:
-        """Its folder as seen from the repository's root; `.` for the root itself."""
-        return self.folder.relative_to(self.root).as_posix()
-
-    def log(self, stage: str) -> Path:
-        return self.root / ".resgrid/logs" / self.name / f"{stage}.log"
-
-    def state(self, name: str) -> Path:
-        return stage_record.state_file(self.root, self.folder, name)
-
-    def lock(self, name: str) -> FileLock:
-        """A lock of this pipeline's, which ends with the process that has it."""
-        path = self.root / ".resgrid/locks" / self.name / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
-
-    def record(self, stage: str) -> Record | None:
-        return stage_record.read_record(self.root, self.folder, stage)
 
 
 def reproduce(
@@ -208,41 +159,27 @@ def _record_only(
     raise StageFailed(stage, why, tail[-TAIL:], log, None)
 
 
-def working(pipeline: Pipeline) -> dict[int, str]:
-    """Processes that DVC's own list has at work on a stage of the repository: id and command.
+def repair(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event) -> None:
+    """Put the last whole dvc.lock back if a kill has left a part of one; nothing is trained.
 
-    Raises ValueError for half a list.
+    What has ended since is recorded from the run cache, whose newest entry it is, while the commands of
+    stages refuse to run. Raises ResgridError, with their names, for stages of which DVC has no result there.
     """
-    try:
-        found = json.loads((pipeline.root / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    readers = [by for some in found.get("read", {}).values() for by in some]
-    return {by["pid"]: by["cmd"] for by in (*found.get("write", {}).values(), *readers)}
-
-
-def mend_rwlock(pipeline: Pipeline) -> None:
-    """Delete DVC's list of who is at work if a `dvc` that was killed has left half of it, or is in it still.
-
-    Half a list stops every `dvc`, and another process may get the id of one that is gone. Left alone while
-    any `dvc` runs.
-    """
-    try:
-        is_stale = not all(psutil.pid_exists(pid) for pid in working(pipeline))
-    except ValueError:
-        is_stale = True
-    if is_stale and not dvc_runs(pipeline.root):
-        (pipeline.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
-
-
-def dvc_runs(root: Path) -> bool:
-    """Whether any `dvc` works in the repository."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            runs_dvc = any(Path(word).name == "dvc" for word in process.cmdline()[:5])
-            if runs_dvc and Path(process.cwd()).is_relative_to(root):
-                return True
-    return False
+    if not must_be_repaired(pipeline):
+        return
+    lock = pipeline.folder / "dvc.lock"
+    say(f"{lock}: a dvc that was killed has left a part of it; the one before is put back")
+    lost = []
+    for stage in put_back(pipeline):
+        command = [*DVC_COMMAND, "repro", "--single-item", stage]
+        code, _ = run(command, pipeline.folder, {RECORD_ONLY: "1"}, pipeline.log("repair"), say, stop)
+        if code:
+            lost.append(stage)
+    if lost:
+        raise ResgridError(
+            f"{lock}: was damaged, and DVC no longer has the results of {', '.join(lost)}, which had ended. "
+            "Run this again to train them anew."
+        )
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""DVC by its command line: the only package that calls `dvc`, and none of the core imports it."""

@@ -1,0 +1,137 @@
+"""What DVC says of a pipeline: which stages are stale, their graph, its remote and its cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resgrid.dvc.lock import keep, mend_rwlock, read_lock, working
+from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
+from resgrid.errors import ResgridError
+from resgrid.stage_record import read_state, write_state
+
+WAYS_ON = {  # by what DVC says
+    "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
+    "work without git by `dvc config --local core.no_scm true`.",
+    "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
+    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
+    "this one's; `git checkout` brings back the last file that was committed.",
+    "validation failed": ". `dvc stage list` in that folder shows the line.",
+    "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
+}
+
+
+class Busy(ResgridError):
+    """DVC answers nothing while it runs a stage, and has answered nothing before."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What DVC says of a pipeline."""
+
+    needs: dict[str, list[str]]  # by stage, in the order of dvc.yaml: those whose outputs it depends on
+    status: dict[str, list[Any]]  # of the stages that it would run, as `dvc status --json` gives it
+    asked: float
+    busy: str = ""
+
+
+def ask(pipeline: Pipeline, now: bool) -> Answer:
+    mend_rwlock(pipeline)
+    lock = read_lock(pipeline)
+    graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
+    (said, why), (told, error) = graph.communicate(), status.communicate()
+    if graph.returncode:
+        raise _unusable(pipeline, why)
+    needs: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        match line.strip(";").replace('"', "").split(" -> "):  # names with a colon are other pipelines'
+            case [stage] if line.startswith('"') and ":" not in stage:
+                needs[stage] = []
+            case [earlier, stage] if stage in needs:
+                needs[stage].append(earlier)
+    file, asked = pipeline.state("status"), time.time()
+    if not status.returncode:
+        found = {name.rpartition(":")[2]: entries for name, entries in json.loads(told).items()}
+        write_state(file, {"asked": asked, "status": found})
+        if read_lock(pipeline) == lock:  # nobody has written it
+            keep(pipeline, lock)
+        return Answer(needs, found, asked)
+    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in working(pipeline).items())
+    if not others:
+        raise _unusable(pipeline, error)
+    last = read_state(file)
+    if now or not last:
+        raise Busy(f"{pipeline.folder}: DVC is busy: {others}. Ask again when that has ended.")
+    ended = {
+        stage
+        for stage in needs
+        if (of := pipeline.record(stage)) and of.seconds and of.started > last["asked"]
+    }
+    kept = {stage: entries for stage, entries in last["status"].items() if stage not in ended}
+    return Answer(needs, kept, last["asked"], others)
+
+
+def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
+    way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
+    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
+
+
+def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DVC_COMMAND, *arguments],
+        cwd=pipeline.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def runs_before(needs: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """For each stage those that run before it, directly or through others. DVC has refused cycles already."""
+    closed: dict[str, list[str]] = {}
+
+    def close(name: str) -> list[str]:
+        if name not in closed:
+            further = [earlier for other in needs[name] for earlier in close(other)]
+            closed[name] = list(dict.fromkeys([*needs[name], *further]))
+        return closed[name]
+
+    return {name: close(name) for name in needs}
+
+
+def remote(pipeline: Pipeline) -> str:
+    """The name of DVC's default remote; raises ResgridError if there is none that could do."""
+
+    def configured(key: str) -> str:
+        return _output(pipeline.root, "config", key).strip()
+
+    name = configured("core.remote")
+    if name and configured(f"remote.{name}.url").startswith("http"):
+        raise ResgridError(
+            f"{pipeline.root}: the DVC remote {name!r} is an HTTP server, which holds no run cache. Take a "
+            "bucket, SSH, or a folder that all machines see."
+        )
+    if not name:
+        raise ResgridError(
+            f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
+            "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."
+        )
+    return name
+
+
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps its files for the project in `root`: `dvc cache dir` may have put it elsewhere."""
+    lines = _output(root, "cache", "dir").strip().splitlines()
+    return root / lines[-1] if lines else root / ".dvc" / "cache"
+
+
+def _output(folder: Path, *arguments: str) -> str:
+    """What a `dvc` prints; nothing if it fails."""
+    command = [*DVC_COMMAND, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout
