@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import hashlib
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, find_cell
 from resgrid.models import build_model
+from resgrid.run_status import epoch_ends, epoch_speeds, started_at
 from resgrid.summary import summarize
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch, Outcome, score, stream_seed
@@ -166,15 +169,65 @@ def test_the_summary_is_the_architectures_table(finished):
 def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
     timing = json.loads((finished / "timing.json").read_text())
     assert list(timing) == [
-        "started", "train_seconds", "epoch_seconds", "images_per_second", "peak_memory_bytes", "device",
-        "device_name", "precision", "compiled", "graphed", "sharing", "threads", "torch", "python", "platform", "resgrid",
+        "started", "train_seconds", "epoch_seconds", "epoch_images_per_second", "images_per_second", "peak_memory_bytes",
+        "device", "device_name", "precision", "compiled", "graphed", "sharing", "threads", "torch", "python", "platform",
+        "resgrid", "commit", "dirty", "flow_run_id",
     ]  # fmt: skip
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
     assert len(timing["epoch_seconds"]) == 2
     assert timing["images_per_second"] == pytest.approx(2 * 48 / timing["train_seconds"])
     assert 50e6 < timing["peak_memory_bytes"] < 100e9
     assert (timing["device"], timing["precision"]) == ("cpu", "fp32")
-    assert timing["started"].endswith("+00:00")
+    assert timing["epoch_images_per_second"] == [pytest.approx(48 / each) for each in timing["epoch_seconds"]]
+    assert 0 < time.time() - timing["started"] / 1e6 < 600  # microseconds
+
+
+def test_two_trainings_of_one_cell_differ_in_when_they_began(finished, folder, tmp_path):
+    train(cell(), folder, tmp_path)
+    first, second = (
+        json.loads((each / "timing.json").read_text())["started"] for each in (finished, tmp_path)
+    )
+    assert first < second
+
+
+def test_the_timing_names_the_commit_that_trained_and_the_flow_run(folder, tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t.invalid")
+        done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    Path("params.yaml").write_text("a: 1\n")
+    Path("dvc.lock").write_text("\n")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    Path("dvc.lock").write_text("stages:\n")  # DVC rewrites it at each stage
+    monkeypatch.setenv("RESGRID_FLOW_RUN_ID", "0198")
+    first = git("rev-parse", "HEAD")
+    train(cell(epochs=1), folder, tmp_path / "run")
+    Path("params.yaml").write_text("a: 2\n")
+    git("commit", "-qam", "second")
+    Path("params.yaml").write_text("a: 3\n")
+    monkeypatch.delenv("RESGRID_FLOW_RUN_ID")
+    train(cell(epochs=1), folder, tmp_path / "again")
+    timings = [json.loads((tmp_path / name / "timing.json").read_text()) for name in ("run", "again")]
+    assert [(each["commit"], each["dirty"], each["flow_run_id"]) for each in timings] == [
+        (first, False, "0198"), (git("rev-parse", "HEAD"), True, None),
+    ]  # fmt: skip
+
+
+def test_the_time_of_an_epoch_is_the_beginning_and_the_seconds_so_far():
+    started = 1_764_374_400_123_456  # 2025-11-29T00:00:00.123456 in UTC
+    assert epoch_ends(started, [1.5, 0.25]) == [1_764_374_401_623, 1_764_374_401_873]
+    assert epoch_ends(started, []) == []
+
+
+def test_folders_of_former_versions_have_their_beginning_in_whole_seconds_and_one_speed():
+    former = {"started": "2025-11-29T00:00:00+00:00", "epoch_seconds": [1.0, 3.0], "images_per_second": 30.0}
+    assert started_at(former) == 1_764_374_400_000_000
+    assert epoch_speeds(former) == [60.0, 20.0]  # 120 images in two epochs of 60 each
+    assert started_at({"started": 1_764_374_400_123_456}) == 1_764_374_400_123_456
 
 
 def test_two_runs_write_the_same_bytes_but_for_the_timing(finished, folder, tmp_path):

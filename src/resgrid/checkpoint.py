@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from resgrid.models import own_file
 from resgrid.provenance import code_digest
 from resgrid.whole_file import write_whole
 
-MAGIC = "resgrid checkpoint 1"
+MAGIC = "resgrid checkpoint 2"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoint:
     """What a file holds."""
 
     owner: dict[str, str]
-    started: str  # when the training first began
+    started: int  # when the training first began: microseconds since the epoch
     threads: int
     epochs: list[dict[str, Any]]  # the fields of each `Epoch`
     tensors: dict[str, Tensor]
@@ -82,7 +82,7 @@ class Checkpoints:
         self._turn = 1 - epochs.index(max(epochs))  # of the slot that is written next
         self._latest = found[1 - self._turn]
         self.num_epochs = max(0, *epochs)
-        self.started = self._latest.started if self._latest else datetime.now(UTC).isoformat()
+        self.started = self._latest.started if self._latest else time.time_ns() // 1000
 
     @property
     def epochs(self) -> list[dict[str, Any]]:

@@ -37,6 +37,17 @@ def git_commit() -> tuple[str, str]:
     return commit, "true" if changed else "false"
 
 
+def made_by() -> dict[str, str | bool | None]:
+    """What timing.json says of a result's origin: the commit, and the Prefect flow run, if one trains it."""
+    commit, dirty = git_commit()
+    known = commit != "unknown"
+    return {
+        "commit": commit if known else None,
+        "dirty": dirty == "true" if known else None,
+        "flow_run_id": os.environ.get("RESGRID_FLOW_RUN_ID"),
+    }
+
+
 def code_digest(package: Path = PACKAGE, own: Path | None = None) -> str:
     """`sha256:…` of the source files of `package` that can change a cell's weights.
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -131,6 +133,32 @@ def read_history(path: Path) -> pd.DataFrame:
         return pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
+
+
+def started_at(timing: Mapping[str, Any]) -> int:
+    """When a training began, in microseconds since the epoch, by its timing.json: its identity, with its cell.
+
+    Results of 2026-11 and before have an ISO time in whole seconds there.
+    """
+    started = timing["started"]
+    return started if isinstance(started, int) else round(1e6 * datetime.fromisoformat(started).timestamp())
+
+
+def epoch_ends(started: int, seconds: Iterable[float]) -> list[int]:
+    """When each epoch ended, in whole milliseconds since the epoch, as MLflow counts.
+
+    The clock stands still between epochs, so that it is the same each time it is asked, from memory while a
+    cell trains and from its files afterwards.
+    """
+    return [(started + round(1e6 * total)) // 1000 for total in accumulate(seconds)]
+
+
+def epoch_speeds(timing: Mapping[str, Any]) -> list[float]:
+    """Images/s of each epoch, by a timing.json; results of 2026-11 and before have their mean alone."""
+    if "epoch_images_per_second" in timing:
+        return list(timing["epoch_images_per_second"])
+    seconds = timing["epoch_seconds"]
+    return [timing["images_per_second"] * sum(seconds) / len(seconds) / each for each in seconds]
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import origin_of, own_file
 from resgrid.models.classifier import Classifier
-from resgrid.provenance import code_digest
+from resgrid.provenance import code_digest, made_by
 from resgrid.run_status import METRICS, RUN, read_json
 from resgrid.summary import count_parameters, summarize
 from resgrid.training.device import choose_execution, device_name
@@ -65,7 +65,8 @@ def train_cell(
 
     Raises ResgridError for data, initial weights or a folder that cannot be used, and as `fit` does.
     """
-    started = datetime.fromisoformat(checkpoints.started) if checkpoints else datetime.now(UTC)
+    started = checkpoints.started if checkpoints else time.time_ns() // 1000
+    origin = made_by()  # now: while it trains, somebody may commit
     meta = load_meta(data_folder)
     mean, std = statistics(meta, cell.recipe.normalization)
     data = TrainingData(
@@ -96,7 +97,7 @@ def train_cell(
         save_weights(run_folder / "weights.safetensors", model, info)
         _write(run_folder / "summary.txt", summary + "\n")
         _write(run_folder / "history.csv", _history(outcome.epochs))
-        _write(run_folder / "timing.json", _json(_timing(cell, outcome, meta, device, started)))
+        _write(run_folder / "timing.json", _json(_timing(cell, outcome, meta, device, started) | origin))
         weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
         _write(run_folder / RUN, _json(_record(cell, model, meta, outcome, weights_sha256)))
         if checkpoints is not None:
@@ -173,16 +174,15 @@ def _origin(cell: Cell) -> str:
             return other.name
 
 
-def _timing(
-    cell: Cell, outcome: Outcome, meta: Meta, device: torch.device, started: datetime
-) -> dict[str, Any]:
+def _timing(cell: Cell, outcome: Outcome, meta: Meta, device: torch.device, started: int) -> dict[str, Any]:
     seconds = [epoch.seconds for epoch in outcome.epochs]
     images = sum(epoch.seconds * epoch.images_per_second for epoch in outcome.epochs)
     execution = choose_execution(cell, meta.num_images["train"], device)
     return {
-        "started": started.isoformat(timespec="seconds"),
+        "started": started,
         "train_seconds": sum(seconds),
         "epoch_seconds": seconds,
+        "epoch_images_per_second": [epoch.images_per_second for epoch in outcome.epochs],
         "images_per_second": images / sum(seconds) if seconds else None,
         "peak_memory_bytes": _peak_memory(device),
         "device": device.type,

@@ -6,6 +6,7 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from resgrid.report.ensembles import Ensemble
 from resgrid.report.leaderboard import leaderboard
 from resgrid.report.published import as_text, differing, publication
 from resgrid.report.statistics import Interval, pareto_front
+from resgrid.run_status import started_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,8 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
             f"torch {t['torch']}, Python {t['python']}, ResGrid {t['resgrid']}, {t['platform']}"
             for t in timings
         ]
-        started = sorted(timing["started"] for timing in timings)
+        begun = [datetime.fromtimestamp(started_at(timing) // 10**6, UTC) for timing in timings]
+        started = [moment.isoformat() for moment in (min(begun), max(begun))]
         total = duration(sum(timing["train_seconds"] for timing in timings))
         made |= {
             "Trained on": _counted(machines),

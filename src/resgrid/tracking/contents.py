@@ -13,16 +13,15 @@ import os
 import platform
 import tempfile
 from contextlib import suppress
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resgrid import __version__, watch
+from resgrid import __version__, run_status, watch
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.provenance import experiment, git_commit
-from resgrid.run_status import FILES, WEIGHTS, read_json, verify_weights
+from resgrid.run_status import FILES, WEIGHTS, epoch_ends, epoch_speeds, read_json, verify_weights
 from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
@@ -196,17 +195,15 @@ def _read_history(path: Path, timing: dict[str, Any]) -> list[dict[str, float]]:
             f"{path}: it has {len(rows)} epochs, but timing.json {len(timing['epoch_seconds'])}: they are of "
             "different runs. `dvc checkout --force` restores them."
         )
-    clock = float(started_at(timing))
-    for row, seconds in zip(rows, timing["epoch_seconds"], strict=True):
-        clock += 1000 * seconds
-        images = timing["images_per_second"] * timing["train_seconds"] / len(rows)
-        row |= {"images_per_second": images / seconds, "time": clock}
+    ends = epoch_ends(run_status.started_at(timing), timing["epoch_seconds"])
+    for row, speed, end in zip(rows, epoch_speeds(timing), ends, strict=True):
+        row |= {"images_per_second": speed, "time": float(end)}
     return rows
 
 
 def started_at(timing: dict[str, Any]) -> int:
-    """When training began, by timing.json, which counts in seconds."""
-    return round(1000 * datetime.fromisoformat(timing["started"]).timestamp())
+    """The second in which training began, in milliseconds."""
+    return run_status.started_at(timing) // 1_000_000 * 1000
 
 
 def _description(metrics: dict[str, Any], timing: dict[str, Any]) -> str:
