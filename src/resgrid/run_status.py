@@ -136,7 +136,7 @@ def read_history(path: Path) -> pd.DataFrame:
 
 
 def started_at(timing: Mapping[str, Any]) -> int:
-    """When a training began, in microseconds since the epoch, by its timing.json: its identity, with its cell.
+    """When a training began, in microseconds since the epoch, by its timing.json.
 
     Results of 2026-11 and before have an ISO time in whole seconds there.
     """
