@@ -30,8 +30,8 @@ from torch import Tensor, nn, optim
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import own_file
+from resgrid.project import write_whole
 from resgrid.provenance import code_digest
-from resgrid.whole_file import write_whole
 
 MAGIC = "resgrid checkpoint 2"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from resgrid.provenance import git_commit
+from resgrid.project import available_memory, git_state, num_cores, project_root
 
 PYTHON = ((3, 11), (3, 15))  # from, and below which
 DISK_BYTES = 10e9  # the environment takes 7 GB, the grid on CIFAR-10 about 3
@@ -44,20 +44,26 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Each finding, as soon as it is known."""
-    commit, changed = git_commit()
-    state = ", with changed files" if changed == "true" else ""
-    yield Finding("ResGrid", f"{_version('resgrid')}, commit {commit[:12]}{state}")
-    yield Finding("System", f"{platform.platform()}, {os.cpu_count()} processors")
+    git = git_state()
+    changed = ", with changed files" if git.dirty else ""
+    yield Finding("ResGrid", f"{_version('resgrid')}, commit {(git.commit or 'unknown')[:12]}{changed}")
+    memory = available_memory()
+    room = f", {memory / 1e9:.1f} GB of memory free" if memory is not None else ""
+    yield Finding("System", f"{platform.platform()}, {num_cores()} cores to use{room}")
     fits = PYTHON[0] <= sys.version_info[:2] < PYTHON[1]
     python = f"{platform.python_version()} ({sys.executable})"
     yield _check(fits, "Python", python, "3.11 to 3.14 are supported: make PYTHON=…", "problem")
     yield from _packages()
-    git = _output("git", "--version").removeprefix("git version ")
-    yield _check(git != "", "git", git or "not on the PATH", "install it: DVC needs it", "problem")
-    above = (Path.cwd(), *Path.cwd().parents)
-    inside = next((str(path) for path in above if (path / ".dvc").is_dir()), "")
+    version = _output("git", "--version").removeprefix("git version ")
+    yield _check(version != "", "git", version or "not on the PATH", "install it: DVC needs it", "problem")
+    if git.problem:
+        yield Finding(
+            "git", "refuses to read this repository, so results name no commit", "problem", git.problem
+        )
+    root = project_root()
+    inside = (root / ".dvc").is_dir()
     way = "go to a clone; `resgrid init` makes a pipeline elsewhere"
-    yield _check(inside != "", "DVC repository", inside or "none around this folder", way)
+    yield _check(inside, "DVC repository", str(root) if inside else "none around this folder", way)
     free = shutil.disk_usage(Path.cwd()).free
     yield _check(
         free > DISK_BYTES, "Disk", f"{free / 1e9:.1f} GB free here", "`resgrid plan` says what a grid needs"

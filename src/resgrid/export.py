@@ -22,8 +22,8 @@ from resgrid.data.dataset import SIDE, load_split
 from resgrid.errors import ResgridError
 from resgrid.models.classifier import Classifier
 from resgrid.predict import Predictor
+from resgrid.project import write_whole
 from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
-from resgrid.whole_file import write_whole
 
 Format = Literal["onnx", "pt2", "pt", "safetensors"]
 TOLERANCE = 1e-4  # of a probability, between two programs that sum in another order

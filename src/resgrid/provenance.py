@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from resgrid.errors import ResgridError
+from resgrid.project import git_state, read_yaml
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
 CODE = ("data/batches.py", "models", "optimizers.py", "training")  # as a cell's dependencies in dvc.yaml
@@ -20,32 +21,19 @@ CODE = ("data/batches.py", "models", "optimizers.py", "training")  # as a cell's
 def git_commit() -> tuple[str, str]:
     """The commit of the current folder's repository, and `true` or `false`: whether tracked files differ.
 
-    Both are `unknown` where there is no git, no repository or no commit yet. dvc.lock may differ: DVC
-    rewrites it at each stage.
+    Both are `unknown` where git says nothing.
     """
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-        return result.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        all_but_lock = (":(top)", ":(top,exclude,glob)**/dvc.lock")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_lock)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", "unknown"
-    return commit, "true" if changed else "false"
+    state = git_state()
+    return state.commit or "unknown", "unknown" if state.dirty is None else str(state.dirty).lower()
 
 
 def made_by() -> dict[str, str | bool | None]:
     """What timing.json says of a result's origin: the commit, and the Prefect flow run, if one trains it."""
-    commit, dirty = git_commit()
-    known = commit != "unknown"
-    return {
-        "commit": commit if known else None,
-        "dirty": dirty == "true" if known else None,
-        "flow_run_id": os.environ.get("RESGRID_FLOW_RUN_ID"),
-    }
+    state = git_state()
+    if state.problem:
+        log.warning("the result names no commit, for git refuses to read this repository: %s", state.problem)
+    flow_run = os.environ.get("RESGRID_FLOW_RUN_ID")
+    return {"commit": state.commit, "dirty": state.dirty, "flow_run_id": flow_run}
 
 
 def code_digest(package: Path = PACKAGE, own: Path | None = None) -> str:
@@ -71,9 +59,9 @@ def _sources(place: Path) -> list[Path]:
 def package_of(pipeline: Path) -> Path:
     """The folder of code that a pipeline's dvc.yaml names, or this package where it names none."""
     try:
-        stages = YAML(typ="safe").load(pipeline / "dvc.yaml")["stages"]
+        stages = read_yaml(pipeline / "dvc.yaml")["stages"]
         [batches] = [dep for dep in stages["train"]["deps"] if str(dep).endswith(f"/{CODE[0]}")]
-    except (OSError, YAMLError, KeyError, TypeError, ValueError):
+    except (ResgridError, KeyError, TypeError, ValueError):
         return PACKAGE
     return (pipeline / str(batches)).resolve().parents[1]
 

@@ -7,7 +7,6 @@ the data's digest and the code's that they were trained with, and compares them 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.models import own_file
+from resgrid.project import read_json as read_json
+from resgrid.project import read_meta
 from resgrid.provenance import code_digest, package_of
 
 if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wait for
@@ -64,12 +65,9 @@ def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
 
 
 def data_digest(pipeline: Path) -> str | None:
-    """That of the processed data as they are here; None where there are none."""
-    try:
-        digest = json.loads((pipeline / "data/processed/meta.json").read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(digest)
+    """That of the processed data as they are here; None where there are none. Raises as `read_meta` does."""
+    meta = read_meta(pipeline)
+    return None if meta is None else str(meta.get("digest"))
 
 
 def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
@@ -113,16 +111,6 @@ def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
 
 def _text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; raises ResgridError if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
-    assert isinstance(content, dict)
-    return content
 
 
 def read_history(path: Path) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
+from resgrid.project import write_whole
 from resgrid.provenance import experiment
-from resgrid.whole_file import write_whole
 
 RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
 SLOT = "RESGRID_SLOT"  # the share of the machine that the command was given, for people to read

@@ -32,14 +32,14 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import origin_of, own_file
 from resgrid.models.classifier import Classifier
+from resgrid.project import read_json, write_whole
 from resgrid.provenance import code_digest, made_by
-from resgrid.run_status import METRICS, RUN, read_json
+from resgrid.run_status import METRICS, RUN
 from resgrid.summary import count_parameters, summarize
 from resgrid.training.device import choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit
 from resgrid.training.initial import initial_model
 from resgrid.weights import WeightsInfo, save_weights
-from resgrid.whole_file import write_whole
 
 HISTORY = (
     "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",

@@ -21,8 +21,8 @@ from resgrid.errors import ResgridError
 from resgrid.filetype import SAFETENSORS, identify, refuse
 from resgrid.models import build_model
 from resgrid.models.classifier import Classifier
+from resgrid.project import write_whole
 from resgrid.schema import Positive, Strict, Triple
-from resgrid.whole_file import write_whole
 
 METADATA_KEY = "resgrid"  # the only one: safetensors writes several in no fixed order
 

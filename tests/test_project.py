@@ -1,0 +1,228 @@
+"""Facts about the project and its machine: the root, git's state, a container's limits, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resgrid import project
+from resgrid.errors import ResgridError
+from resgrid.project import GitState, available_memory, git_state, num_cores, project_root, write_whole
+
+GIB = 2**30
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@t.invalid")
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# --- the root, and git ------------------------------------------------------------------------------
+
+
+def test_the_root_is_the_nearest_dvc_repository_else_the_nearest_git_repository(tmp_path: Path) -> None:
+    pipeline = tmp_path / "git/dvc/git again/pipeline"
+    pipeline.mkdir(parents=True)
+    assert project_root(pipeline) == pipeline
+    (tmp_path / "git/.git").mkdir()
+    assert project_root(pipeline) == tmp_path / "git"
+    (tmp_path / "git/dvc/.dvc").mkdir()
+    (tmp_path / "git/dvc/git again/.git").write_text("gitdir: …")  # a submodule's, or a worktree's
+    assert project_root(pipeline) == tmp_path / "git/dvc"
+
+
+def test_gits_state_is_the_commit_and_whether_anything_but_dvc_lock_differs(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == GitState()
+    git(tmp_path, "init", "-q")
+    assert git_state(tmp_path) == GitState()  # no commit yet
+    for name in ("params.yaml", "dvc.lock"):
+        (tmp_path / name).write_text("a: 1\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "start")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "dvc.lock").write_text("a: 2\n")
+    assert git_state(tmp_path) == GitState(commit, dirty=False)
+    (tmp_path / "params.yaml").write_text("a: 2\n")
+    assert git_state(tmp_path) == GitState(commit, dirty=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user, which takes root")
+def test_a_repository_of_another_owner_is_named_with_gits_own_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "start", "--allow-empty")
+    os.chown(tmp_path, 12345, 12345)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no safe.directory of this machine's
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    state = git_state(tmp_path)
+    assert state.commit is None
+    assert f"safe.directory {tmp_path}" in (state.problem or "")
+
+
+# --- the machine ------------------------------------------------------------------------------------
+
+MEMINFO = "MemTotal:       65000000 kB\nMemFree:         1000000 kB\nMemAvailable:   22739424 kB\n"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """64 cores and 21.7 GiB, with the kernel's files below this folder."""
+    monkeypatch.setattr(project, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(project, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000, 1064)))
+    write(tmp_path, {"proc/meminfo": MEMINFO})
+    return tmp_path
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_without_a_cgroup_all_of_the_machine_may_be_used(machine: Path) -> None:
+    assert num_cores() == 64
+    assert available_memory() == 22739424 * 1024
+    write(
+        machine,
+        {"proc/self/cgroup": "0::/\n", "cgroup/cpu.max": "max 100000\n", "cgroup/memory.max": "max\n"},
+    )
+    assert num_cores() == 64
+    assert available_memory() == 22739424 * 1024
+
+
+def test_a_container_of_cgroup_2_has_its_limits_and_those_of_all_above_it(machine: Path) -> None:
+    write(
+        machine,
+        {
+            "proc/self/cgroup": "0::/pod/container\n",
+            "cgroup/pod/cpu.max": "250000 100000\n",  # two and a half: a third thread would wait
+            "cgroup/pod/container/cpu.max": "max 100000\n",
+            "cgroup/pod/container/memory.max": f"{2 * GIB}\n",
+            "cgroup/pod/container/memory.current": f"{GIB}\n",
+            "cgroup/pod/container/memory.stat": f"anon 5\nfile 9\ninactive_file {GIB // 4}\n",
+        },
+    )
+    assert num_cores() == 2
+    assert available_memory() == 2 * GIB - GIB + GIB // 4
+    write(machine, {"cgroup/pod/container/cpu.max": "50000 100000\n"})
+    assert num_cores() == 1  # never none
+
+
+def test_a_container_of_cgroup_1_sees_its_own_as_the_root(machine: Path) -> None:
+    write(
+        machine,
+        {
+            "proc/self/cgroup": "9:memory:/docker/0af3\n4:cpu,cpuacct:/docker/0af3\n0::/\n",  # as named outside
+            "cgroup/cpu,cpuacct/cpu.cfs_quota_us": "400000\n",
+            "cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            "cgroup/memory/memory.limit_in_bytes": f"{2 * GIB}\n",
+            "cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+            "cgroup/memory/memory.stat": "total_inactive_file 1000\n",
+        },
+    )
+    assert num_cores() == 4
+    assert available_memory() == GIB + 1000
+    write(machine, {"cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n"})
+    assert num_cores() == 64
+
+
+def test_hardware_threads_of_one_core_count_once() -> None:
+    shown = subprocess.run(["lscpu", "-p=CORE,SOCKET"], capture_output=True, text=True, check=True).stdout
+    physical = {line for line in shown.splitlines() if not line.startswith("#")}
+    assert 1 <= num_cores() <= len(physical)
+
+
+def test_a_real_limit_of_memory_is_seen() -> None:
+    limits = Path("/sys/fs/cgroup/memory")
+    own = limits / f"resgrid-test-{os.getpid()}"
+    if not (limits / "memory.limit_in_bytes").is_file() or not os.access(limits, os.W_OK):
+        pytest.skip("needs root on a machine with cgroup 1")
+    try:
+        own.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        (own / "memory.limit_in_bytes").write_text(str(GIB))
+        code = (
+            f"from pathlib import Path; Path({str(own / 'cgroup.procs')!r}).write_text('0')\n"
+            "from resgrid.project import available_memory; print(available_memory())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert GIB / 2 < int(done.stdout) <= GIB
+    finally:
+        own.rmdir()
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def test_a_file_takes_the_umasks_mode(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "file", b"a", b"b", synced=True)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").read_bytes() == b"ab"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
+def test_what_another_user_may_not_read_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    secret = tmp_path / "run.json"
+    secret.write_text("{}")
+    secret.chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from resgrid.errors import ResgridError\nfrom resgrid.project import read_json\nos.setuid(65534)\n"
+        "for name in sys.argv[1:]:\n    try: read_json(Path(name))\n    except ResgridError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(secret), str(tmp_path / "gone.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"Permission denied: {secret}")
+    assert (
+        second
+        == f"{tmp_path / 'gone.json'}: cannot be read (No such file or directory). `dvc checkout --force` restores it."
+    )
+
+
+def test_what_is_no_json_or_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for text, read, why in (
+        ("{", project.read_json, "Expecting property name"), ("[1]", project.read_json, "holds no object"),
+        ("a: [", project.read_yaml, "while parsing a flow"), ("a: {}\n\tb", project.read_yaml, "cannot be read"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ResgridError, match=why) as raised:
+            read(path)
+        assert str(raised.value).startswith(f"{path}: cannot be read (")
+
+
+def test_a_history_has_no_figures_of_what_was_not_scored(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("epoch,train_loss,test_loss\n1,2.5,\n2,0.25,1.5\n")
+    assert project.read_history(tmp_path / "history.csv") == [
+        {"epoch": 1.0, "train_loss": 2.5}, {"epoch": 2.0, "train_loss": 0.25, "test_loss": 1.5},
+    ]  # fmt: skip
+    (tmp_path / "history.csv").write_text("epoch\none\n")
+    with pytest.raises(ResgridError, match="could not convert"):
+        project.read_history(tmp_path / "history.csv")
+
+
+def test_meta_is_none_only_where_there_is_none(tmp_path: Path) -> None:
+    assert project.read_meta(tmp_path) is None
+    write(tmp_path, {"data/processed/meta.json": json.dumps({"digest": "sha256:1"})})
+    assert project.read_meta(tmp_path) == {"digest": "sha256:1"}
+    write(tmp_path, {"data/processed/meta.json": "{"})
+    with pytest.raises(ResgridError, match="cannot be read"):
+        project.read_meta(tmp_path)
