@@ -51,6 +51,7 @@ preprocess:
   training_fraction: {training}
   seed: 0
 grid: {{architectures: [resnet20], optimizers: [sgd, adam], seeds: {seeds}, own_architectures: []}}
+rates: {{factors: []}}
 recipes:
   resnet20:{recipe}
 tuning:

@@ -129,6 +129,15 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("studies/lr-0p5/architecture", "resnet9", "studies.lr-0p5.architecture: must be 'resnet20'"),
         ("studies/lr-0p5/optimizer", "adm", "or 'adamw' (it is \"adm\")"),
         ("studies/lr-0p5", {"optimizer": "adam", "seed": 0}, "studies.lr-0p5.architecture: this key is missing"),
+        ("rates", {}, "rates.factors: this key is missing"),
+        ("rates/factors", [0.3, 3.0], "rates.factors.1: a factor is a number from 0.001 to 1000, not 1 (that"),
+        ("rates/factors", [1], "rates.factors.0: a factor is a number from 0.001 to 1000, not 1 (that"),
+        ("rates/factors", [0.0001], "rates.factors.0: a factor is a number from 0.001 to 1000, not 1 (that"),
+        ("rates/factors", [10**400], "rates.factors.0: a factor is a number from 0.001 to 1000, not 1 (that"),
+        ("rates/factors", [0.1234567], "rates.factors.0: a factor is a number from 0.001 to 1000, not 1 (that"),
+        ("rates/factors", ["0.3"], "rates.factors.0: must be a valid number (it is \"0.3\")"),
+        ("rates/factors", [True], "rates.factors.0: must be a valid number (it is true)"),
+        ("rates/factors", [0.3, 0.3], "rates: factors holds a value twice"),
         ("recipes/vgg16/initial_weights", {"name": "mlflow", "uri": "models:/vgg@best"}, "uri: an alias moves"),
     ],
 )  # fmt: skip
@@ -140,10 +149,20 @@ def test_a_mistake_is_refused_with_its_key_and_its_value(raw, path, value, said)
     assert str(refusal.value).startswith("params.yaml: ")
 
 
-def test_a_study_cannot_be_called_as_a_cell_of_any_grid_is(raw):
-    raw["studies"]["resnet20-sgd-7"] = raw["studies"]["lr-0p5"]
-    with pytest.raises(ResgridError, match=r"studies\.resnet20-sgd-7: that is the name of a cell"):
+@pytest.mark.parametrize("name", ["resnet20-sgd-7", "resnet20-sgd-7-x30"])
+def test_a_study_cannot_be_called_as_a_cell_of_any_grid_is(raw, name):
+    raw["studies"][name] = raw["studies"]["lr-0p5"]
+    with pytest.raises(ResgridError, match=rf"studies\.{name}: that is the name of a cell"):
         parse_params(raw)
+
+
+def test_a_file_without_rates_says_in_one_line_what_to_add(raw):
+    del raw["rates"]
+    with pytest.raises(ResgridError) as refusal:
+        parse_params(raw)
+    assert str(refusal.value) == (
+        "params.yaml: rates: this key is missing; add the line `rates: {factors: []}`, for no other learning rates"
+    )
 
 
 def test_an_architecture_of_the_grid_needs_its_recipe_and_rates(raw):

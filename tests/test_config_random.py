@@ -149,6 +149,7 @@ def whole(draw: st.DrawFn) -> dict[str, Any]:
             "optimizers": draw(st.lists(st.sampled_from(optimizers), min_size=1, unique=True)),
             "seeds": draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4, unique=True)),
         },
+        "rates": {"factors": draw(st.lists(st.sampled_from([0.001, 0.3, 3, 10, 1000]), unique=True))},
         "recipes": recipe,
         "tuning": tuning,
         "optimizers": {
@@ -169,7 +170,8 @@ def test_every_valid_configuration_loads_and_its_grid_expands(raw: dict[str, Any
     params = parse_params(raw)
     cells = expand(params)
     grid = raw["grid"]
-    num = len(grid["architectures"]) * len(grid["optimizers"]) * len(grid["seeds"]) + len(raw["studies"])
+    num = len(grid["architectures"]) * len(grid["optimizers"]) * len(grid["seeds"])
+    num = num * (1 + len(raw["rates"]["factors"])) + len(raw["studies"])
     assert len(cells) == num == len({cell.digest for cell in cells})
     assert find_cell(params, cells[-1].id) == cells[-1]
 

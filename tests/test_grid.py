@@ -7,12 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from resgrid.config import load_params
+from resgrid.config import Params, load_params, parse_params
+from resgrid.edit import assign
 from resgrid.errors import ResgridError
 from resgrid.grid import choose, expand, find_cell, flat
 
-PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+ROOT = Path(__file__).parents[1]
+PARAMS = load_params(ROOT / "params.yaml")
+
+
+def with_factors(factors: str, text: str = (ROOT / "params.yaml").read_text()) -> Params:
+    return parse_params(YAML(typ="safe").load(assign(text, [f"rates.factors={factors}"])))
 
 
 def test_cells_come_in_the_order_of_the_lists_and_studies_last() -> None:
@@ -66,3 +73,60 @@ def test_patterns_choose_cells_in_their_order_and_none_twice() -> None:
         ResgridError, match=r"no cell is called 'resnet20-adma-0'; did you mean resnet20-adam-0"
     ):
         choose(PARAMS, ["resnet20-*", "resnet20-adma-0"])
+
+
+@pytest.mark.parametrize(
+    ("file", "digest"),
+    [
+        ("params.yaml", "e598bb091fbe34f9ea6620c85ad072dd9716f56a14a22e5ec74c3811bcddc6dd"),
+        ("examples/digits/params.yaml", "46c72416b7004e09923ef8dce684e47ddbad195f6908200c7dd9d146cb6443e5"),
+    ],
+)
+def test_the_grids_own_cells_have_the_names_and_digests_of_before_there_were_rates(
+    file: str, digest: str
+) -> None:
+    for params in (load_params(ROOT / file), with_factors("[0.1, 3]", (ROOT / file).read_text())):
+        cells = [cell for cell in expand(params) if cell.rate_factor == 1]
+        lines = "\n".join(f"{cell.id} {cell.stage} {cell.digest}" for cell in cells)
+        assert hashlib.sha256(lines.encode()).hexdigest() == digest
+
+
+def test_a_cell_at_another_rate_is_the_grids_cell_with_its_exact_rate_and_nothing_else() -> None:
+    params = with_factors("[0.3, 3]")
+    cells = {cell.id: cell for cell in expand(params)}
+    assert len(cells) == 36 * 3 + len(params.studies)
+    base, low, high = (cells[f"resnet20-sgd-0{end}"] for end in ("", "-x0.3", "-x3"))
+    assert (base.optimizer.lr, low.optimizer.lr, high.optimizer.lr) == (0.1, 0.03, 0.3)  # 0.1 * 3 is 0.30…04
+    assert (low.rate_factor, low.study, low.is_base, base.is_base) == (0.3, None, False, True)
+    assert (low.stage, low.key("epochs")) == ("train-rate@resnet20-sgd-0-0.3", "recipes.resnet20.epochs")
+    changed = {key for key, value in flat(low.numbers).items() if flat(base.numbers)[key] != value}
+    assert changed == {"learning_rate"}
+    assert not any(cell.is_base for cell in cells.values() if cell.study)
+
+
+def test_cells_at_other_rates_stand_between_the_grids_own_and_the_studies() -> None:
+    ids = [cell.id for cell in expand(with_factors("[0.3, 10]"))]
+    assert ids[:36] == [cell.id for cell in expand(PARAMS)][:36]
+    assert ids[36:39] == ["resnet20-sgd-0-x0.3", "resnet20-sgd-0-x10", "resnet20-adam-0-x0.3"]
+    assert ids[36 * 3 :] == list(PARAMS.studies)
+
+
+def test_a_pattern_takes_all_rates_and_one_that_ends_with_the_seed_the_grids_own() -> None:
+    params = with_factors("[0.3, 3]")
+    assert [cell.id for cell in choose(params, ["resnet20-sgd*"])] == [
+        "resnet20-sgd-0", "resnet20-sgd-0-x0.3", "resnet20-sgd-0-x3"
+    ]  # fmt: skip
+    assert {cell.rate_factor for cell in choose(params, ["resnet20-*"])} == {0.3, 1, 3}
+    assert {cell.rate_factor for cell in choose(params, ["*-adam-?"])} == {1}
+    assert {cell.rate_factor for cell in choose(params, ["*-x3"])} == {3}
+
+
+def test_an_own_network_has_a_stage_of_its_own_for_other_rates() -> None:
+    raw = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    raw["grid"] |= {"architectures": ["resnet20"], "own_architectures": ["tiny"], "optimizers": ["sgd"]}
+    raw["recipes"]["tiny"], raw["tuning"]["tiny"] = raw["recipes"]["resnet20"], raw["tuning"]["resnet20"]
+    raw["rates"] = {"factors": [0.3]}
+    assert [cell.stage for cell in expand(parse_params(raw)) if not cell.study] == [
+        "train@resnet20-sgd-0", "train-own@tiny-sgd-0",
+        "train-rate@resnet20-sgd-0-0.3", "train-own-rate@tiny-sgd-0-0.3",
+    ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
@@ -284,6 +285,31 @@ class Grid(Strict):
         return self
 
 
+def _as_named(factor: Any) -> Any:
+    """A factor as its stage's name has it: DVC would call 3.0 `x3.0`."""
+    if type(factor) in (int, float) and not (0.001 <= factor <= 1000 and str(factor) == f"{factor:g}" != "1"):
+        raise ValueError(
+            "a factor is a number from 0.001 to 1000, not 1 (that is the grid's own cell), and written as "
+            f"0.3 or 3, not as 3.0 (it is {shown(factor)})"
+        )
+    return factor
+
+
+class Rates(Strict):
+    """Every cell of the grid at its learning rate times each of `factors` as well.
+
+    The same factors for every optimizer give each the same number of tries. Studies have none.
+    """
+
+    factors: tuple[Annotated[float, BeforeValidator(_as_named)], ...]
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        if len(set(self.factors)) != len(self.factors):
+            raise ValueError("factors holds a value twice")
+        return self
+
+
 class Engine(Strict):
     """How a cell is computed, apart from its recipe; `auto` goes by the device and the cell's work."""
 
@@ -299,6 +325,7 @@ class Params(Strict):
     data: Data
     preprocess: Preprocess
     grid: Grid
+    rates: Rates
     recipes: dict[str, Recipe]
     optimizers: dict[str, dict[OptimizerName, Optimizer]]  # settings and tuning together
     studies: dict[str, Study]
@@ -322,6 +349,7 @@ class _File(Strict):
     data: Data
     preprocess: Preprocess
     grid: Grid
+    rates: Rates
     recipes: dict[Architecture, Recipe]  # how an architecture is trained
     tuning: dict[Architecture, dict[OptimizerName, dict[str, Any]]]  # its rate, and settings of its own
     optimizers: dict[OptimizerName, dict[str, Any]]  # settings that are the same for all architectures
@@ -420,7 +448,9 @@ def _study(
     check: Check,
 ) -> Study | None:
     changes = head.model_extra or {}
-    if re.fullmatch(rf"({'|'.join([*ARCHITECTURES, *file.recipes])})-({'|'.join(OPTIMIZERS)})-\d+", name):
+    if re.fullmatch(
+        rf"({'|'.join([*ARCHITECTURES, *file.recipes])})-({'|'.join(OPTIMIZERS)})-\d+(-x\d+)?", name
+    ):
         check.problem(f"studies.{name}", "that is the name of a cell; take another one")
     if head.architecture in file.grid.own_architectures:
         check.problem(

@@ -1,4 +1,4 @@
-"""The cells of the grid: architecture x optimizer x seed, and the studies beside it."""
+"""The cells of the grid: architecture x optimizer x seed, at other rates too, and the studies beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from typing import Any
 
 from resgrid.config import Engine, Optimizer, Params, Recipe
@@ -19,7 +20,10 @@ class Cell(Strict):
     """One training run, with every number that makes its result."""
 
     id: str  # its folder, its MLflow run and its Prefect task are called by this name
-    study: str | None  # None: a cell of the grid
+    study: str | None  # None: a cell of the grid, at its own rate or another
+    rate_factor: (
+        float  # by which its rate differs from that of the grid's own cell; 1 for that and for studies
+    )
     architecture: str
     optimizer: Optimizer
     seed: int
@@ -39,8 +43,13 @@ class Cell(Strict):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Every number that makes the result, as JSON has them."""
-        return self.model_dump(mode="json", exclude={"id", "study", "changes"})
+        """Every number that makes the result, as JSON has them; the factor stands in the rate."""
+        return self.model_dump(mode="json", exclude={"id", "study", "rate_factor", "changes"})
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the grid's own cell: no study, and at the rate that params.yaml names."""
+        return self.study is None and self.rate_factor == 1
 
     @property
     def digest(self) -> str:
@@ -50,10 +59,14 @@ class Cell(Strict):
 
     @property
     def stage(self) -> str:
-        """The name of its stage in `dvc.yaml`."""
+        """The name of its stage in `dvc.yaml`: what stands after the @ is not always its id."""
         if self.study:
             return f"train-study@{self.study}"
-        return f"train-own@{self.id}" if own_file(self.architecture) else f"train@{self.id}"
+        stage = "train-own" if own_file(self.architecture) else "train"
+        base = f"{self.architecture}-{self.optimizer.name}-{self.seed}"
+        if self.rate_factor == 1:
+            return f"{stage}@{base}"
+        return f"{stage}-rate@{base}-{self.rate_factor:g}"
 
     def key(self, name: str) -> str:
         """Where its value of a recipe's key stands in params.yaml, such as `recipes.resnet20.epochs`."""
@@ -63,11 +76,12 @@ class Cell(Strict):
 
 
 def expand(params: Params) -> list[Cell]:
-    """Every cell of `params`, the grid's first, in the order of its lists."""
-    cells = [
+    """Every cell of `params`: the grid's own, those at other rates, studies; in the order of the lists."""
+    base = [
         Cell(
             id=f"{architecture}-{optimizer}-{seed}",
             study=None,
+            rate_factor=1,
             architecture=architecture,
             optimizer=params.optimizers[architecture][optimizer],
             seed=seed,
@@ -79,9 +93,21 @@ def expand(params: Params) -> list[Cell]:
         for optimizer in params.grid.optimizers
         for seed in params.grid.seeds
     ]
-    for name, study in params.studies.items():
-        cells.append(Cell(id=name, study=name, engine=params.engine, **dict(study)))
-    return cells
+    others = [at_rate(cell, factor) for cell in base for factor in params.rates.factors]
+    studies = [
+        Cell(id=name, study=name, rate_factor=1, engine=params.engine, **dict(study))
+        for name, study in params.studies.items()
+    ]
+    return base + others + studies
+
+
+def at_rate(cell: Cell, factor: float) -> Cell:
+    """`cell` at `factor` times its learning rate and nothing else; the product is the exact decimal one."""
+    rate = float(Decimal(str(cell.optimizer.lr)) * Decimal(str(factor)))  # 0.3 of 0.1 and 3, not 0.30…04
+    optimizer = cell.optimizer.model_copy(update={"lr": rate})
+    return cell.model_copy(
+        update={"id": f"{cell.id}-x{factor:g}", "rate_factor": factor, "optimizer": optimizer}
+    )
 
 
 def flat(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from resgrid.errors import suggest
 
+MISSING = {"rates": "; add the line `rates: {factors: []}`, for no other learning rates"}  # new
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -48,7 +50,7 @@ def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
         parent, _, last = key.rpartition(".")
         match problem["type"]:
             case "missing":
-                what = "this key is missing"
+                what = f"this key is missing{MISSING.get(key, '')}"
             case "extra_forbidden":
                 beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
                 what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"

@@ -1,0 +1,213 @@
+"""Rates beside the grid's own: their DVC stages for real, and the choice on leaderboards made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+from small import Project, digits
+
+from resgrid.report.rates import Bracket, NotChosen, RateChoice, choose_rates
+
+
+def recorded(project: Project) -> dict[str, str]:
+    """What dvc.lock says of each stage."""
+    stages = YAML(typ="safe").load(project.root / "dvc.lock")["stages"]
+    return {name: repr(stage) for name, stage in stages.items()}
+
+
+def repro(project: Project, *arguments: str) -> set[str]:
+    """The stages whose command ran."""
+    done = project.run("dvc", "repro", *arguments)
+    assert done.returncode == 0, done.stderr
+    return {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage '")}
+
+
+def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_recorded(tmp_path: Path) -> None:
+    project = digits(tmp_path / "a project")
+    project.set("grid.optimizers=[sgd]")
+    assert repro(project, "train", "train-rate") == {"download", "preprocess", "train@resnet20-sgd-0"}
+    base = recorded(project)
+
+    project.set("rates.factors=[0.3]")
+    assert repro(project, "train", "train-rate") == {"train-rate@resnet20-sgd-0-0.3"}
+    tried = recorded(project)
+    assert base.items() <= tried.items()
+
+    project.set("rates.factors=[0.3, 10]")
+    assert repro(project, "train", "train-rate") == {"train-rate@resnet20-sgd-0-10"}
+    assert tried.items() <= recorded(project).items()
+    for end, rate in (("", 0.05), ("-x0.3", 0.015), ("-x10", 0.5)):
+        run = json.loads((project.root / f"runs/resnet20-sgd-0{end}/run.json").read_text())
+        assert (run["learning_rate"], run["cell"]) == (rate, f"resnet20-sgd-0{end}")
+
+    everything = recorded(project)
+    project.set("rates.factors=[]")
+    assert repro(project, "train", "train-rate") == set()
+    assert recorded(project) == everything
+
+
+# --- the choice, on leaderboards made by hand: 100 validation images, 1,000 test images, 10 classes ------
+
+Seeds = list[tuple[float, float] | None]  # validation and test accuracy of each seed; None: diverged
+
+
+def board(**optimizers: dict[float, Seeds]) -> pd.DataFrame:
+    """A leaderboard of ResNet-20 by optimizer and factor, with a study that belongs to no optimizer's tries."""
+    rows: list[dict[str, Any]] = [
+        {
+            "cell": f"resnet20-{optimizer}-{seed}" + ("" if factor == 1 else f"-x{factor:g}"),
+            "architecture": "resnet20",
+            "optimizer": optimizer,
+            "seed": seed,
+            "study": None,
+            "rate_factor": factor,
+            "learning_rate": 0.1 * factor,
+            "status": "completed" if accuracies else "diverged",
+            "validation_accuracy": accuracies[0] if accuracies else 0.3,  # of its last epoch before
+            "test_accuracy": accuracies[1] if accuracies else 0.3,
+        }
+        for optimizer, factors in optimizers.items()
+        for factor, values in factors.items()
+        for seed, accuracies in enumerate(values)
+    ]
+    study = rows[0] | {
+        "cell": "a-study",
+        "study": "a-study",
+        "rate_factor": 1.0,
+        "validation_accuracy": 0.999,
+    }
+    return pd.DataFrame([*rows, study])
+
+
+def choices(frame: pd.DataFrame, num_validation: int = 100) -> dict[str, RateChoice]:
+    found = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
+    return {choice.optimizer: choice for choice in found}
+
+
+def sgd(factors: dict[float, Seeds]) -> RateChoice:
+    return choices(board(sgd=factors))["sgd"]
+
+
+def test_the_rate_is_chosen_by_validation_and_reported_on_test() -> None:
+    choice = sgd(
+        {
+            0.1: [(0.80, 0.90), (0.82, 0.91)],
+            1: [(0.70, 0.95), (0.70, 0.97)],  # the best on test
+            3: [(0.85, 0.84), (0.87, 0.86)],  # 172 of 200 validation images
+            10: [(0.60, 0.80), (0.60, 0.80)],
+        }
+    )
+    assert (choice.factor, choice.not_chosen, choice.bracket) == (3, None, Bracket.INSIDE)
+    assert choice.chosen.learning_rate == pytest.approx(0.3)
+    assert choice.chosen.test_accuracy == pytest.approx(0.85)
+    assert choice.chosen.validation_accuracy == pytest.approx(0.86)
+    assert choice.base.test_accuracy == pytest.approx(0.96)
+    assert [point.factor for point in choice.curve] == [0.1, 1, 3, 10]
+
+
+def test_rates_tie_in_whole_images_and_the_nearest_to_the_base_rate_is_taken() -> None:
+    """100 of 300 images each, though 0.4 + 0.3 + 0.3 is 1 in floats and 0.7 + 0.1 + 0.2 a bit less."""
+    more: Seeds = [(0.4, 0.5), (0.3, 0.5), (0.3, 0.5)]
+    less: Seeds = [(0.7, 0.5), (0.1, 0.5), (0.2, 0.5)]
+    worse: Seeds = [(0.1, 0.5)] * 3
+    assert sgd({0.3: more, 1: worse, 3: less}).factor == 3  # |log 3| is 1.10, |log 0.3| 1.20
+    assert sgd({0.1: less, 1: worse, 10: more}).factor == 0.1  # as near as 10, and the lower
+    assert sgd({0.3: more, 1: less, 3: more}).factor == 1
+
+
+def test_one_surviving_seed_is_not_chosen_and_a_diverged_end_brackets() -> None:
+    choice = sgd(
+        {
+            0.3: [(0.60, 0.60), (0.60, 0.60)],
+            1: [(0.80, 0.80), (0.80, 0.80)],
+            3: [(0.99, 0.99), None],
+        }
+    )
+    assert (choice.factor, choice.bracket, choice.to_try) == (1, Bracket.INSIDE, ())
+    assert choice.plateau == (1,)
+    assert [point.num_diverged for point in choice.curve] == [0, 0, 1]
+    assert choice.curve[-1].validation == (0.99, None)
+
+
+def test_where_every_factor_has_a_diverged_seed_a_diverged_one_counts_as_a_guess() -> None:
+    choice = sgd(
+        {
+            0.3: [(0.90, 0.91), None, None],  # 90 + 10 + 10 = 110
+            1: [(0.45, 0.40), (0.45, 0.40), None],  # 45 + 45 + 10 = 100
+            3: [(0.65, 0.66), (0.65, 0.66), None],  # 65 + 65 + 10 = 140
+        }
+    )
+    assert choice.factor == 3
+    assert choice.one_seed_cost is None
+
+
+@pytest.mark.parametrize("status", ["stale", "other data", "failed", "missing"])
+def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_result(status: str) -> None:
+    tried: dict[float, Seeds] = {0.3: [(0.9, 0.9)], 1: [(0.8, 0.8)], 3: [(0.7, 0.7)]}
+    frame = board(sgd=tried, adam=tried)
+    frame.loc[frame["cell"] == "resnet20-adam-0-x3", "status"] = status
+    for choice in choices(frame).values():
+        assert (choice.factor, choice.not_chosen) == (1, NotChosen.INCOMPLETE)
+        assert choice.missing == ("resnet20-adam-0-x3",)
+        assert (choice.bracket, choice.expected, choice.plateau) == (None, (), ())
+        assert choice.base.test_accuracy == pytest.approx(0.8)
+
+
+def test_nothing_is_chosen_without_a_validation_split_or_without_factors() -> None:
+    frame = board(sgd={0.3: [(0.9, 0.9)], 1: [(0.8, 0.8)]}).assign(validation_accuracy=float("nan"))
+    assert choices(frame, num_validation=0)["sgd"].not_chosen is NotChosen.NO_VALIDATION
+    assert sgd({1: [(0.8, 0.8)]}).not_chosen is NotChosen.NO_FACTORS
+    assert sgd({1: [(0.8, 0.8)]}).chosen.test_accuracy == pytest.approx(0.8)
+
+
+def flat(*validation: float) -> dict[float, Seeds]:
+    """Two seeds of 100 images each at 0.1, 0.3, 1, 3, 10; a point is 2 of the 200 images."""
+    return {f: [(v, 0.5), (v, 0.5)] for f, v in zip((0.1, 0.3, 1, 3, 10), validation, strict=True)}
+
+
+def test_a_best_rate_at_an_end_is_not_bracketed_and_the_next_factor_is_named() -> None:
+    top, bottom = sgd(flat(0.5, 0.6, 0.7, 0.8, 0.9)), sgd(flat(0.9, 0.8, 0.7, 0.6, 0.5))
+    assert (top.factor, top.bracket, top.to_try) == (10, Bracket.AT_END, (30,))
+    assert (bottom.factor, bottom.bracket, bottom.to_try) == (0.1, Bracket.AT_END, (0.03,))
+
+
+def test_an_end_within_a_point_of_the_best_may_have_the_best_behind_it() -> None:
+    reaches, below = sgd(flat(0.5, 0.6, 0.7, 0.90, 0.89)), sgd(flat(0.5, 0.6, 0.7, 0.90, 0.88))
+    assert (reaches.factor, reaches.bracket, reaches.to_try) == (3, Bracket.REACHES_END, (30,))
+    assert (below.factor, below.bracket, below.to_try) == (3, Bracket.INSIDE, ())
+
+
+def test_the_plateau_is_what_lies_within_a_point_and_is_contiguous() -> None:
+    assert sgd(flat(0.5, 0.89, 0.90, 0.89, 0.6)).plateau == (0.3, 1, 3)
+    broken = sgd(flat(0.90, 0.80, 0.90, 0.89, 0.6))  # 0.1 is as good as 1, but 0.3 lies between
+    assert (broken.factor, broken.plateau) == (1, (1, 3))
+    assert (broken.bracket, broken.to_try) == (Bracket.REACHES_END, (0.03,))
+
+
+def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors() -> None:
+    """One seed. By validation 1 (test 0.70), 10 (0.72), 0.1 (0.50): of the three pairs two have 1, one 10."""
+    choice = sgd({0.1: [(0.6, 0.50)], 1: [(0.8, 0.70)], 10: [(0.7, 0.72)]})
+    expected = [(0.70 + 0.72 + 0.50) / 3, (2 * 0.70 + 0.72) / 3, 0.70]
+    assert [interval.estimate for interval in choice.expected] == pytest.approx(expected)
+    assert all(math.isnan(interval.low) for interval in choice.expected)
+    assert choice.one_seed_cost == pytest.approx(0)
+
+
+def test_expected_accuracy_ranks_a_diverged_try_last_and_counts_it_as_a_guess() -> None:
+    """Seed 0 as above. Seed 1: 0.1 (test 0.80), 1 (0.60), and a guess among 10 classes (0.10)."""
+    choice = sgd({0.1: [(0.6, 0.50), (0.9, 0.80)], 1: [(0.8, 0.70), (0.7, 0.60)], 10: [(0.7, 0.72), None]})
+    seeds = [(0.64, 0.5), ((2 * 0.70 + 0.72) / 3, (2 * 0.80 + 0.60) / 3), (0.70, 0.80)]
+    assert [interval.estimate for interval in choice.expected] == pytest.approx(
+        [sum(pair) / 2 for pair in seeds]
+    )
+    # Of 0.70 and 0.80 the standard error is 0.05; t of one degree of freedom is 12.706.
+    assert choice.expected[-1][1:3] == pytest.approx((0.75 - 12.706 * 0.05, 0.75 + 12.706 * 0.05), abs=1e-4)
+    # 60 + 90 images at 0.1 tie with 80 + 70 at 1, which is chosen; its test accuracy is 0.65.
+    assert (choice.factor, choice.chosen.test_accuracy) == (1, pytest.approx(0.65))
+    assert choice.one_seed_cost == pytest.approx(0.65 - 0.75)
