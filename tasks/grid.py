@@ -17,7 +17,8 @@ from functools import partial
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State as RunState
+from prefect.client.schemas.objects import TaskRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
@@ -27,11 +28,12 @@ from resgrid import watch
 from resgrid.dvc.ask import Busy
 from resgrid.dvc.ask import remote as dvc_remote
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
-from resgrid.dvc.process import PASSING, StageFailed, Stopped, held, repair, reproduce, run_logged
+from resgrid.dvc.process import StageFailed, Stopped, acquire, repair, reproduce, run_logged
 from resgrid.errors import ResgridError
 from resgrid.grid import choose
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import amount, duration
+from resgrid.stage_record import Fault, State
 from tasks.order import DATA_STAGES, Order
 from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
 from tasks.pool import MAX_UNTAKEN, Pool
@@ -79,11 +81,10 @@ def grid_run(
     pipeline = Pipeline.find(folder)
     end_with_worker()
     stop = threading.Event()
-    why = "another train-all is at work in this pipeline"
-    with held(pipeline.lock(GRID), why, get_run_logger().info, stop):
+    with acquire(pipeline.lock(GRID), "another train-all, which is at work in this pipeline", stop):
         grid = Grid(pipeline, slots, force, where, device, asked, stop)
         try:
-            repair(pipeline, grid.say, stop)
+            repair(pipeline, stop)
             grid.choose(cells)
             yield grid
         finally:
@@ -96,10 +97,10 @@ def end_with_worker() -> None:
         watch.watch(watch.describe(os.getppid()), grace_seconds=WORKER_GRACE_SECONDS)
 
 
-def can_pass(task: Task[..., State], run: TaskRun, state: State) -> bool:
+def can_pass(task: Task[..., RunState], run: TaskRun, state: RunState) -> bool:
     """Whether a stage failed by what can pass by itself: a lost connection, for instance."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StageFailed) and error.fault in PASSING
+    return isinstance(error, StageFailed) and error.fault is not None and error.fault.transient
 
 
 @task(
@@ -111,16 +112,16 @@ def can_pass(task: Task[..., State], run: TaskRun, state: State) -> bool:
     retry_delay_seconds=PAUSE_SECONDS,
     retry_condition_fn=can_pass,
 )
-def stage(title: str, slot: str, grid: Grid, env: dict[str, str]) -> State:
+def stage(title: str, slot: str, grid: Grid, env: dict[str, str]) -> RunState:
     """One stage, under the name by which a person knows it, brought up to date by DVC."""
     return grid.reproduce(title, slot, env)
 
 
 @task(name="sync", task_run_name="sync", cache_policy=NO_CACHE, persist_result=False)
-def sync(grid: Grid) -> State:
+def sync(grid: Grid) -> RunState:
     """Give every current cell its complete run in MLflow, also those that DVC restored."""
     try:
-        run_logged(grid.pipeline, "sync", ["resgrid", "sync"], grid.env, get_run_logger().info, grid.stop)
+        run_logged(grid.pipeline, "sync", ["resgrid", "sync"], grid.env, grid.stop)
     except StageFailed as failure:
         grid.failures["sync"] = failure
         return Failed(message=str(failure))
@@ -154,7 +155,7 @@ class Grid:
         self.crowded: list[str] = []  # cells that ran out of memory beside others
         self.seconds: dict[str, float] = {}  # expected, by stage
         self.slots: list[Slot] = [whole_machine()]
-        self.futures: dict[str, PrefectFuture[State]] = {}
+        self.futures: dict[str, PrefectFuture[RunState]] = {}
         self.pool: Pool | None = None
         self._held: dict[str, Callable[[], None]] = {}  # by cell: what gives its slot back
         self._exits = ExitStack()
@@ -235,7 +236,7 @@ class Grid:
         self.page.progress(self.progress)
         self.page.flush()
 
-    def verdict(self) -> State:
+    def verdict(self) -> RunState:
         """Completed, or Failed with each failure: what, why, the end of its log and where the rest is."""
         num = Counter(self.progress.cells.values())
         summary = ", ".join(f"{num[each]} {each}" for each in (TRAINED, RESTORED, FRESH, FAILED) if num[each])
@@ -260,7 +261,7 @@ class Grid:
 
     # --- one stage, within its task -------------------------------------------------------------------
 
-    def reproduce(self, title: str, slot: str, env: dict[str, str]) -> State:
+    def reproduce(self, title: str, slot: str, env: dict[str, str]) -> RunState:
         """The state that the stage's task ends in; raises StageFailed."""
         step, tries = self.plan.by_title[title], runtime.task_run.run_count
         force = self.force and step.cell is not None
@@ -279,7 +280,6 @@ class Grid:
                     self.pipeline,
                     step.stage,
                     {**env, **self.env},
-                    say,
                     force=force,
                     stop=self.stop,
                     slot=slot,
@@ -292,10 +292,10 @@ class Grid:
         except StageFailed as failure:
             status = FAILED
             self.failures[title] = failure
-            if failure.fault == "memory" and len(self.running) > 1:
+            if failure.fault == Fault.MEMORY and len(self.running) > 1:
                 status = WAITING
                 self.crowded.append(title)
-            elif failure.fault in PASSING and tries <= RETRIES:
+            elif failure.fault and failure.fault.transient and tries <= RETRIES:
                 status = WAITING
                 say(f"{title}: {failure.why}: this can pass, so it is tried again")
             raise
@@ -368,9 +368,9 @@ class Grid:
         if step.state != "up to date" or not self.force or not step.cell:
             return step.state == "up to date"
         record = self.pipeline.record(step.stage)
-        return bool(record and record.status == "good" and record.ended and record.ended > self.asked)
+        return bool(record and record.status == State.DONE and record.ended and record.ended > self.asked)
 
-    def _note_if_lost(self, title: str, state: State) -> None:
+    def _note_if_lost(self, title: str, state: RunState) -> None:
         """A stage that failed without a failure of its own: Prefect could not run its task."""
         if not (state.is_completed() or state.is_cancelled() or title in self.failures):
             why = f"its task did not run: {state.message}"
@@ -397,7 +397,7 @@ class Grid:
         """Let the workers of a pool train the cells: these get the data, and the cells a queue."""
         order = Order.of(self.pipeline, self.device)
         push = [*DVC_COMMAND, "push", "--run-cache", *DATA_STAGES]
-        run_logged(self.pipeline, "push-data", push, {}, self.say, self.stop)
+        run_logged(self.pipeline, "push-data", push, {}, self.stop)
         client = self._exits.enter_context(get_client(sync_client=True))
         self.pool = Pool(client, self.where, self.pipeline, order, self.env, self.say, self.stop)
         self.slots = [Slot(self.where, whole_machine().threads)] * MAX_UNTAKEN

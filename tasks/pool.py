@@ -41,9 +41,9 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectExcep
 from prefect.states import Cancelling, Crashed
 
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import Fault, Outcome, StageFailed, Stopped, reproduce
+from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
 from resgrid.errors import ResgridError
-from resgrid.stage_record import RECORD_ONLY
+from resgrid.stage_record import RECORD_ONLY, Fault
 from tasks.order import Order
 from tasks.plan import Step
 
@@ -127,7 +127,7 @@ class Pool:
                 why = why.removeprefix(f"{step.stage}: ")
                 tail = [line.strip() for line in lines if not line.startswith("    All of it:")]
                 where = f"flow run {run.name} ({run.id})"
-                fault: Fault | None = "connection" if state.name == PASSING else None
+                fault: Fault | None = Fault.CONNECTION if state.name == PASSING else None
                 raise StageFailed(step.stage, why, tail, where, fault)
             say(f"{why}; it is placed again")
             follow(False)
@@ -284,11 +284,10 @@ def record(
     With `others` it is whether it has one of each. No command of a stage runs. Raises Stopped after `stop`.
     """
     try:
-        reproduce(
-            pipeline, stage, {**env, RECORD_ONLY: "1"}, say, pull=True, stop=stop, others=sorted(others)
-        )
+        reproduce(pipeline, stage, {**env, RECORD_ONLY: "1"}, pull=True, stop=stop, others=sorted(others))
     except StageFailed as failure:
-        if failure.fault is None and not any("Failed to pull run cache" in line for line in failure.tail):
+        away = any("Failed to pull run cache" in line for line in failure.tail)
+        if failure.fault == Fault.NO_RESULT and not away:
             return False  # its command was about to run
         say(f"the DVC remote does not answer as it should: {failure.why}\n    All of it: {failure.log}")
         return None

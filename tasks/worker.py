@@ -25,7 +25,6 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists, PrefectException
-from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
 
@@ -33,7 +32,7 @@ from resgrid import mps, tracking
 from resgrid.config import load_params
 from resgrid.dvc.ask import remote as dvc_remote
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
-from resgrid.dvc.process import StageFailed, Stopped, held, reproduce, run_logged
+from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run_logged
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.progress import duration
@@ -68,7 +67,6 @@ def train_for(cell: str, folder: str, order: Order) -> State:
         return Failed(name=REFUSED, message=why)
     end_with_worker()
     stage = find_cell(load_params(pipeline.folder / "params.yaml"), cell).stage
-    say = get_run_logger().info
     env = flow_environment() | {"RESGRID_SHARED_CHECKPOINTS": "1"}
     if order.device and not os.environ.get("RESGRID_DEVICE", "").startswith(order.device):
         os.environ["RESGRID_DEVICE"] = order.device  # of this process: by it the slots are cut as well
@@ -77,9 +75,9 @@ def train_for(cell: str, folder: str, order: Order) -> State:
     try:
         with _owned(cell, order, stop) as check, _slot(pipeline, stop) as slot:
             bring_data(pipeline, order, stop)
-            reproduce(pipeline, stage, {**env, **slot.env}, say, stop=stop, slot=slot.name)
+            reproduce(pipeline, stage, {**env, **slot.env}, stop=stop, slot=slot.name)
             check()
-            push(pipeline, stage, say, stop)
+            push(pipeline, stage, stop)
     except NotPushed as failure:
         return Failed(name=PASSING, message=str(failure))
     except StageFailed as failure:
@@ -95,20 +93,18 @@ class NotPushed(ResgridError):
     """The DVC remote did not take a result."""
 
 
-def push(pipeline: Pipeline, stage: str, say: Callable[[str], None], stop: threading.Event) -> None:
+def push(pipeline: Pipeline, stage: str, stop: threading.Event) -> None:
     """The result of `stage` to the DVC remote; raises NotPushed if it does not take it.
 
     All outputs that are recorded here, and then the run cache, of which DVC pushes all: an entry whose
     outputs are not there would be in the way of another worker's.
     """
     for what in (("push",), ("push", "--run-cache", stage)):
-        heard: list[str] = []
         try:
-            run_logged(pipeline, f"push-{stage}", [*DVC_COMMAND, *what], {}, heard.append, stop)
+            heard = run_logged(pipeline, f"push-{stage}", [*DVC_COMMAND, *what], {}, stop)
         except StageFailed as failure:
             raise NotPushed(str(failure)) from None
         for line in heard:
-            say(line)
             if line.startswith("ERROR: "):  # with the run cache, DVC ends well all the same
                 raise NotPushed(f"{stage}: {line.removeprefix('ERROR: ')}")
 
@@ -118,12 +114,11 @@ def bring_data(pipeline: Pipeline, order: Order, stop: threading.Event) -> None:
 
     Raises StageFailed if the remote does not have them, for they are not made here.
     """
-    say = get_run_logger().info
-    with held(pipeline.lock("data"), "another run brings the data", say, stop):
+    with acquire(pipeline.lock("data"), "another run, which brings the data", stop):
         if orders.recorded_data(pipeline) == order.data and (pipeline.folder / "data/processed").is_dir():
             return
         command = [*DVC_COMMAND, "repro", "--pull", "--single-item", *orders.DATA_STAGES]
-        run_logged(pipeline, "bring-data", command, {RECORD_ONLY: "1"}, say, stop)
+        run_logged(pipeline, "bring-data", command, {RECORD_ONLY: "1"}, stop)
         if (found := orders.recorded_data(pipeline)) != order.data:
             log = pipeline.log("bring-data")
             raise StageFailed("data", f"the data here are {found}, the grid's {order.data}", [], log, None)

@@ -65,7 +65,7 @@ leave() {
   mv .resgrid/state/$$ ".resgrid/state/$DVC_STAGE.json"
 }
 ended() {
-  if [ $1 = 0 ]; then leave $(date +%s.%N) good; else leave $(date +%s.%N) fault; fi
+  if [ $1 = 0 ]; then leave $(date +%s.%N) done; else leave $(date +%s.%N) failed; fi
 }
 fail() {
   fault=$1
@@ -79,7 +79,7 @@ if [ -n "$DVC_STAGE" ]; then
   leave null running
   trap 'ended $?' EXIT
 fi
-if [ -n "$RESGRID_RECORD_ONLY" ]; then fail null "not run here"; fi
+if [ -n "$RESGRID_RECORD_ONLY" ]; then fail '"no result"' "not run here"; fi
 echo "$1 begins"
 echo "$1 $$ ${RESGRID_THREADS:-} ${RESGRID_FLOW_RUN_ID:-}" >> trained
 mkdir -p $2

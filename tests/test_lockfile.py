@@ -64,7 +64,7 @@ def recorded_weights(repository: Sleeping) -> dict[str, str]:
 
 
 def mend(repository: Sleeping) -> None:
-    repair(Pipeline.find(repository.root), print, threading.Event())
+    repair(Pipeline.find(repository.root), threading.Event())
 
 
 def assert_all_is_recorded(repository: Sleeping) -> None:
@@ -91,7 +91,7 @@ def test_what_is_trained_after_the_copy_is_recorded_from_its_latest_run(
 ) -> None:
     """Also of a forced run, of whose inputs the run cache has an earlier result."""
     pipeline = Pipeline.find(recorded.root)
-    assert reproduce(pipeline, STAGE, {}, print, force=True).ran
+    assert reproduce(pipeline, STAGE, {}, force=True).ran
     expected, weights = recorded_weights(recorded), (recorded.root / f"runs/{CELL}/weights").read_bytes()
     recorded.run("dvc", "repro", "--single-item", "evaluate")
     trained = recorded.trained()
@@ -106,7 +106,7 @@ def test_what_is_trained_after_the_copy_is_recorded_from_its_latest_run(
 def test_after_dvc_gc_nothing_that_is_recorded_is_trained_anew(recorded: Sleeping) -> None:
     pipeline = Pipeline.find(recorded.root)
     before = recorded_weights(recorded)
-    assert reproduce(pipeline, STAGE, {}, print, force=True).ran  # its entry's outputs go with the next lines
+    assert reproduce(pipeline, STAGE, {}, force=True).ran  # its entry's outputs go with the next lines
     recorded.run("dvc", "repro", "--single-item", "evaluate")
     make_plan(pipeline)
     expected = recorded_weights(recorded)
@@ -123,7 +123,7 @@ def test_after_dvc_gc_nothing_that_is_recorded_is_trained_anew(recorded: Sleepin
 def test_what_dvc_no_longer_has_is_named_and_left_to_a_person(recorded: Sleeping) -> None:
     pipeline = Pipeline.find(recorded.root)
     recorded.change_code()
-    assert reproduce(pipeline, STAGE, {}, print).ran
+    assert reproduce(pipeline, STAGE, {}).ran
     subprocess.run(["rm", "-rf", str(recorded.root / ".dvc/cache/runs")], check=True)
     trained = recorded.trained()
     cut(recorded)

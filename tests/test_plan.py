@@ -21,7 +21,7 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.leftovers import find_leftovers, usage
-from resgrid.stage_record import Record, write_state
+from resgrid.stage_record import Record, State, write_state
 from tasks import slots
 from tasks.plan import Step, expect, longest_first, make_plan, makespan
 from tasks.publish import status
@@ -165,7 +165,7 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
     for record in pipeline.state("").parent.glob("*.json"):
         record.unlink()
     state = pipeline.state("train@resnet20-adam-0")
-    write_state(state, vars(Record("train@resnet20-adam-0", "1:1", 1000.0, 1077.0, "good")))
+    write_state(state, vars(Record("train@resnet20-adam-0", "1:1", 1000.0, 1077.0, State.DONE)))
     try:
         plan = plan_of(repository, slots=slots.num_cores())  # one thread each
         assert plan.by_title["resnet20-sgd-0"].seconds == 12_500.0

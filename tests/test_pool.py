@@ -457,7 +457,7 @@ def test_what_the_remote_has_is_recorded_and_nothing_is_trained_for_the_rest(clo
     assert clone.run("dvc", "push", f"train@{elsewhere}").returncode == 0
     assert taken(origin, there, elsewhere) == [False, False]
     # The next push brings what is left of the one before as well.
-    push(Pipeline.find(clone.root), f"train@{there}", print, threading.Event())
+    push(Pipeline.find(clone.root), f"train@{there}", threading.Event())
     assert taken(origin, there, elsewhere, nowhere) == [True, True, False]
     lock = (origin.root / "dvc.lock").read_text()
     assert [f"train@{cell}" in lock for cell in (there, elsewhere, nowhere)] == [True, True, False]
@@ -470,7 +470,7 @@ def test_cells_that_end_together_are_recorded_together(clones, missing, monkeypa
     cells = ["resnet20-sgd-0", "resnet20-adam-0", "resnet20-rmsprop-0"]
     for cell in set(cells) - set(missing):
         assert clone.run("dvc", "repro", "--single-item", f"train@{cell}").returncode == 0
-        push(Pipeline.find(clone.root), f"train@{cell}", print, threading.Event())
+        push(Pipeline.find(clone.root), f"train@{cell}", threading.Event())
     commands = []
 
     def counted(*arguments: Any, **keywords: Any) -> Outcome:
@@ -501,7 +501,7 @@ def test_a_push_that_the_remote_does_not_take_is_told(clones) -> None:
     runs.parent.mkdir()
     runs.touch()
     with pytest.raises(NotPushed, match="resnet20-sgd-0"):
-        push(Pipeline.find(clone.root), "train@resnet20-sgd-0", print, threading.Event())
+        push(Pipeline.find(clone.root), "train@resnet20-sgd-0", threading.Event())
 
 
 def test_a_remote_that_is_away_says_nothing_of_any_cell(clones) -> None:

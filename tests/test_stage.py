@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sleeping import Sleeping, left_over, sleeping
 from resgrid import watch
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
+from resgrid.stage_record import Fault
 from tasks.plan import make_plan
 
 CELL = "resnet20-sgd-0"
@@ -42,19 +44,33 @@ def stale(repository, monkeypatch):
     return repository
 
 
+class Lines(logging.Handler):
+    """The messages that one thread logs."""
+
+    def __init__(self, thread: threading.Thread, lines: list[str]) -> None:
+        super().__init__()
+        self.thread, self.lines = thread, lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread.ident:
+            self.lines.append(record.getMessage())
+
+
 class Running:
     """`reproduce` in a thread, as the flow calls it."""
 
     def __init__(self, repository: Sleeping, stage: str = STAGE, **more) -> None:
-        self.stop, self.lines = threading.Event(), []
+        self.stop, self.lines = threading.Event(), list[str]()
         self.result: Outcome | BaseException | None = None
         self.pipeline = Pipeline.find(repository.root)
         self.thread = threading.Thread(target=self._run, args=(stage, more))
+        logging.getLogger("resgrid").setLevel(logging.INFO)
+        logging.getLogger("resgrid").addHandler(Lines(self.thread, self.lines))
         self.thread.start()
 
     def _run(self, stage, more) -> None:
         try:
-            self.result = reproduce(self.pipeline, stage, {}, self.lines.append, stop=self.stop, **more)
+            self.result = reproduce(self.pipeline, stage, {}, stop=self.stop, **more)
         except BaseException as error:
             self.result = error
 
@@ -78,26 +94,27 @@ def rwlock(repository: Sleeping) -> dict:
     return {mode: entries for mode, entries in found.items() if entries}
 
 
-def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale):
-    pipeline, lines = Pipeline.find(stale.root), []
-    first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"}, lines.append, slot="cpu 1/2")
+def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale, caplog):
+    pipeline = Pipeline.find(stale.root)
+    caplog.set_level(logging.INFO, "resgrid")
+    first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"}, slot="cpu 1/2")
     assert (first.ran, stale.trained()) == (True, [CELL])
     assert (stale.root / "trained").read_text().split()[2] == "3"
-    assert lines == [f"Running stage '{STAGE}':", f"> sh work.sh {CELL} runs/{CELL}", f"{CELL} begins",
+    assert caplog.messages == [f"Running stage '{STAGE}':", f"> sh work.sh {CELL} runs/{CELL}", f"{CELL} begins",
                      f"{CELL} ends", "Updating lock file 'dvc.lock'"]  # fmt: skip
     assert "To track the changes with git" in first.log.read_text()  # which has all of it
     assert first.log == stale.root / f".resgrid/logs/{STAGE}.log"
-    assert not reproduce(pipeline, STAGE, {}, lines.append).ran
+    assert not reproduce(pipeline, STAGE, {}).ran
     before = (stale.root / "code/net.py").read_text()
     (stale.root / "code/net.py").write_text("depth = 110\n")
-    assert reproduce(pipeline, STAGE, {}, lines.append).ran
+    assert reproduce(pipeline, STAGE, {}).ran
     (stale.root / "code/net.py").write_text(before)
-    assert not reproduce(pipeline, STAGE, {}, lines.append).ran  # restored
+    assert not reproduce(pipeline, STAGE, {}).ran  # restored
     assert (stale.root / f"runs/{CELL}/weights").read_text() == f"{CELL} {before}"
-    assert reproduce(pipeline, STAGE, {}, lines.append, force=True).ran
+    assert reproduce(pipeline, STAGE, {}, force=True).ran
     assert stale.trained() == [CELL] * 3
     record = pipeline.record(STAGE)
-    assert (record.status, record.is_running, record.seconds < 10) == ("good", False, True)
+    assert (record.status, record.is_running, record.seconds < 10) == ("done", False, True)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +131,7 @@ def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale):
 def test_a_failure_says_why_with_the_end_of_the_log_and_where_the_rest_is(stale, commands, why, fault):
     stale.behave(CELL, commands)
     with pytest.raises(StageFailed) as failed:
-        reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None)
+        reproduce(Pipeline.find(stale.root), STAGE, {})
     assert (failed.value.why, failed.value.fault) == (why, fault)
     assert str(failed.value).splitlines()[0] == f"{STAGE}: {failed.value.why}"
     assert str(failed.value).splitlines()[-1] == f"    All of it: {stale.root}/.resgrid/logs/{STAGE}.log"
@@ -129,21 +146,21 @@ def test_what_is_in_dvcs_own_way_is_told_in_its_words_and_can_pass(stale):
     whole = lock.read_text()
     lock.write_text("schema: '2.0'\nstages: [")
     with pytest.raises(StageFailed, match=r"dvc\.lock") as failed:
-        reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None)
-    assert failed.value.fault == "dvc"
+        reproduce(Pipeline.find(stale.root), STAGE, {})
+    assert failed.value.fault is Fault.DVC
     assert stale.trained() == []
     lock.write_text(whole)
 
 
-def test_what_dvc_could_not_record_is_recorded_without_training_again(stale):
+def test_what_dvc_could_not_record_is_recorded_without_training_again(stale, caplog):
     """`dvc` is killed between the end of its command and its own."""
     stale.behave(
-        CELL, "echo done > $2/weights; leave $(date +%s.%N) good; trap - EXIT; kill -9 $PPID; sleep 1"
+        CELL, "echo done > $2/weights; leave $(date +%s.%N) done; trap - EXIT; kill -9 $PPID; sleep 1"
     )
-    lines: list[str] = []
-    outcome = reproduce(Pipeline.find(stale.root), STAGE, {}, lines.append)
+    caplog.set_level(logging.INFO, "resgrid")
+    outcome = reproduce(Pipeline.find(stale.root), STAGE, {})
     assert (outcome.ran, stale.trained()) == (True, [CELL])
-    assert any("is done, but DVC has not recorded it" in line for line in lines)
+    assert any("is done, but DVC has not recorded it" in line for line in caplog.messages)
     assert stale.run("dvc", "status", "--json", STAGE).stdout.strip() == "{}"
     assert (stale.root / f"runs/{CELL}/weights").read_text() == "done\n"
 
@@ -177,7 +194,7 @@ def test_stopping_closes_the_trainer_and_leaves_nothing(stale):
     assert rwlock(stale) == {}
     assert not Pipeline.find(stale.root).record(STAGE).is_running
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
 
 
 def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
@@ -191,7 +208,7 @@ def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
     assert left_over(stale) == []
     assert rwlock(stale) == {}  # DVC itself was not killed
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.6])
@@ -223,7 +240,7 @@ def test_half_an_rwlock_is_mended_when_no_dvc_runs(stale):
     file = stale.root / ".dvc/tmp/rwlock"
     file.write_text('{"write": {"')
     assert "JSON structure is corrupted" in stale.run("dvc", "status", STAGE).stderr
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
 
 
 def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale):
@@ -237,7 +254,7 @@ def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale)
     assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)
     assert left_over(stale) == []
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
     make_plan(Pipeline.find(stale.root))  # as each run of the grid begins
     assert rwlock(stale) == {}
 
@@ -246,8 +263,8 @@ def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
     stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
     code = f"""if True:
         from resgrid.dvc.pipeline import Pipeline
-        from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
-        reproduce(Pipeline.find("."), {STAGE!r}, {{}}, print)"""
+        from resgrid.dvc.process import reproduce
+        reproduce(Pipeline.find("."), {STAGE!r}, {{}})"""
     flow = subprocess.Popen(
         [sys.executable, "-c", code], cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL
     )
@@ -265,7 +282,7 @@ def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
     assert rwlock(stale) == {}
     assert not Pipeline.find(stale.root).record(STAGE).is_running
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}, lambda line: None).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
 
 
 def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
@@ -277,7 +294,7 @@ def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
     assert [first.end().ran, second.end().ran] == [True, False]
     assert stale.trained() == [CELL]
     waited = [line for line in second.lines if "waiting" in line]
-    assert waited == [f"{STAGE} is being run by process {record.by.partition(':')[0]}: waiting for it"]
+    assert waited == [f"waiting for {STAGE}, which process {record.by.partition(':')[0]} runs"]
 
 
 def test_a_dvc_at_the_same_stage_is_waited_for(stale):
@@ -288,14 +305,14 @@ def test_a_dvc_at_the_same_stage_is_waited_for(stale):
         assert by_hand.poll() is None
         time.sleep(0.05)
     patient = Running(stale)
-    while not any("waiting for it" in line for line in patient.lines):
+    while not any("waiting for" in line for line in patient.lines):
         assert patient.thread.is_alive(), patient.result
         time.sleep(0.05)
     (stale.root / "behave/go").touch()
     assert by_hand.wait(60) == 0
     outcome = patient.end()
-    assert getattr(outcome, "ran", None) is False or outcome.fault == "dvc"  # it is still recording
-    assert not reproduce(patient.pipeline, STAGE, {}, lambda line: None).ran
+    assert getattr(outcome, "ran", None) is False or outcome.fault is Fault.DVC  # it is still recording
+    assert not reproduce(patient.pipeline, STAGE, {}).ran
     assert stale.trained() == [CELL]
 
 

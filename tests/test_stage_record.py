@@ -37,7 +37,7 @@ def test_a_command_that_runs_says_which_process_it_is_and_then_how_long_it_took(
         assert (begun.is_running, begun.by, begun.slot) == (True, watch.describe(os.getpid()), "cpu 1/2")
         assert begun.seconds is None
     ended = record(root)
-    assert (ended.status, ended.is_running) == ("good", False)
+    assert (ended.status, ended.is_running) == ("done", False)
     assert ended.seconds is not None and 0 <= ended.seconds < 5  # noqa: PT018
 
 
@@ -57,13 +57,13 @@ def test_the_kind_of_a_fault_is_that_of_its_exception(
 ) -> None:
     with pytest.raises(type(error)), recorded():
         raise error
-    assert (record(root).status, record(root).fault, record(root).why) == ("fault", fault, why)
+    assert (record(root).status, record(root).fault, record(root).why) == ("failed", fault, why)
 
 
 def test_a_command_that_is_told_to_end_is_stopped_and_no_fault(root: Path) -> None:
     with pytest.raises(SystemExit), recorded():
         raise SystemExit(143)
-    assert (record(root).status, record(root).fault) == ("stopped", None)
+    assert (record(root).status, record(root).fault) == ("interrupted", None)
 
 
 def test_another_pipelines_stage_and_an_experiments_copy_do_not_get_in_the_way(
@@ -74,7 +74,7 @@ def test_another_pipelines_stage_and_an_experiments_copy_do_not_get_in_the_way(
     monkeypatch.setenv("DVC_STAGE", "examples/digits/dvc.yaml:train@a-b-0")  # called from the root
     with recorded():
         pass
-    assert record(root, "examples/digits").status == "good"
+    assert record(root, "examples/digits").status == "done"
     copy = root / ".dvc/tmp/exps/standalone/tmp1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
@@ -87,4 +87,4 @@ def test_every_stage_of_a_trained_pipeline_has_left_its_record(small: Project) -
     for stage in ("download", "preprocess", "train@resnet20-sgd-0", "evaluate"):
         found = read_record(small.root, small.root, stage)
         assert found is not None, stage
-        assert (found.stage, found.status) == (stage, "good")
+        assert (found.stage, found.status) == (stage, "done")

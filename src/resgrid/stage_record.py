@@ -1,7 +1,7 @@
-"""How the command of a stage began and ended: a JSON file for each in `.resgrid/state/<pipeline>/`.
+"""What became of the latest attempt at each stage: a JSON file in `.resgrid/state/<pipeline>/`.
 
-`dvc` ends with the same status whatever went wrong. So each stage's command leaves this itself, whoever runs
-it; Prefect's flows and `resgrid status` read it.
+`dvc` ends with the same status whatever went wrong. So each stage's command, and nobody else, writes here how
+it began and how it ended, whoever runs it.
 """
 
 from __future__ import annotations
@@ -12,41 +12,79 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
 from resgrid.project import write_whole
 from resgrid.provenance import experiment
 
-RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
 SLOT = "RESGRID_SLOT"  # the share of the machine that the command was given, for people to read
+RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
 
-Fault = Literal["memory", "connection", "card"]  # those that can pass by themselves
+
+class State(StrEnum):
+    """What an attempt at a stage does. Records have all but `queued`, which train-all's file has."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"  # told to end, or killed: it goes on where it was
+
+
+class Fault(StrEnum):
+    """Why an attempt failed, where that decides what is done next."""
+
+    MEMORY = "memory"  # too little beside others, perhaps: tried once more alone
+    CONNECTION = "connection"
+    CARD = "card"
+    DVC = "dvc"  # in DVC's own way, not in the command's
+    NO_RESULT = "no result"  # RECORD_ONLY was set, and DVC had none to record
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same attempt may do better a little later."""
+        return self in (Fault.CONNECTION, Fault.CARD, Fault.DVC)
+
+
+class NoResult(ResgridError):
+    """A stage's command was about to run where DVC was only to record a result."""
+
+
+# The words of earlier versions, whose records may still lie here.
+_FORMER = {"good": State.DONE, "fault": State.FAILED, "stopped": State.INTERRUPTED}
 
 
 @dataclass(frozen=True)
 class Record:
-    """The latest run of a stage's command."""
+    """The latest attempt at a stage."""
 
     stage: str
     by: str  # the process, by `watch.describe`
     started: float  # seconds since the epoch
     ended: float | None = None
-    status: Literal["running", "good", "fault", "stopped"] = "running"
+    status: State = State.RUNNING
     fault: Fault | None = None
     why: str = ""  # for the person who has to put it right
     slot: str = ""
+    last_seconds: float | None = None  # that the latest attempt before this one took which was done
 
     @property
     def is_running(self) -> bool:
-        return self.status == "running" and watch.alive(self.by)
+        return self.status == State.RUNNING and watch.alive(self.by)
+
+    @property
+    def state(self) -> State:
+        """Its status; `interrupted` where its process is gone and has left no other word."""
+        return State.INTERRUPTED if self.status == State.RUNNING and not self.is_running else self.status
 
     @property
     def seconds(self) -> float | None:
-        """How long it took, if it came to a good end."""
-        return self.ended - self.started if self.ended and self.status == "good" else None
+        """How long the latest attempt took that was done: this one, or one before it."""
+        return self.ended - self.started if self.ended and self.status == State.DONE else self.last_seconds
 
 
 def state_file(root: Path, pipeline: Path, name: str) -> Path:
@@ -55,10 +93,14 @@ def state_file(root: Path, pipeline: Path, name: str) -> Path:
 
 
 def read_record(root: Path, pipeline: Path, stage: str) -> Record | None:
+    """The latest attempt at a stage; None if there was none, or the file is none of ours."""
     found = read_state(state_file(root, pipeline, stage))
-    with suppress(TypeError):  # of an earlier version
-        return Record(**found)
-    return None
+    try:
+        status = State(_FORMER.get(found["status"], found["status"]))
+        fault = Fault(found["fault"]) if found["fault"] else None
+        return Record(**found | {"status": status, "fault": fault})
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 @contextmanager
@@ -68,19 +110,26 @@ def recorded() -> Iterator[None]:
     if not root or not stage or experiment():
         yield
         return
-    file = state_file(Path(root).resolve(), Path.cwd().resolve(), stage)
-    begun = Record(stage, watch.describe(os.getpid()), time.time(), slot=os.environ.get(SLOT, ""))
+    project, pipeline = Path(root).resolve(), Path.cwd().resolve()
+    file, before = state_file(project, pipeline, stage), read_record(project, pipeline, stage)
+    begun = Record(
+        stage,
+        watch.describe(os.getpid()),
+        time.time(),
+        slot=os.environ.get(SLOT, ""),
+        last_seconds=before.seconds if before else None,
+    )
     with suppress(OSError):  # a disk that is full or cannot be written, which is told elsewhere
         write_state(file, asdict(begun))
-    end = replace(begun, status="good")
+    end = replace(begun, status=State.DONE)
     try:
         yield
     except Exception as error:
         why = str(error) if isinstance(error, ResgridError) else f"{type(error).__name__}: {error}"
-        end = replace(begun, status="fault", fault=_fault(error), why=why)
+        end = replace(begun, status=State.FAILED, fault=_fault(error), why=why)
         raise
     except BaseException:  # told to end
-        end = replace(begun, status="stopped")
+        end = replace(begun, status=State.INTERRUPTED)
         raise
     finally:
         with suppress(OSError):
@@ -88,11 +137,13 @@ def recorded() -> Iterator[None]:
 
 
 def _fault(error: Exception) -> Fault | None:
+    if isinstance(error, NoResult):
+        return Fault.NO_RESULT
     if isinstance(error, MemoryError | OutOfMemory):
-        return "memory"
+        return Fault.MEMORY
     if type(error).__name__ == "AcceleratorError":  # torch's: of a client of a shared card, or its neighbour
-        return "card"
-    return "connection" if isinstance(error, ConnectionError | ConnectionLost | TimeoutError) else None
+        return Fault.CARD
+    return Fault.CONNECTION if isinstance(error, ConnectionError | ConnectionLost | TimeoutError) else None
 
 
 def write_state(path: Path, content: Mapping[str, object]) -> None:

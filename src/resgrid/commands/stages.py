@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from resgrid.commands import LOCK, PROCESSED, RAW, REPORTS, RUNS
 from resgrid.commands.grid import show
 from resgrid.config import load_params
-from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 from resgrid.progress import Progress
-from resgrid.stage_record import RECORD_ONLY, recorded
+from resgrid.stage_record import RECORD_ONLY, NoResult, recorded
 
 if TYPE_CHECKING:
     from resgrid.config import Params
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 def _refuse_if_recording() -> None:
     """Where a result made elsewhere is only to be taken over, nothing is computed because it is not there."""
     if os.environ.get(RECORD_ONLY):
-        raise ResgridError(
+        raise NoResult(
             "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
             "params, data and code."
         )

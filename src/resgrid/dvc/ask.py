@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resgrid.dvc.lock import keep, mend_rwlock, read_lock, working
+from resgrid.dvc.lock import clear_stale_rwlock, keep, lock_holders, read_lock
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
-from resgrid.stage_record import read_state, write_state
+from resgrid.stage_record import State, read_state, write_state
 
 WAYS_ON = {  # by what DVC says
     "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
@@ -41,7 +41,7 @@ class Answer:
 
 
 def ask(pipeline: Pipeline, now: bool) -> Answer:
-    mend_rwlock(pipeline)
+    clear_stale_rwlock(pipeline)
     lock = read_lock(pipeline)
     graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
     (said, why), (told, error) = graph.communicate(), status.communicate()
@@ -61,7 +61,8 @@ def ask(pipeline: Pipeline, now: bool) -> Answer:
         if read_lock(pipeline) == lock:  # nobody has written it
             keep(pipeline, lock)
         return Answer(needs, found, asked)
-    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in working(pipeline).items())
+    holders = lock_holders(pipeline)
+    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in holders.items())
     if not others:
         raise _unusable(pipeline, error)
     last = read_state(file)
@@ -70,7 +71,7 @@ def ask(pipeline: Pipeline, now: bool) -> Answer:
     ended = {
         stage
         for stage in needs
-        if (of := pipeline.record(stage)) and of.seconds and of.started > last["asked"]
+        if (of := pipeline.record(stage)) and of.status == State.DONE and of.started > last["asked"]
     }
     kept = {stage: entries for stage, entries in last["status"].items() if stage not in ended}
     return Answer(needs, kept, last["asked"], others)

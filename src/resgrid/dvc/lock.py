@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from resgrid.dvc.pipeline import Pipeline
+from resgrid.stage_record import State
 
 
 def read_lock(pipeline: Pipeline) -> bytes:
@@ -64,7 +65,7 @@ def put_back(pipeline: Pipeline) -> list[str]:
     since = kept.stat().st_mtime - 1.0  # which is later than DVC's answer
     found = [pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json")]
     ended = {
-        of.stage: of.ended for of in found if of and of.seconds is not None and of.ended and of.ended > since
+        of.stage: of.ended for of in found if of and of.status == State.DONE and of.ended and of.ended > since
     }
     # Without their earlier entries, which DVC would take for them.
     entries = re.split(r"^(?=  \S)", kept.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -82,7 +83,7 @@ def _kept(pipeline: Pipeline) -> Path:
 # --- DVC's list of who is at work -----------------------------------------------------------------
 
 
-def working(pipeline: Pipeline) -> dict[int, str]:
+def lock_holders(pipeline: Pipeline) -> dict[int, str]:
     """Processes that DVC's own list has at work on a stage of the repository: id and command.
 
     Raises ValueError for half a list.
@@ -95,14 +96,14 @@ def working(pipeline: Pipeline) -> dict[int, str]:
     return {by["pid"]: by["cmd"] for by in (*found.get("write", {}).values(), *readers)}
 
 
-def mend_rwlock(pipeline: Pipeline) -> None:
+def clear_stale_rwlock(pipeline: Pipeline) -> None:
     """Delete DVC's list of who is at work if a `dvc` that was killed has left half of it, or is in it still.
 
     Half a list stops every `dvc`, and another process may get the id of one that is gone. Left alone while
     any `dvc` runs.
     """
     try:
-        is_stale = not all(psutil.pid_exists(pid) for pid in working(pipeline))
+        is_stale = not all(psutil.pid_exists(pid) for pid in lock_holders(pipeline))
     except ValueError:
         is_stale = True
     if is_stale and not dvc_runs(pipeline.root):

@@ -1,14 +1,14 @@
 """One DVC stage, reproduced as a child process that is always ended and logged.
 
-`dvc` ends with 255 whatever was in its way; what came of the stage is told by the record that its command
-leaves (`resgrid.stage_record`):
+`dvc` ends with 255 whatever was in its way; the record that the stage's command leaves determines the
+outcome (`resgrid.stage_record`):
 
     the command began | it ended | `dvc` ended | which means
     no                |          | well        | restored from the run cache, or up to date
     no                |          | otherwise   | DVC's own: busy, a missing dependency, a broken file
     yes               | well     | well        | trained
     yes               | well     | otherwise   | it is only to be recorded, and never trained again for that
-    yes               | a fault  | otherwise   | the record says why, and whether it can pass
+    yes               | failed   | otherwise   | the record says why, and whether it is transient
 
 A killed `dvc` leaves its command running, so each child is the head of a process group of its own, and what
 remains of the group is ended with it. The child writes straight into its log file, which is read from there:
@@ -17,6 +17,7 @@ no pipe that an orphan could hold open, and the log is whole even if this proces
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -25,20 +26,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
 import psutil
 from filelock import FileLock, Timeout
 
 from resgrid import stage_record, watch
-from resgrid.dvc.lock import mend_rwlock, must_be_repaired, put_back
+from resgrid.dvc.lock import clear_stale_rwlock, must_be_repaired, put_back
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
-from resgrid.stage_record import RECORD_ONLY, Record
+from resgrid.stage_record import RECORD_ONLY, Fault, Record, State
+
+log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 8.0  # from SIGTERM to SIGKILL; all is to be over within 10 s
 PATIENCE_SECONDS = 5.0  # with a dvc that has no command running: it loads, or records a result
@@ -46,10 +48,6 @@ POLL_SECONDS = 0.1  # how often the log is read and the child looked at
 RECORD_PAUSES = (1.0, 5.0, 15.0)  # before each further try to record what has been trained
 LOG_BYTES = 2**23  # above which a log that is added to begins anew
 TAIL = 8  # lines of the log in a message
-
-Fault = Literal["memory", "connection", "card", "dvc"]  # which can pass: the command's own, and DVC's
-PASSING: tuple[Fault, ...] = ("connection", "card", "dvc")  # by themselves, with the others as they are
-
 
 # What DVC says after each stage about git and remotes; it stays in the log alone.
 _ADVICE = re.compile(
@@ -84,7 +82,6 @@ def reproduce(
     pipeline: Pipeline,
     stage: str,
     env: Mapping[str, str],
-    on_line: Callable[[str], None],
     *,
     force: bool = False,
     pull: bool = False,
@@ -92,74 +89,68 @@ def reproduce(
     slot: str = "",
     others: Sequence[str] = (),
 ) -> Outcome:
-    """Bring `stage` up to date with `dvc repro --single-item`; each line of output goes to `on_line`.
+    """Bring `stage` up to date with `dvc repro --single-item`; each line of its output is logged.
 
     `env` is added to this process's environment; with `pull` the DVC remote is asked for a result. `others`
     are stages that the same command brings up to date. Setting `stop` ends the child and all that it started.
-    Raises StageFailed, with the end of the log, if the stage
-    fails, and Stopped after `stop`.
+    Raises StageFailed, with the end of the log, if the stage fails, and Stopped after `stop`.
     """
     stop = stop or threading.Event()
-    before = _wait_for_another(pipeline, stage, on_line, stop)
-    mend_rwlock(pipeline)
-    log = pipeline.log(stage)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("", encoding="utf-8")
+    before = _wait_for_another(pipeline, stage, stop)
+    clear_stale_rwlock(pipeline)
+    file = pipeline.log(stage)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("", encoding="utf-8")
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
     command = [*DVC_COMMAND, "repro", "--single-item", *options, stage, *others]
     began = time.monotonic()
-    code, tail = run(command, pipeline.folder, {**env, stage_record.SLOT: slot}, log, on_line, stop)
+    code, tail = run(command, pipeline.folder, {**env, stage_record.SLOT: slot}, file, stop)
     now = pipeline.record(stage)
     did_begin = now is not None and now != before and not now.is_running  # else it is another process's
     if code == 0:
-        return Outcome(stage, did_begin, time.monotonic() - began, log)
-    said = next((line.removeprefix("ERROR: ") for line in reversed(tail) if line.startswith("ERROR: ")), "")
-    why, fault = said or _how(code), cast("Fault | None", "dvc")
+        return Outcome(stage, did_begin, time.monotonic() - began, file)
+    why, fault = _how(code), Fault.DVC if not did_begin else None
     if now is not None and did_begin:
-        if now.status == "good":
-            _record_only(pipeline, stage, said, on_line, stop)
-            return Outcome(stage, True, time.monotonic() - began, log)
+        if now.status == State.DONE:
+            _commit(pipeline, stage, stop)
+            return Outcome(stage, True, time.monotonic() - began, file)
         killed = "its process was killed: by somebody, or by the system for lack of memory"
-        why, fault = {"fault": now.why, "running": killed}.get(now.status, _how(code)), now.fault
-    raise StageFailed(stage, why, tail[-TAIL:], log, fault)
+        why, fault = {State.FAILED: now.why, State.RUNNING: killed}.get(now.status, why), now.fault
+    raise StageFailed(stage, why, tail[-TAIL:], file, fault)
 
 
 def _how(code: int) -> str:
     return f"dvc was ended by {signal.Signals(-code).name}" if code < 0 else f"dvc ended with status {code}"
 
 
-def _wait_for_another(
-    pipeline: Pipeline, stage: str, on_line: Callable[[str], None], stop: threading.Event
-) -> Record | None:
+def _wait_for_another(pipeline: Pipeline, stage: str, stop: threading.Event) -> Record | None:
     """The stage's record, once no process is at work on it: `dvc` does not wait for that."""
     waiting = False
     while (found := pipeline.record(stage)) and found.is_running:
         if not waiting:
-            on_line(f"{stage} is being run by process {found.by.partition(':')[0]}: waiting for it")
+            log.info("waiting for %s, which process %s runs", stage, found.by.partition(":")[0])
         waiting = True
         if stop.wait(POLL_SECONDS):
             raise Stopped
     return found
 
 
-def _record_only(
-    pipeline: Pipeline, stage: str, said: str, on_line: Callable[[str], None], stop: threading.Event
-) -> None:
+def _commit(pipeline: Pipeline, stage: str, stop: threading.Event) -> None:
     """Let DVC record the outputs that are there, by the command that never runs a stage's own."""
-    log, tail = pipeline.log(stage), list[str]()
+    tail = list[str]()
     for pause in RECORD_PAUSES:
-        on_line(f"{stage} is done, but DVC has not recorded it ({said}); trying that again")
+        log.info("%s is done, but DVC has not recorded it: trying that again", stage)
         if stop.wait(pause):
             raise Stopped
         command = [*DVC_COMMAND, "commit", "--force", stage]
-        code, tail = run(command, pipeline.folder, {}, log, on_line, stop)
+        code, tail = run(command, pipeline.folder, {}, pipeline.log(stage), stop)
         if code == 0:
             return
-    why = f"it is done, but DVC cannot record it: {said}. That mended, `dvc commit --force {stage}` does"
-    raise StageFailed(stage, why, tail[-TAIL:], log, None)
+    why = f"it is done, but DVC cannot record it. That mended, `dvc commit --force {stage}` does"
+    raise StageFailed(stage, why, tail[-TAIL:], pipeline.log(stage), None)
 
 
-def repair(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event) -> None:
+def repair(pipeline: Pipeline, stop: threading.Event) -> None:
     """Put the last whole dvc.lock back if a kill has left a part of one; nothing is trained.
 
     What has ended since is recorded from the run cache, whose newest entry it is, while the commands of
@@ -168,11 +159,11 @@ def repair(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event
     if not must_be_repaired(pipeline):
         return
     lock = pipeline.folder / "dvc.lock"
-    say(f"{lock}: a dvc that was killed has left a part of it; the one before is put back")
+    log.warning("%s: a dvc that was killed has left a part of it; the one before is put back", lock)
     lost = []
     for stage in put_back(pipeline):
         command = [*DVC_COMMAND, "repro", "--single-item", stage]
-        code, _ = run(command, pipeline.folder, {RECORD_ONLY: "1"}, pipeline.log("repair"), say, stop)
+        code, _ = run(command, pipeline.folder, {RECORD_ONLY: "1"}, pipeline.log("repair"), stop)
         if code:
             lost.append(stage)
     if lost:
@@ -183,8 +174,8 @@ def repair(pipeline: Pipeline, say: Callable[[str], None], stop: threading.Event
 
 
 @contextmanager
-def held(lock: FileLock, why: str, on_line: Callable[[str], None], stop: threading.Event) -> Iterator[None]:
-    """Hold `lock`; say once that it is being waited for."""
+def acquire(lock: FileLock, holder: str, stop: threading.Event) -> Iterator[None]:
+    """Hold `lock`; logs once that `holder` is being waited for. Raises Stopped after `stop`."""
     waiting = False
     while True:
         try:
@@ -192,7 +183,7 @@ def held(lock: FileLock, why: str, on_line: Callable[[str], None], stop: threadi
             break
         except Timeout:
             if not waiting:
-                on_line(f"{why}: waiting for it")
+                log.info("waiting for %s", holder)
             waiting = True
             if stop.wait(POLL_SECONDS):
                 raise Stopped from None
@@ -207,32 +198,29 @@ def run_logged(
     name: str,
     command: list[str],
     env: Mapping[str, str],
-    on_line: Callable[[str], None],
     stop: threading.Event,
-) -> None:
-    """Run `command` in the pipeline's folder, its output in the log `name`.
+) -> list[str]:
+    """Run `command` in the pipeline's folder, its output in the log `name`; returns its last lines.
 
     Raises StageFailed if it fails, and Stopped after `stop`.
     """
-    log = pipeline.log(name)
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.unlink()
-    code, tail = run(command, pipeline.folder, env, log, on_line, stop)
+    file = pipeline.log(name)
+    if file.exists() and file.stat().st_size > LOG_BYTES:
+        file.unlink()
+    code, tail = run(command, pipeline.folder, env, file, stop)
     if code:
-        said = [line for line in tail if line.startswith(("resgrid: ", "ERROR: "))]
-        why = said[-1].partition(": ")[2] if said else f"{command[0]} ended with status {code}"
-        raise StageFailed(name, why, tail[-TAIL:], log, None)
+        raise StageFailed(name, f"it ended with status {code}", tail[-TAIL:], file, None)
+    return tail
 
 
 def run(
     command: list[str],
     folder: Path,
     env: Mapping[str, str],
-    log: Path,
-    on_line: Callable[[str], None],
+    file: Path,
     stop: threading.Event,
 ) -> tuple[int, list[str]]:
-    """Run `command` in a process group of its own, its output added to `log`; its exit status and last lines.
+    """Run `command` in a process group of its own, its output added to `file`; returns its status and end.
 
     Nothing of the group is left when this returns or raises. Raises Stopped after `stop`.
     """
@@ -248,11 +236,11 @@ def run(
     def keep(line: bytes) -> None:
         text = line.decode("utf-8", "replace")
         if not _ADVICE.match(text):
-            on_line(text)
+            log.info("%s", text)
             tail.append(text)
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out, log.open("rb") as written:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as out, file.open("rb") as written:
         written.seek(0, os.SEEK_END)
         child = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out,
