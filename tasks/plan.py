@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from resgrid import mps
 from resgrid.config import Params, load_params
 from resgrid.dvc.ask import Answer, ask, cache_folder, runs_before
 from resgrid.dvc.pipeline import Pipeline
+from resgrid.dvc.process import repair
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.progress import amount, duration
@@ -172,6 +174,7 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, now: bool = False
     a params.yaml or a dvc.yaml that cannot be used.
     """
     params = load_params(pipeline.folder / "params.yaml")
+    repair(pipeline, threading.Event())
     cells = {cell.stage: cell for cell in expand(params)}
     answer = ask(pipeline, now)
     if missing := [cell.id for stage, cell in cells.items() if stage not in answer.needs]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 from sleeping import Sleeping, sleeping
 
-from resgrid.dvc.lock import is_whole
+from resgrid.dvc.lock import is_cut
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import repair, reproduce
 from resgrid.errors import ResgridError
@@ -75,14 +75,72 @@ def cut(repository: Sleeping, size: int = PART) -> None:
     lock(repository).write_bytes(lock(repository).read_bytes()[:size])
 
 
-def test_a_part_of_a_lock_is_told_from_a_whole_one_wherever_it_is_cut(recorded: Sleeping) -> None:
+def train_again(repository: Sleeping) -> float:
+    """Train a cell anew, so that its entry is none of the copy's; when its command ended."""
+    pipeline = Pipeline.find(repository.root)
+    assert reproduce(pipeline, STAGE, {}, force=True).ran
+    record = pipeline.record(STAGE)
+    assert record is not None and record.ended is not None  # noqa: PT018
+    return record.ended
+
+
+def test_a_lock_that_a_kill_has_cut_is_told_from_a_whole_one_wherever_it_is_cut(recorded: Sleeping) -> None:
+    """At every line's end, where it is valid YAML, and inside lines; written a second after the command."""
+    ended, pipeline = train_again(recorded), Pipeline.find(recorded.root)
     content = lock(recorded).read_bytes()
-    assert is_whole(content)
-    assert is_whole(b"# by hand\n" + content)
-    cuts = range(0, len(content), io.DEFAULT_BUFFER_SIZE)
-    assert not any(is_whole(content[:size]) for size in cuts)
-    inside = [size for size in range(1, len(content) - 1, 97) if content[size - 1 : size] != b"\n"]
-    assert not any(is_whole(content[:size]) for size in inside)
+    assert not is_cut(pipeline)
+    ends = [i + 1 for i, byte in enumerate(content[:-1]) if byte == ord("\n")]
+    for size in [0, *ends, *range(1, len(content), 397)]:
+        lock(recorded).write_bytes(content[:size])
+        os.utime(lock(recorded), (ended + 1, ended + 1))
+        assert is_cut(pipeline), content[:size][-80:]
+
+
+def test_a_lock_that_git_or_a_hand_has_made_shorter_stays_as_it_is(recorded: Sleeping) -> None:
+    """At the end of an entry, where a kill might have left it: nothing ran, or long before."""
+    whole, pipeline = lock(recorded).read_text(), Pipeline.find(recorded.root)
+    entries = [i.start() for i in re.finditer(r"^  \S", whole, flags=re.MULTILINE)]
+    shorter = whole[: entries[-2]]
+    lock(recorded).write_text(shorter)
+    mend(recorded)
+    assert lock(recorded).read_text() == shorter
+    lock(recorded).write_text(whole)
+    ended = train_again(recorded)
+    lock(recorded).write_text(shorter)
+    os.utime(lock(recorded), (ended + 60, ended + 60))
+    assert not is_cut(pipeline)
+    lock(recorded).write_text("# by hand\n" + whole)
+    assert not is_cut(pipeline)
+
+
+def test_conflict_markers_are_refused_with_what_git_offers_and_nothing_is_replaced(
+    recorded: Sleeping,
+) -> None:
+    """Two branches that recorded another training of the same cell, merged by git."""
+    for command in (
+        "git config user.name t", "git config user.email t@t.invalid", "git add -A", "git commit -qm start",
+        "git switch -qc other",
+    ):  # fmt: skip
+        assert recorded.run(*command.split()).returncode == 0
+    train_again(recorded)
+    for command in ("git commit -qam theirs", "git switch -q main", "dvc checkout -q --force"):
+        assert recorded.run(*command.split()).returncode == 0
+    train_again(recorded)
+    assert recorded.run("git", "commit", "-qam", "ours").returncode == 0
+    assert recorded.run("git", "merge", "other").returncode == 1
+    conflict = lock(recorded).read_text()
+    assert "<<<<<<< HEAD" in conflict
+    for command in ("plan", "sync"):
+        done = recorded.run("resgrid", command)
+        assert done.returncode == 1
+        assert "dvc.lock: holds git's conflict markers." in done.stderr
+        assert "git checkout --ours dvc.lock" in done.stderr
+    with pytest.raises(ResgridError, match="conflict markers"):  # as train-all begins
+        mend(recorded)
+    assert lock(recorded).read_text() == conflict
+    for command in ("git checkout --theirs dvc.lock", "git add dvc.lock"):
+        assert recorded.run(*command.split()).returncode == 0
+    assert recorded.run("resgrid", "plan").returncode == 0
 
 
 @pytest.mark.parametrize("size", [0, PART])
@@ -164,7 +222,7 @@ def test_a_dvc_killed_at_random_moments_of_its_writing_costs_no_record_and_no_tr
         time.sleep(draws.uniform(0, 0.3) if i else 0.0)
         os.killpg(dvc.pid, signal.SIGKILL)
         dvc.communicate()
-        num_cut += not is_whole(lock(repository).read_bytes())
+        num_cut += is_cut(pipeline)
         trained = repository.trained()
         weights = (repository.root / f"runs/{CELL}/weights").read_bytes()
         mend(repository)

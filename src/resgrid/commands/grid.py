@@ -81,8 +81,10 @@ def cost(options: argparse.Namespace) -> None:
 
 def sync(options: argparse.Namespace) -> int:
     from resgrid import leftovers, tracking
+    from resgrid.dvc.lock import refuse_conflict
 
     params = load_params()
+    refuse_conflict(LOCK)
     kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
     leftovers.forget_recorded(kept, LOCK)
     with Progress("sync", None, "cells") as progress:

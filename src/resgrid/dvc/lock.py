@@ -1,83 +1,128 @@
 """dvc.lock after a kill: the last whole one is kept, and put back. DVC's list of who is at work, likewise.
 
-DVC writes dvc.lock in place, for 0.2 s at 46 cells, so what a SIGKILL leaves may be any part of it. What
+DVC writes dvc.lock in place, all stages anew for each that it records, so what a SIGKILL leaves is the
+beginning of what it would have written: at any byte, also at the end of a line or of a stage's entry. What
 ended well since the copy was made is then recorded from the run cache (`repair` in `process.py`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.stage_record import State
+from resgrid.errors import ResgridError
+from resgrid.stage_record import Record, State
+from resgrid.whole_file import write_whole
+
+RECORDING_SECONDS = 30.0  # from the end of a stage's command until DVC has written dvc.lock
 
 
-def read_lock(pipeline: Pipeline) -> bytes:
+def read_lock(pipeline: Pipeline) -> str:
     """dvc.lock as it is now; empty if there is none."""
-    try:
-        return (pipeline.folder / "dvc.lock").read_bytes()
-    except FileNotFoundError:
-        return b""
+    with suppress(FileNotFoundError):
+        return (pipeline.folder / "dvc.lock").read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
-def keep(pipeline: Pipeline, content: bytes) -> None:
+def refuse_conflict(lock: Path) -> None:
+    """Raises ResgridError for a dvc.lock with conflict markers, which a merge has left to a person."""
+    text = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
+    if re.search(r"^(<{7}|>{7}) ", text, flags=re.MULTILINE):
+        raise ResgridError(
+            f"{lock}: holds git's conflict markers. Take one side, `git checkout --ours {lock.name}` or "
+            f"`git checkout --theirs {lock.name}`, then `git add {lock.name}`; results that only the other "
+            "side lists come back from DVC's run cache where it has them. `git merge --abort` undoes it."
+        )
+
+
+def keep(pipeline: Pipeline, content: str) -> None:
     """Keep what dvc.lock held while DVC answered, so that nobody wrote it."""
     kept = _kept(pipeline)
-    if not (kept.exists() and kept.read_bytes() == content) and is_whole(content):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(".part")
-        part.write_bytes(content)
-        part.replace(kept)
+    if content and content != _read(kept) and not is_cut(pipeline):
+        write_whole(kept, content.encode())
 
 
-def is_whole(content: bytes) -> bool:
-    """Whether DVC, git or a hand has written a dvc.lock to its end; DVC writes a buffer at a time."""
-    try:
-        stages = (YAML(typ="safe").load(content.decode()) or {}).get("stages")
-    except (YAMLError, UnicodeDecodeError, AttributeError):
+def is_cut(pipeline: Pipeline) -> bool:
+    """Whether dvc.lock is what a kill has left: the beginning of what DVC was writing.
+
+    Inside a line or an entry that shows in the file. At the end of an entry it might as well be git's or a
+    hand's; then it is a cut if DVC was recording: a stage that was done since the copy was made ended just
+    before the file was written.
+    """
+    lock, kept = pipeline.folder / "dvc.lock", _read(_kept(pipeline))
+    if not lock.exists() or not kept:
         return False
-    at_a_cut = len(content) % io.DEFAULT_BUFFER_SIZE == 0
-    return isinstance(stages, dict) and content.endswith(b"\n") and not at_a_cut
-
-
-def must_be_repaired(pipeline: Pipeline) -> bool:
-    """Whether a kill has left a part of dvc.lock, a copy is there, and no `dvc` runs."""
-    lock = pipeline.folder / "dvc.lock"
-    return (
-        lock.exists()
-        and _kept(pipeline).exists()
-        and not dvc_runs(pipeline.root)
-        and not is_whole(lock.read_bytes())
+    content = read_lock(pipeline)
+    if content == kept:
+        return False
+    if not content.endswith("\n"):
+        return True
+    before, now = _entries(kept), _entries(content)
+    if list(now)[: len(before)] != list(before)[: len(now)]:
+        return False  # DVC keeps the order, and puts a new stage last
+    if not now:
+        return kept.startswith(content)
+    last, text = list(now.items())[-1]
+    kind = last.partition("@")[0]
+    like = before.get(last) or next(
+        (text for name, text in before.items() if name.startswith(f"{kind}@")), ""
     )
+    if (shape := _shape(text)) != _shape(like) and shape == _shape(like)[: len(shape)]:
+        return True
+    written = lock.stat().st_mtime
+    recording = any(written < (each.ended or 0.0) + RECORDING_SECONDS for each in _done_since(pipeline))
+    return len(now) < len(before) and recording
 
 
 def put_back(pipeline: Pipeline) -> list[str]:
     """Put the last whole dvc.lock back; returns the stages that have ended well since, to be recorded."""
-    lock, kept = pipeline.folder / "dvc.lock", _kept(pipeline)
-    since = kept.stat().st_mtime - 1.0  # which is later than DVC's answer
-    found = [pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json")]
-    ended = {
-        of.stage: of.ended for of in found if of and of.status == State.DONE and of.ended and of.ended > since
-    }
+    lock, ended = pipeline.folder / "dvc.lock", [each.stage for each in _done_since(pipeline)]
+    kept = _read(_kept(pipeline))
     # Without their earlier entries, which DVC would take for them.
-    entries = re.split(r"^(?=  \S)", kept.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    rest = [entry for entry in entries if entry.strip().partition(":\n")[0] not in ended]
+    entries = {name: text for name, text in _entries(kept).items() if name not in ended}
     lock.unlink()
-    if rest[1:]:  # besides the head
-        lock.write_text("".join(rest), encoding="utf-8", newline="\n")
-    return sorted(ended, key=lambda stage: ended[stage])
+    if entries:
+        lock.write_text(_head(kept) + "".join(entries.values()), encoding="utf-8", newline="\n")
+    return ended
+
+
+def _done_since(pipeline: Pipeline) -> list[Record]:
+    """The attempts that were done since the copy was made, in the order in which they ended."""
+    since = _kept(pipeline).stat().st_mtime - 1.0  # which is later than DVC's answer
+    records = [pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json")]
+    done = [each for each in records if each and each.status == State.DONE and (each.ended or 0.0) > since]
+    return sorted(done, key=lambda each: each.ended or 0.0)
+
+
+def _entries(text: str) -> dict[str, str]:
+    """The part of each stage, by its name, as DVC writes them: two spaces before the name, more in it."""
+    parts = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:]
+    return {part.partition(":\n")[0].strip(): part for part in parts}
+
+
+def _head(text: str) -> str:
+    return re.split(r"^(?=  \S)", text, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def _shape(entry: str) -> list[str]:
+    """The keys of an entry's outputs, in order; empty if it has none yet. Stages of a kind share it."""
+    outputs = entry.partition("\n    outs:\n")[2].splitlines()
+    return [line.partition(":")[0] for line in outputs]
 
 
 def _kept(pipeline: Pipeline) -> Path:
     return pipeline.state("dvc").with_suffix(".lock")
+
+
+def _read(path: Path) -> str:
+    with suppress(FileNotFoundError):
+        return path.read_text(encoding="utf-8")
+    return ""
 
 
 # --- DVC's list of who is at work -----------------------------------------------------------------

@@ -35,7 +35,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from resgrid import stage_record, watch
-from resgrid.dvc.lock import clear_stale_rwlock, must_be_repaired, put_back
+from resgrid.dvc.lock import clear_stale_rwlock, dvc_runs, is_cut, put_back, refuse_conflict
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
 from resgrid.stage_record import RECORD_ONLY, Fault, Record, State
@@ -154,11 +154,13 @@ def repair(pipeline: Pipeline, stop: threading.Event) -> None:
     """Put the last whole dvc.lock back if a kill has left a part of one; nothing is trained.
 
     What has ended since is recorded from the run cache, whose newest entry it is, while the commands of
-    stages refuse to run. Raises ResgridError, with their names, for stages of which DVC has no result there.
+    stages refuse to run. Raises ResgridError, with their names, for stages of which DVC has no result there,
+    and for a file with conflict markers, which is a person's to resolve.
     """
-    if not must_be_repaired(pipeline):
-        return
     lock = pipeline.folder / "dvc.lock"
+    refuse_conflict(lock)
+    if not is_cut(pipeline) or dvc_runs(pipeline.root):
+        return
     log.warning("%s: a dvc that was killed has left a part of it; the one before is put back", lock)
     lost = []
     for stage in put_back(pipeline):
