@@ -49,13 +49,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
-    """The first 20 handwritten digits of the test split: uint8 (20, 32, 32, 3)."""
+    """The first 20 handwritten digits: uint8 (20, 32, 32, 3)."""
     from safetensors.numpy import save_file
 
     path = tmp_path_factory.mktemp("raw") / "digits.safetensors"
     digits = load_digits()
     save_file({"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)}, path)
-    return Digits(path, 0.2, 0).load("test").images[:20].numpy()
+    return Digits(path).load("train").images[:20].numpy()
 
 
 def expected(weights: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -24,9 +24,14 @@ from resgrid.data.preprocess import preprocess
 from resgrid.data.sources import ImageFolder
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
-from resgrid.scaffold import Found, _params, init, look_at
+from resgrid.scaffold import DatasetInfo, _params, init, inspect_dataset
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _log_messages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="resgrid")
 
 
 @pytest.fixture
@@ -84,8 +89,8 @@ def test_inside_the_project_its_stages_are_those_of_the_example(pictures: Path, 
     assert sorted(path.name for path in (root / "examples/mine").iterdir()) == ["dvc.yaml", "params.yaml"]
 
 
-def found(num_train: int, smallest: int = 100, size: tuple[int, int] = (64, 64)) -> Found:
-    return Found(
+def found(num_train: int, smallest: int = 100, size: tuple[int, int] = (64, 64)) -> DatasetInfo:
+    return DatasetInfo(
         source="image-folder",
         class_names=("a", "b"),
         num_train=num_train,
@@ -143,16 +148,16 @@ def test_an_archive_is_named_with_its_checksum(image_folder: Path, tmp_path: Pat
 
 
 def test_an_archive_in_cifars_layout_is_one(cifar_archive: Path) -> None:
-    seen = look_at(cifar_archive)
+    seen = inspect_dataset(cifar_archive)
     assert (seen.source, seen.num_train, seen.num_test) == ("archive", 40, 20)
     assert seen.smallest_class == 10
 
 
 def test_a_folder_without_splits_has_a_test_split_drawn_and_says_so(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = init(tmp_path / "mine", image_folder / "train")
-    assert "There is no test split: data.test_fraction: 0.2 of each class is drawn for it." in said
+    assert "There is no test split: data.test_fraction: 0.2 of each class is drawn for it." in caplog.messages
     assert "9 training and 3 test images" in said
     monkeypatch.chdir(tmp_path / "mine")
     params = load_params()
@@ -161,38 +166,45 @@ def test_a_folder_without_splits_has_a_test_split_drawn_and_says_so(
     assert meta.num_images == {"train": 9, "test": 3}
 
 
-def test_data_of_a_few_images_gets_batches_that_fit(image_folder: Path, tmp_path: Path) -> None:
+def test_data_of_a_few_images_gets_batches_that_fit(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for path in sorted(image_folder.glob("train/*/*"))[:-1]:
         if path.name != "0.jpg":
             path.unlink()
-    said = init(tmp_path / "mine", image_folder)
-    assert "A class has a single training image" in said
+    init(tmp_path / "mine", image_folder)
+    assert "A class has a single training image" in caplog.text
     params = load_params(tmp_path / "mine" / "params.yaml")
     assert {cell.recipe.batch_size for cell in expand(params)} == {2}  # of 4 images
 
 
 def test_init_says_what_it_passed_over_and_which_pictures_are_broken(
-    image_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (image_folder / "train/one/notes.txt").write_text("mine")
     (image_folder / "train/one/9.png").write_bytes(b"<html>")
     (image_folder / "train/one/gone.png").symlink_to("nowhere")
-    said = init(tmp_path / "mine", image_folder)
-    assert "1 × a link that leads nowhere (train/one/gone.png)" in said
-    assert "1 × a text file (train/one/notes.txt)" in said
-    assert "1 of 13 pictures looked at are broken (train/one/9.png): mend or remove them, or write" in said
+    init(tmp_path / "mine", image_folder)
+    assert "1 links that lead nowhere (train/one/gone.png)" in caplog.text
+    assert "1 files that Pillow cannot identify as pictures (train/one/notes.txt)" in caplog.text
+    assert (
+        "1 of 19 pictures looked at are broken; mend or remove them, or write on_broken: skip" in caplog.text
+    )
+    assert "fetch that again: train/one/9.png" in caplog.text
     params = load_params(tmp_path / "mine" / "params.yaml")
     assert params.data.on_broken == "refuse"  # type: ignore[union-attr]
 
 
-def test_a_validation_folder_is_used_as_it_is(image_folder: Path, tmp_path: Path) -> None:
+def test_a_validation_folder_is_used_as_it_is(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(image_folder / "test", image_folder / "val")
     said = init(tmp_path / "mine", image_folder)
     assert "12 training and 6 test images" in said
     assert load_params(tmp_path / "mine" / "params.yaml").preprocess.validation_fraction == 0.0
     shutil.rmtree(image_folder / "test")
-    said = init(tmp_path / "other", image_folder)
-    assert "There is no test split: the validation images stand for it." in said
+    init(tmp_path / "other", image_folder)
+    assert "There is no test split: the validation images stand for it." in caplog.messages
 
 
 def test_an_unpacked_cifar_folder_is_a_source(cifar_archive: Path, tmp_path: Path) -> None:
@@ -259,6 +271,121 @@ def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: P
 def test_the_images_that_it_names_are_those_that_the_pipeline_reads(image_folder: Path) -> None:
     source = open_source(image_folder, "stretch")
     assert isinstance(source, ImageFolder)
-    seen = look_at(image_folder)
+    seen = inspect_dataset(image_folder)
     assert (seen.num_train, seen.num_test, seen.class_names) == (12, 6, source.class_names)
-    assert seen.sizes == ((8, 8),) * 12
+    assert seen.sizes == ((8, 8),) * 18
+
+
+# --- what init leaves, and what it says --------------------------------------------------------------
+
+
+def test_init_prints_the_classes_with_their_counts(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    init(tmp_path / "mine", image_folder)
+    init(tmp_path / "other", image_folder / "train")
+    assert [each for each in caplog.messages if each.startswith("Classes")] == [
+        "Classes, as train + test: one 4 + 2, three 4 + 2, two 4 + 2.",
+        "Classes, as train + test: one 3 + 1, three 3 + 1, two 3 + 1.",
+    ]
+
+
+def test_where_no_picture_can_be_read_init_says_why_and_once(tmp_path: Path) -> None:
+    for i in range(40):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("I;16", (8, 8), i).save(folder / f"{i:02}.png")
+    with pytest.raises(ResgridError) as caught:
+        init(tmp_path / "mine", tmp_path / "images")
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'images'}: none of 40 pictures looked at can be read:",
+        "  40 × pixels of type I;16: save it as RGB with 8 bits a channel: a/00.png, a/02.png, a/04.png, …",
+    ]
+    assert not (tmp_path / "mine").exists()
+
+
+def test_some_pictures_of_each_kind_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 1,002 pictures the two TIFFs are among those that are looked at, and one of them is broken."""
+    for i in range(500):
+        for name in "ab":
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), i % 256).save(tmp_path / "images" / name / f"{i:03}.png")
+    Image.new("L", (8, 8)).save(tmp_path / "images/a/fine.tif")
+    Image.new("LAB", (8, 8)).save(tmp_path / "images/b/lab.tif")
+    info = inspect_dataset(tmp_path / "images")
+    assert len(info.sizes) == 101  # every tenth PNG, and a TIFF
+    assert "1 of 102 pictures looked at are broken" in caplog.text
+    assert "1 × pixels of type LAB: save it as RGB with 8 bits a channel: b/lab.tif" in caplog.text
+
+
+def test_where_a_channel_never_varies_the_normalization_is_one_that_works(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    init(tmp_path / "grey", image_folder)
+    for path in image_folder.glob("*/*/*"):
+        with Image.open(path) as image:
+            grey = image.convert("L")
+        path.unlink()
+        Image.merge("RGB", [grey, grey, Image.new("L", grey.size)]).save(path.with_suffix(".png"))
+    init(tmp_path / "yellow", image_folder)
+    names = [
+        {cell.recipe.normalization.name for cell in expand(load_params(tmp_path / name / "params.yaml"))}
+        for name in ("grey", "yellow")
+    ]
+    assert names == [{"per_channel"}, {"scalar"}]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_in_a_repository_that_dvc_refuses_nothing_is_left(
+    image_folder: Path, tmp_path: Path, there: bool
+) -> None:
+    """Objects of SHA-256, which DVC's git library does not read."""
+    subprocess.run(["git", "init", "-q", "--object-format=sha256", str(tmp_path / "repo")], check=True)
+    folder = tmp_path / "repo" / "deep" / "mine"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    before = sorted((tmp_path / "repo").rglob("*"))
+    for _ in range(2):  # and again: it does not say that there is something already
+        with pytest.raises(ResgridError, match=r"dvc init"):
+            init(folder, image_folder)
+        left = sorted(path for path in (tmp_path / "repo").rglob("*") if ".git" not in path.parts)
+        assert left == [path for path in before if ".git" not in path.parts]
+
+
+def test_in_a_repository_of_ones_own_what_dvc_hashes_keeps_its_line_ends(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """A clone of a person who has git write CRLF: no file that DVC hashes has one."""
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q", "theirs")
+    (tmp_path / "theirs/.gitattributes").write_text("*.bin -text\n")
+    (tmp_path / "theirs/notes.txt").write_text("a line\n")
+    init(tmp_path / "theirs", image_folder)
+    assert (tmp_path / "theirs/.gitattributes").read_text().startswith("*.bin -text\n")
+    (tmp_path / "theirs/dvc.lock").write_text("schema: '2.0'\n")
+    (tmp_path / "theirs/architectures").mkdir()
+    (tmp_path / "theirs/architectures/mine.py").write_text("NAME = 1\n")
+    git("-C", "theirs", "add", ".")
+    git("-C", "theirs", "commit", "-q", "-m", "all")
+    git("clone", "-q", "theirs", "clone")
+    hashed = ["params.yaml", "dvc.yaml", "dvc.lock", ".dvcignore", "architectures/mine.py"]
+    crlf = [name for name in ("notes.txt", *hashed) if b"\r" in (tmp_path / "clone" / name).read_bytes()]
+    assert crlf == ["notes.txt"]
+
+
+def test_in_this_repository_all_text_has_one_form_of_line_ends() -> None:
+    names = [
+        "params.yaml",
+        "dvc.lock",
+        "src/resgrid/cli.py",
+        "src/resgrid/init_params.yaml.jinja",
+        ".dvcignore",
+    ]
+    command = ["git", "check-attr", "eol", *names]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.rpartition(" ")[2] for line in told.splitlines()] == ["lf"] * len(names)

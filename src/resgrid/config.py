@@ -93,7 +93,7 @@ class ImageFolder(Strict):
     location: str
     checksum: Checksum | None = None  # of an archive; a URL must have one, a folder has none
     test_fraction: Fraction  # of each class, drawn with preprocess.seed; 0: the images have a test split
-    on_broken: Literal["refuse", "skip"]  # what cannot be read: end with a list of it, or leave it out
+    on_broken: Literal["refuse", "skip"]  # what cannot be read or is in two classes: list it, or leave it out
 
 
 class Digits(Strict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,10 @@ def score_file(
     data: Path,
     split: str,
     device: torch.device,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Scores:
     """Score any weights file on the `split` of whatever images stand at `data`, in fp32.
 
-    `say` is told what is passed over. The labels are matched to the model's outputs by class name; raises
-    ResgridError if they differ.
+    The labels are matched to the model's outputs by class name; raises ResgridError if they differ.
     """
     model, info = load_model(weights)
     source = open_source(data, info.resize)
@@ -148,7 +145,5 @@ def score_file(
             f"{', '.join(info.class_names[:12])}. Give data with the same classes."
         )
     images = source.load(split)
-    for note in source.notes:
-        say(note)
     place = torch.tensor([info.class_names.index(name) for name in source.class_names])
     return score(model, Split(images=images.images, labels=place[images.labels]), info.mean, info.std, device)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resgrid.config import Resize
-from resgrid.data.pictures import decode, large_pictures, picture_suffixes
+from resgrid.data.pictures import decode, picture_suffixes
 from resgrid.errors import ResgridError
 from resgrid.filetype import identify
 from resgrid.weights import WeightsInfo
@@ -70,8 +70,7 @@ def predict(
     """
     waiting = iter(files)
     while batch := list(islice(waiting, BATCH)):
-        with large_pictures():
-            read = [_read(file, info.resize) for file in batch]
+        read = [_read(file, info.resize) for file in batch]
         images = [each for each in read if not isinstance(each, str)]
         rows = iter(probabilities(model, info, np.stack(images), device) if images else ())
         for file, each in zip(batch, read, strict=True):

@@ -6,44 +6,53 @@ Its `dvc.yaml` has the stages of this project's own, with the paths of the code 
 
 from __future__ import annotations
 
-import io
+import logging
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import resgrid
 from resgrid.config import Resize, load_params
-from resgrid.data import archives
 from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import SIDE
 from resgrid.data.detect import open_source
 from resgrid.data.fetch import digest
-from resgrid.data.pictures import large_pictures, open_picture
-from resgrid.data.sources import SPLITS, ImageFolder, some
+from resgrid.data.pictures import BrokenPicture, Picture
+from resgrid.data.preprocess import draw
+from resgrid.data.sources import SPLITS, ImageFolder, by_reason, count_classes, read_pictures
 from resgrid.dvc.pipeline import dvc
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 
 PACKAGE = Path(resgrid.__file__).parent
-NUM_SIZED = 200  # images whose size is looked at
+NUM_READ = 200  # pictures that are read to choose by, a few of each kind
 DRAWN_FOR_TEST = 0.2
+SEED = 0  # of the draw, as in init_params.yaml.jinja
 MIN_FOR_VALIDATION = 20  # training images in the smallest class
 
 IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
 IGNORED_BY_GIT = "# what the pipeline makes\n/data/\n/runs/\n/reports/\n/mlflow.db*\n/mlruns/\n/.resgrid/\n"
+ATTRIBUTES = "# as DVC hashes them, also where git would check out CRLF\n" + "".join(
+    f"{name} text eol=lf\n" for name in ("*.py", "*.yaml", "dvc.lock", ".dvcignore")
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class DatasetInfo:
     """What stands at a location."""
 
     source: str  # as in params.yaml
@@ -54,15 +63,14 @@ class Found:
     sizes: tuple[tuple[int, int], ...]  # width and height of some of them
     test_fraction: float = 0.0  # to be drawn, where there is no test split
     own_validation: bool = False
-    notes: tuple[str, ...] = ()  # what a person should know
+    normalization: str = "per_channel"
 
 
 def init(folder: Path, data: Path) -> str:
     """Make `folder`, with `params.yaml` and `dvc.yaml` for the images at `data`; returns what to do next.
 
-    Where that is in no DVC repository, it becomes one.
-    Raises ResgridError, and writes nothing, for images that the pipeline could not read, and for a folder
-    that is a pipeline already.
+    Where that is in no DVC repository, it becomes one. Raises ResgridError for images that the pipeline could
+    not read, and for a folder that is a pipeline already. Whatever fails, nothing that was written is left.
     """
     folder = folder.resolve()
     for name in ("params.yaml", "dvc.yaml"):
@@ -83,48 +91,63 @@ def init(folder: Path, data: Path) -> str:
             f"{folder}: git ignores it, and DVC keeps no pipeline in an ignored folder. Name another one, "
             "or take the rule out of .gitignore."
         )
-    found = look_at(data)
+    info = inspect_dataset(data)
     root = _repository(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _undone_on_failure(folder):
         (folder / "dvc.yaml").write_text(_stages(folder, root), encoding="utf-8")
-        params = _params(_name(folder), _location(data, folder, root), data, found)
+        params = _params(_name(folder), _location(data, folder, root), data, info)
         (folder / "params.yaml").write_text(params, encoding="utf-8")
+        cells = expand(load_params(folder / "params.yaml"))
         if root is None:
             _make_repository(folder)
-    except OSError as error:
-        raise ResgridError(f"{folder}: cannot be written: {error.strerror}.") from None
-    cells = expand(load_params(folder / "params.yaml"))
+        if root is None or root not in PACKAGE.parents:  # ResGrid's own has these lines at its root
+            with (folder / ".gitattributes").open("a", encoding="utf-8") as attributes:
+                attributes.write(ATTRIBUTES)
     repository = "" if root else f"\n{folder} was in no DVC repository, so it is one now."
-    notes = "".join(f"\n{note[0].upper()}{note[1:]}." for note in found.notes)
     return (
-        f"{_counts(found)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{notes}{repository}\n"
+        f"{_counts(info)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
         f"Look at {folder / 'params.yaml'}, then:\n"
         f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid compare && resgrid sync"
     )
 
 
-def look_at(data: Path) -> Found:
-    """Raises ResgridError for what is neither an image folder nor one of CIFAR's forms."""
-    source = open_source(data, "stretch")
-    test_fraction, notes = 0.0, list(source.notes)
+@contextmanager
+def _undone_on_failure(folder: Path) -> Iterator[None]:
+    """Make `folder` and its parents; if the body fails, remove everything that was not there before."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    before = set() if missing else set(folder.iterdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for path in missing[-1:] or set(folder.iterdir()) - before:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ResgridError(f"{folder}: cannot be written: {error.strerror}.") from None
+        raise
+
+
+def inspect_dataset(data: Path) -> DatasetInfo:
+    """Logs the classes and what a person should know of the images.
+
+    Raises ResgridError for what is neither an image folder nor one of CIFAR's forms.
+    """
+    source = open_source(data, "stretch", needs=("train",))
+    test_fraction, normalization = 0.0, "per_channel"
     if isinstance(source, ImageFolder):
-        if "test" not in source.images:
-            test_fraction = DRAWN_FOR_TEST
-            notes.append(
-                f"there is no test split: data.test_fraction: {test_fraction} of each class is drawn for it"
-            )
-        source = ImageFolder(data, "stretch", test_fraction=test_fraction)  # both splits must be there now
         labels = {split: [name for _, name in images] for split, images in source.images.items()}
-        train = source.images["train"]
-        step = max(1, len(train) // NUM_SIZED)
-        sizes, broken = _measure(data, [name for name, _ in train[::step][:NUM_SIZED]])
-        if broken:
-            total = len(broken) + len(sizes)
-            notes.append(
-                f"{len(broken)} of {total} pictures looked at are broken ({some(broken)}): mend or remove "
-                "them, or write on_broken: skip to leave them out"
+        if "test" not in labels:
+            test_fraction = DRAWN_FOR_TEST
+            log.info(
+                f"There is no test split: data.test_fraction: {test_fraction} of each class is drawn for it."
             )
+            names, numbers = np.array(labels["train"]), np.unique(labels["train"], return_inverse=True)[1]
+            drawn = draw(numbers, source.class_names, test_fraction, SEED)
+            labels |= {"train": names[~drawn].tolist(), "test": names[drawn].tolist()}
+        sizes, normalization = _read_some(source)
         kind = "image-folder"
     elif isinstance(source, Cifar):
         labels = {
@@ -134,11 +157,11 @@ def look_at(data: Path) -> Found:
         sizes, kind = ((SIDE, SIDE),), "archive"
     else:
         raise ResgridError(f"{data}: give pictures, or CIFAR-10 or CIFAR-100, in a folder or an archive.")
-    counts = Counter(labels["train"])
-    smallest = min(counts[name] for name in source.class_names)
+    log.info(f"Classes, as {' + '.join(labels)}: {count_classes(source.class_names, labels.values())}.")
+    smallest = min(Counter(labels["train"]).values())
     if smallest < 2:
-        notes.append("a class has a single training image: such a class is learnt badly, if at all")
-    return Found(
+        log.info("A class has a single training image: such a class is learnt badly, if at all.")
+    return DatasetInfo(
         source=kind,
         class_names=source.class_names,
         num_train=len(labels["train"]),
@@ -147,28 +170,39 @@ def look_at(data: Path) -> Found:
         sizes=sizes,
         test_fraction=test_fraction,
         own_validation="validation" in labels,
-        notes=tuple(notes),
+        normalization=normalization,
     )
 
 
-def _measure(data: Path, names: Sequence[str]) -> tuple[tuple[tuple[int, int], ...], list[str]]:
-    """Width and height of those that can be read, and the names of the others.
-
-    Raises ResgridError if none can.
+def _read_some(source: ImageFolder) -> tuple[tuple[tuple[int, int], ...], str]:
+    """Width and height of some pictures of each kind, and the normalization for them: `scalar` where a
+    channel never varies. Raises ResgridError if none of them can be read.
     """
-    sizes, broken = [], []
-    with large_pictures():
-        for name, content in archives.contents(data, set(names)):
-            try:
-                with open_picture(io.BytesIO(content), name) as image:
-                    sizes.append(image.size)
-            except Exception:  # a broken file raises whatever its decoder came upon
-                broken.append(name)
-    if not sizes:
-        raise ResgridError(
-            f"{data}: none of {len(names)} pictures looked at can be read, such as {names[0]}."
+    kinds: dict[str, list[str]] = {}  # by suffix
+    for name in (name for images in source.images.values() for name, _ in images):
+        kinds.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
+    share = max(3, NUM_READ // len(kinds))
+    names = {name for each in kinds.values() for name in each[:: -(-len(each) // share)]}
+    broken: dict[str, str] = {}
+    pictures: list[Picture] = []
+    for name, picture in read_pictures(source.path, names, "stretch"):
+        if isinstance(picture, BrokenPicture):
+            broken[name] = picture.reason
+        else:
+            pictures.append(picture)
+    reasons = "\n  ".join(["", *by_reason(broken, 3)])
+    if not pictures:
+        raise ResgridError(f"{source.path}: none of {len(names)} pictures looked at can be read:{reasons}")
+    if broken:
+        log.warning(
+            f"{len(broken)} of {len(names)} pictures looked at are broken; mend or remove them, or write "
+            f"on_broken: skip to leave them out:{reasons}"
         )
-    return tuple(sizes), broken
+    pixels = np.stack([picture.pixels for picture in pictures])  # (N, 32, 32, 3)
+    varies = (pixels != pixels[0, 0, 0]).any(axis=(0, 1, 2))
+    if not varies.all():
+        log.info("A channel never varies in the pictures looked at, so the normalization is scalar.")
+    return tuple(picture.size for picture in pictures), "per_channel" if varies.all() else "scalar"
 
 
 # --- the files --------------------------------------------------------------------------------------
@@ -223,20 +257,20 @@ def _scale(num_train: int) -> tuple[tuple[str, ...], int, int]:
     return ("resnet20", "resnet56", "resnet18"), 30, 128
 
 
-def _params(name: str, location: str, data: Path, found: Found) -> str:
+def _params(name: str, location: str, data: Path, info: DatasetInfo) -> str:
     """init_params.yaml.jinja for these images."""
-    architectures, epochs, batch_size = _scale(found.num_train)
+    architectures, epochs, batch_size = _scale(info.num_train)
     template = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(
         (PACKAGE / "init_params.yaml.jinja").read_text(encoding="utf-8")
     )
-    has_enough = found.smallest_class >= MIN_FOR_VALIDATION and not found.own_validation
+    has_enough = info.smallest_class >= MIN_FOR_VALIDATION and not info.own_validation
     text = template.render(
-        counts=_counts(found),
+        counts=_counts(info),
         name=_quoted(name),
-        found=found,
+        info=info,
         location=_quoted(location),
         checksum=None if data.is_dir() else digest(data, "sha256:"),
-        resize=_resize(found),
+        resize=_resize(info),
         validation_fraction=0.1 if has_enough else 0.0,
         architectures=architectures,
         wide=("resnet10", "resnet18"),
@@ -246,17 +280,17 @@ def _params(name: str, location: str, data: Path, found: Found) -> str:
     return rewritten(text)
 
 
-def _resize(found: Found) -> Resize:
+def _resize(info: DatasetInfo) -> Resize:
     """`stretch` keeps the shape where all images are nearly square; otherwise bars of black do."""
-    ratio = statistics.median(max(size) / min(size) for size in found.sizes)
+    ratio = statistics.median(max(size) / min(size) for size in info.sizes)
     return "stretch" if ratio < 1.15 else "pad"
 
 
-def _counts(found: Found) -> str:
-    smallest, largest = ("x".join(map(str, pick(found.sizes))) for pick in (min, max))
+def _counts(info: DatasetInfo) -> str:
+    smallest, largest = ("x".join(map(str, pick(info.sizes))) for pick in (min, max))
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
     return (
-        f"{found.num_train:,} training and {found.num_test:,} test images of {len(found.class_names)} "
+        f"{info.num_train:,} training and {info.num_test:,} test images of {len(info.class_names)} "
         f"classes, of {sizes} pixels"
     )
 

@@ -78,7 +78,7 @@ def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
 
 
 def export(options: argparse.Namespace) -> None:
-    from resgrid.data.sources import some
+    from resgrid.data.sources import truncate
     from resgrid.export import export, images_to_compare
 
     model, info, told = _model(options.model)
@@ -90,7 +90,7 @@ def export(options: argparse.Namespace) -> None:
     if difference is not None:
         print(
             "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
-            f"(N, {len(info.class_names)}), in the order {some(info.class_names)}."
+            f"(N, {len(info.class_names)}), in the order {truncate(info.class_names)}."
         )
         print(
             f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
@@ -161,10 +161,7 @@ def _print_scores(weights: Path, options: argparse.Namespace) -> Scores:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    def note(text: str) -> None:
-        print(f"resgrid: {text}", file=sys.stderr)
-
-    scores = score_file(weights, options.data, options.split, choose_device(options.device), note)
+    scores = score_file(weights, options.data, options.split, choose_device(options.device))
     if options.json:
         print(json.dumps(asdict(scores)))
     else:

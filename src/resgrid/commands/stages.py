@@ -40,7 +40,7 @@ def download(options: argparse.Namespace) -> None:
     if num_train := known_num_train(params.data):
         announce(params, num_train)
     with Progress("download", None, "B") as progress:
-        download(params.data, RAW, progress.update, progress.say)
+        download(params.data, RAW, progress.update)
 
 
 @recorded()
@@ -57,9 +57,9 @@ def preprocess(options: argparse.Namespace) -> None:
             progress.note = split
             progress.update(done, total)
 
-        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image, progress.say)
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image)
     counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
-    print(f"{counts} images of {len(meta.class_names)} classes: {', '.join(meta.class_names[:12])}")
+    print(f"{counts} images of {len(meta.class_names)} classes")
     if not known_num_train(params.data):
         announce(params, meta.num_images["train"])
 

@@ -30,7 +30,6 @@ MAX_MEMBER_BYTES = 128 * 2**20
 MAX_TOTAL_BYTES = 256 * 2**30
 MAX_RATIO = 250  # of inflated to packed bytes: 5 for JPEGs in a tar.xz, 1,000 and more for zeros …
 FREE_BYTES = 256 * 2**20  # … and not looked at below this
-MAX_DEPTH = 4  # folders below the one that is given
 
 # What a damaged archive or member raises, by way of tarfile, zipfile and the decompressors.
 _DAMAGE = (
@@ -99,8 +98,6 @@ def _folder_members(path: Path, wanted: Container[str], size: int) -> Iterator[t
         subfolders[:] = sorted(
             name for name in subfolders if not here.is_relative_to((here / name).resolve())
         )
-        if len(within.parts) >= MAX_DEPTH:
-            subfolders.clear()
         for file in sorted(files):
             name = _utf8((within / file).as_posix())
             whole = Path(folder, file)

@@ -78,7 +78,7 @@ class Cifar(Source):
             raise ResgridError(f"{self._origin(form.meta)}: {form.names} must be two or more names.")
         self.class_names = tuple(names)
 
-    def _load(self, split: str, on_image: OnImage | None) -> Split:
+    def read(self, split: str, on_image: OnImage | None = None) -> Split:
         batches = [self._form.test]
         if split == "train":
             held = (batch for batch in self.files if re.fullmatch(self._form.train, batch))

@@ -33,6 +33,13 @@ class Split:
     labels: Tensor  # int64 (N,)
 
 
+class EqualImages(Strict):
+    """Images of which another has the same 32x32 pixels."""
+
+    num_images: int
+    first: tuple[str, ...]  # pairs, as in `test/a/1.png = train/b/2.png`
+
+
 class Meta(Strict):
     """What `meta.json` holds. Means and deviations are the training split's, on the 0–1 scale."""
 
@@ -46,9 +53,9 @@ class Meta(Strict):
     channel_std: Triple
     split_digests: dict[str, str]
     digest: str  # sha256:… of the class names and the splits' digests
-    left_out: dict[str, list[str]] = Field(
-        default={}
-    )  # by split: pictures that could not be read; not written if none
+    # not written where there are none, so that files of earlier versions stay as they are
+    left_out: dict[str, list[str]] = Field(default={})  # by split: broken, or in two classes
+    duplicates: dict[str, EqualImages] = Field(default={})  # across_splits, across_classes
 
 
 def split_digest(split: Split) -> str:

@@ -70,12 +70,10 @@ def download(
     data: config.Data,
     out: Path,
     on_progress: OnProgress | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Fill the folder `out` with the source's one archive, or its images, or `digits.safetensors`.
 
-    A relative location is relative to the current folder, that of params.yaml. `say` is told what is passed
-    over and renamed. Raises ResgridError if the
+    A relative location is relative to the current folder, that of params.yaml. Raises ResgridError if the
     source cannot be had or is not what its checksum says; `out` then stays as it was.
     """
     report: OnProgress = on_progress or (lambda done, total: None)
@@ -97,7 +95,7 @@ def download(
         part = fetch(CIFAR10_URLS, partial, CIFAR10_CHECKSUM, report, num_bytes=CIFAR10_BYTES)
         part.replace(fresh / "cifar-10-python.tar.gz")
     else:
-        _get_location(data, partial, fresh, report, say)
+        _get_location(data, partial, fresh, report)
     shutil.rmtree(out, ignore_errors=True)
     fresh.replace(out)
     with contextlib.suppress(OSError):  # it holds the beginning of something else
@@ -109,7 +107,6 @@ def _get_location(
     partial: Path,
     fresh: Path,
     report: OnProgress,
-    say: Callable[[str], None],
 ) -> None:
     location, url = data.location, urllib.parse.urlsplit(data.location)
     if url.scheme in ("http", "https"):
@@ -131,8 +128,6 @@ def _get_location(
         _copy_files(path, list(Cifar(path).files.values()), fresh, report)
     else:  # finds what is missing before anything is copied
         source = ImageFolder(path, "stretch", test_fraction=data.test_fraction)
-        for note in source.notes:
-            say(note)
         _copy_files(path, [name for held in source.images.values() for name, _ in held], fresh, report)
 
 

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import io
-import os
+import logging
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resgrid.config import Resize
 from resgrid.data.dataset import SIDE
 from resgrid.errors import ResgridError
-from resgrid.filetype import START_BYTES, identify_bytes, picture_formats
+from resgrid.filetype import START_BYTES, identify_bytes
 
+UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow formats that need another program
 UNREAD_SUFFIXES = (".heic", ".heif")  # of pictures that Pillow does not read: better named than passed over
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel or less
 MAX_PIXELS = 208_000_000  # of one picture, which then takes 0.6 GB; the largest of phones have 201 million
-MAX_PIXELS_VARIABLE = "RESGRID_MAX_PIXELS"
+
+
+class Remark(StrEnum):
+    """What a person should know of a picture that was read."""
+
+    SEVERAL_PAGES = "have several pages or frames, of which the first is taken"
+    TRANSPARENT = "are transparent in places, which become white"
+    ONE_COLOUR = "become a single colour when their transparent places become white"
+
+
+@dataclass(frozen=True)
+class Picture:
+    pixels: NDArray[np.uint8]  # (32, 32, 3)
+    size: tuple[int, int]  # width and height before
+    remarks: tuple[Remark, ...]
+
+
+class BrokenPicture(ResgridError):
+    """One picture that cannot be read; `reason` is the library's own where it has one."""
+
+    def __init__(self, origin: str, reason: str) -> None:
+        super().__init__(f"{origin} cannot be read as an image ({reason})")
+        self.reason = reason
+
+
+def picture_formats() -> tuple[str, ...]:
+    """The formats that Pillow reads here without another program."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in UNREADABLE)
 
 
 def picture_suffixes() -> set[str]:
@@ -34,87 +66,112 @@ def picture_suffixes() -> set[str]:
     )
 
 
-def max_pixels() -> int:
-    """Of one picture, as the environment says; raises ResgridError for a value that is no number."""
-    given = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
-    if not given.isdecimal() or not int(given):
-        raise ResgridError(f"{MAX_PIXELS_VARIABLE}={given}: give a number of pixels, such as {MAX_PIXELS}.")
-    return int(given)
-
-
-@contextmanager
-def large_pictures() -> Iterator[list[str]]:
-    """Pictures up to `max_pixels` are read, and no warning of Pillow's shows; gives a note on large ones."""
-    notes: list[str] = []
-    usual, limit = Image.MAX_IMAGE_PIXELS, max_pixels()
-    Image.MAX_IMAGE_PIXELS = limit // 2  # Pillow warns above it, and refuses above twice as much
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", Image.DecompressionBombWarning)
-            yield notes
-    finally:
-        Image.MAX_IMAGE_PIXELS = usual
-    if caught:
-        notes.append(
-            f"pictures of more than {limit // 2:,} pixels, each of which takes much memory: {len(caught):,} "
-            f"({MAX_PIXELS_VARIABLE}={limit} is the limit)"
-        )
-
-
-class BrokenPicture(ResgridError):
-    """One picture that cannot be read, and why."""
-
-
-def open_picture(file: IO[bytes], name: str) -> Image.Image:
-    """The picture in `file`, of a format that its content shows or, for the few that have no signature, its
-    name. Raises what Pillow's decoders raise.
-    """
-    Image.init()
-    named = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
-    formats = [each for each in picture_formats() if Image.OPEN[each][1] or each == named]
-    return Image.open(file, formats=formats)
+def is_picture(start: bytes) -> bool:
+    """By the signatures that Pillow's own readers look for."""
+    for name in picture_formats():
+        _, accepts = Image.OPEN[name]
+        try:
+            if accepts is not None and accepts(start[:16]):
+                return True
+        except (IndexError, ValueError, struct.error):  # shorter than the signature
+            continue
+    return False
 
 
 def decode(file: IO[bytes], origin: str, resize: Resize) -> NDArray[np.uint8]:
-    """A picture as (32, 32, 3): upright by EXIF, transparent parts on black.
+    """The pixels of `read_picture`."""
+    return read_picture(file, origin, resize).pixels
+
+
+def read_picture(file: IO[bytes], origin: str, resize: Resize) -> Picture:
+    """A picture upright by EXIF, transparent parts on white, of several pages or frames the first.
 
     What only says something of the picture, such as a broken text or profile, does not stop it.
     Raises BrokenPicture, which names `origin`, for one that is broken or has more than 8 bits a channel.
     """
-    try:
+    with _quiet_pillow() as messages:
         try:
-            image = _upright(file, origin)
-        except Exception as cause:
-            file.seek(0)
             try:
-                image = _upright(io.BytesIO(_without_metadata(file.read())), origin)
-            except Exception:
-                raise cause from None
-        if image.mode not in MODES:
-            raise ValueError(f"pixels of type {image.mode}: save it with 8 bits a channel")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        return np.asarray(to_square(image.convert("RGB"), resize))
-    except Exception as error:  # a broken file raises whatever its decoder came upon, from a dozen types
-        file.seek(0)
-        kind = identify_bytes(file.read(START_BYTES))
-        reason = str(error) or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError):
-            reason = f"{reason.partition(',')[0]}: {MAX_PIXELS_VARIABLE} sets another one"
-        elif not kind.is_picture:
-            reason = f"it is {kind.name}. {kind.advice}"
-        raise BrokenPicture(f"{origin} cannot be read as an image ({reason.rstrip('. ')})") from None
+                image, has_several_pages = _upright(file, origin)
+            except Exception as cause:
+                file.seek(0)
+                try:
+                    image, has_several_pages = _upright(io.BytesIO(_without_metadata(file.read())), origin)
+                except Exception:
+                    raise cause from None
+            if image.mode not in MODES:
+                raise ValueError(f"pixels of type {image.mode}: save it as RGB with 8 bits a channel")
+            remarks = [Remark.SEVERAL_PAGES] * has_several_pages
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getchannel("A").getextrema() != (255, 255):
+                    remarks.append(Remark.TRANSPARENT)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.asarray(to_square(image.convert("RGB"), resize))
+        except Exception as error:  # a broken file raises whatever its decoder came upon, of a dozen types
+            raise BrokenPicture(origin, _reason(file, error, messages)) from None
+    if Remark.TRANSPARENT in remarks and (pixels == pixels[0, 0]).all():
+        remarks.append(Remark.ONE_COLOUR)
+    return Picture(pixels, image.size, tuple(remarks))
 
 
-def _upright(file: IO[bytes], name: str) -> Image.Image:
-    with open_picture(file, name) as opened:
+def _reason(file: IO[bytes], error: Exception, messages: list[str]) -> str:
+    file.seek(0)
+    kind = identify_bytes(file.read(START_BYTES))
+    if not kind.is_picture:
+        return f"it is {kind.name}. {kind.advice}".rstrip(". ")
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels: make it smaller"
+    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
+        return ": ".join(["cannot identify image file", *messages[-1:]])
+    return str(error).rstrip(". ") or type(error).__name__
+
+
+class _Messages(logging.Handler):
+    """Collects what is logged from WARNING on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[list[str]]:
+    """Pictures up to MAX_PIXELS are read and none of Pillow's warnings shows; gives what it logs."""
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2  # it refuses above twice as much
+    messages, logger = _Messages(), logging.getLogger("PIL")
+    logger.addHandler(messages)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield messages.lines
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
+        logger.removeHandler(messages)
+
+
+def _upright(file: IO[bytes], name: str) -> tuple[Image.Image, bool]:
+    """The first page of the picture in `file`, and whether there are others.
+
+    Its format is told by its content or, for the few that have no signature, by its name.
+    """
+    formats = picture_formats()
+    named = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
+    formats = tuple(each for each in formats if Image.OPEN[each][1] or each == named)
+    with Image.open(file, formats=formats) as opened:
         opened.load()
         try:
-            return ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened)
         except Exception:  # EXIF is read anew there, and broken in many ways; the pixels are sound
-            return opened.copy()
+            image = opened.copy()
+        try:  # the second picture in a photograph (MPO) is a preview or a map of depths
+            has_several_pages = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))
+        except Exception:  # the second page is broken
+            has_several_pages = True
+        return image, has_several_pages
 
 
 def _without_metadata(content: bytes) -> bytes:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from resgrid import config
 from resgrid.data.cifar import Cifar
-from resgrid.data.dataset import SIDE, Meta, Split, content_digest, save, split_digest
+from resgrid.data.dataset import SIDE, EqualImages, Meta, Split, content_digest, save, split_digest
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.room import require_disk
-from resgrid.data.sources import BrokenPictures, Digits, ImageFolder, OnImage, Source, draw, raw_path
+from resgrid.data.sources import (
+    ORDER,
+    Digits,
+    ImageFolder,
+    OnImage,
+    Source,
+    count_classes,
+    raw_path,
+    truncate,
+)
 from resgrid.errors import ResgridError
+
+TRAIN, VALIDATION, TEST, UNUSED = range(4)  # where an image goes, as in ORDER
+
+log = logging.getLogger(__name__)
 
 
 def preprocess(
@@ -25,34 +39,31 @@ def preprocess(
     raw: Path,
     out: Path,
     on_image: OnImage | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Meta:
     """Make `out` (see `dataset`) of what `download` put into `raw`; returns its description.
 
-    `say` is told what is passed over and left out. Raises ResgridError for raw data that is missing, damaged
-    or not what `data` says.
+    Logs what a person should know of the images. Raises ResgridError for raw data that is missing, damaged or
+    not what `data` says.
     """
     source = _open(data, settings, raw)
-    loaded = _load_all(source, on_image)
-    for note in source.notes:
-        say(note)
-    train, test = loaded.pop("train"), loaded.pop("test")
-    held_out = loaded  # an image folder may have a validation split of its own
-    if settings.validation_fraction > 0:
-        if held_out:
-            raise ResgridError(
-                f"preprocess.validation_fraction: {settings.validation_fraction}, but the images have a "
-                "validation split of their own. Write 0.0."
-            )
-        drawn = draw(train.labels.numpy(), source.class_names, settings.validation_fraction, settings.seed)
-        held_out, train = {"validation": _part(train, drawn)}, _part(train, ~drawn)
-    if settings.training_fraction < 1:
-        drawn = draw(train.labels.numpy(), source.class_names, settings.training_fraction, settings.seed)
-        train = _part(train, drawn)
-    splits = {"train": train, **held_out, "test": test}
+    if settings.validation_fraction > 0 and "validation" in source.splits:
+        raise ResgridError(
+            f"preprocess.validation_fraction: {settings.validation_fraction}, but the images have a "
+            "validation split of their own. Write 0.0."
+        )
+    loaded = {split: source.read(split, on_image) for split in ORDER if split in source.splits}
+    source.report_reading()
+    splits, left_out, duplicates = _arrange(data, settings, source, loaded)
+    classes = [[source.class_names[label] for label in each.labels.tolist()] for each in splits.values()]
+    log.info(f"Classes, as {' + '.join(splits)}: {count_classes(source.class_names, classes)}.")
     counts = histograms(splits["train"].images.numpy())
     scalar_mean, scalar_std = moments(counts.sum(axis=0))
     red, green, blue = (moments(channel) for channel in counts)
+    if constant := [name for name, (_, std) in (("red", red), ("green", green), ("blue", blue)) if std == 0]:
+        log.warning(
+            f"Of the training images the {' and '.join(constant)} never varies, so normalization: "
+            f"{{name: per_channel}} would divide by 0. {{name: scalar}} does not."
+        )
     digests = {name: split_digest(split) for name, split in splits.items()}
     meta = Meta(
         source=data.source,
@@ -65,7 +76,8 @@ def preprocess(
         channel_std=(red[1], green[1], blue[1]),
         split_digests=digests,
         digest=content_digest(source.class_names, digests),
-        left_out={split: sorted(names) for split, names in source.broken.items() if names},
+        left_out=left_out,
+        duplicates=duplicates,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
@@ -74,30 +86,11 @@ def preprocess(
     return meta
 
 
-def _load_all(source: Source, on_image: OnImage | None) -> dict[str, Split]:
-    """Every split; raises BrokenPictures, with those of all splits."""
-    loaded: dict[str, Split] = {}
-    broken: BrokenPictures | None = None
-    for split in source.splits:
-        try:
-            loaded[split] = source.load(split, on_image)
-        except BrokenPictures as error:  # the next one tells of these as well
-            broken = error
-    if broken:
-        raise broken
-    return loaded
-
-
-def _part(split: Split, chosen: NDArray[np.bool_]) -> Split:
-    mask = torch.from_numpy(chosen)
-    return Split(images=split.images[mask], labels=split.labels[mask])
-
-
 def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
     if not raw.is_dir():
         raise ResgridError(f"{raw}: no such folder. `dvc repro download` makes it.")
     if isinstance(data, config.Digits):
-        return Digits(raw / "digits.safetensors", data.test_fraction, data.split_seed)
+        return Digits(raw / "digits.safetensors")
     path = raw_path(raw)
     if checksum := known_checksum(data):
         if not path.is_file():
@@ -105,13 +98,131 @@ def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
         verify(path, checksum, "`dvc repro -f download` fetches it again.")
     if not isinstance(data, config.ImageFolder):
         return Cifar(path)
-    return ImageFolder(
-        path,
-        settings.resize,
-        test_fraction=data.test_fraction,
-        seed=settings.seed,
-        on_broken=data.on_broken,
-    )
+    return ImageFolder(path, settings.resize, test_fraction=data.test_fraction, on_broken=data.on_broken)
+
+
+# --- which image goes where -------------------------------------------------------------------------
+
+
+def _arrange(
+    data: config.Data, settings: config.Preprocess, source: Source, loaded: dict[str, Split]
+) -> tuple[dict[str, Split], dict[str, list[str]], dict[str, EqualImages]]:
+    """The splits, with those that are drawn from training; the names left out of each; the equal images.
+
+    Raises ResgridError for an image folder with equal images in two classes, unless they are to be skipped.
+    """
+    sizes = [len(each.labels) for each in loaded.values()]
+    part = np.repeat([ORDER.index(split) for split in loaded], sizes)  # (N,), of all images: where they go
+    labels = np.concatenate([each.labels.numpy() for each in loaded.values()])
+    names = [name for split in loaded for name in source.image_names(split, len(loaded[split].labels))]
+    out = np.array([name in source.broken for name in names])
+    first = _first_equal(loaded.values(), out)
+
+    duplicates = {}
+    if contradictions := np.flatnonzero(labels != labels[first]).tolist():
+        pairs = [f"{names[i]} = {names[first[i]]}" for i in contradictions]
+        in_two = np.isin(first, first[contradictions])
+        duplicates["across_classes"] = EqualImages(num_images=int(in_two.sum()), first=tuple(pairs[:3]))
+        told = f"{in_two.sum():,} images have equal ones in another class: {truncate(pairs)}."
+        if not isinstance(data, config.ImageFolder):
+            log.warning(told)
+        elif data.on_broken == "skip":
+            log.warning(f"Left out: {told}")
+            out |= in_two
+        else:
+            raise ResgridError(
+                f"{source.path}: {told} Correct or remove them; data.on_broken: skip in params.yaml leaves "
+                "them out."
+            )
+
+    def draw_apart(fraction: float, seed: int) -> NDArray[np.int64]:
+        """Training images, drawn so that equal ones stay on one side."""
+        rows = np.flatnonzero(part == TRAIN)
+        distinct, which = np.unique(first[rows], return_inverse=True)
+        return rows[draw(labels[distinct], source.class_names, fraction, seed)[which]]
+
+    if isinstance(data, config.ImageFolder | config.Digits) and data.test_fraction:
+        seed = data.split_seed if isinstance(data, config.Digits) else settings.seed
+        part[draw_apart(data.test_fraction, seed)] = TEST
+    left_out = {
+        split: sorted(names[i] for i in np.flatnonzero(out & (part == code)))
+        for code, split in enumerate(ORDER)
+        if (out & (part == code)).any()
+    }
+    part[out] = UNUSED  # after the draw, which so remains what it is when a picture is mended
+    if settings.validation_fraction > 0:
+        part[draw_apart(settings.validation_fraction, settings.seed)] = VALIDATION
+    if settings.training_fraction < 1:
+        rows = np.flatnonzero(part == TRAIN)
+        drawn = draw(labels[rows], source.class_names, settings.training_fraction, settings.seed)
+        part[rows[~drawn]] = UNUSED
+
+    if pairs := _across_splits(part, first, names):
+        duplicates["across_splits"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
+        log.warning(
+            f"{len(pairs):,} images are in two splits, and their scores say little of new images: "
+            f"{truncate(pairs)}."
+        )
+    splits = {}
+    starts = dict(zip(loaded, np.cumsum([0, *sizes]), strict=False))
+    for code, split in enumerate(ORDER):
+        origin = split if split in loaded else "train"
+        held = loaded[origin]
+        mask = part[starts[origin] :][: len(held.labels)] == code
+        if not mask.any():
+            continue
+        splits[split] = held if mask.all() else Split(images=held.images[mask], labels=held.labels[mask])
+        if left_out and (lost := set(range(len(source.class_names))) - set(splits[split].labels.tolist())):
+            name = source.class_names[min(lost)]
+            raise ResgridError(f"{source.path}: class {name!r} has no picture in {split} that can be used.")
+    return splits, left_out, duplicates
+
+
+def _first_equal(splits: Iterable[Split], broken: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Index of the first image with the same pixels, (N,), over all splits; a broken one has its own."""
+    seen: dict[bytes, int] = {}
+    images = (image for split in splits for image in split.images.numpy())
+    digests = (hashlib.blake2b(image.data, digest_size=16).digest() for image in images)  # 0.3 s for 60,000
+    return np.array([i if broken[i] else seen.setdefault(each, i) for i, each in enumerate(digests)])
+
+
+def _across_splits(part: NDArray[np.int64], first: NDArray[np.int64], names: Sequence[str]) -> list[str]:
+    """Each image that equals one of an earlier split, as `test/a/1.png = train/a/2.png`."""
+    pairs = []
+    earlier: dict[int, int] = {}  # by the first of equal images: the first of those in a split
+    for code in (TRAIN, VALIDATION, TEST):
+        rows = np.flatnonzero(part == code).tolist()
+        pairs += [f"{names[i]} = {names[earlier[first[i]]]}" for i in rows if first[i] in earlier]
+        for i in rows:
+            earlier.setdefault(int(first[i]), i)
+    return pairs
+
+
+def draw(
+    labels: NDArray[np.int64], class_names: Sequence[str], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """A stratified draw, (N,): True for round(fraction * n) of each class's n images, at least 1, never all.
+
+    The order comes from PCG64's raw stream, which NumPy promises never to change, as it does no distribution.
+    Raises ResgridError for a class with a single image.
+    """
+    bits = np.random.PCG64(seed)
+    drawn = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise ResgridError(
+                f"class {class_names[label]!r} has a single image, which cannot be on both sides of a split. "
+                "Give it another one that differs, or draw no split: data.test_fraction: 0.0, "
+                "preprocess.validation_fraction: 0.0, training_fraction: 1.0."
+            )
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        order = np.argsort(bits.random_raw(len(members)), kind="stable")
+        drawn[members[order[:count]]] = True
+    return drawn
+
+
+# --- statistics -------------------------------------------------------------------------------------
 
 
 def histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:

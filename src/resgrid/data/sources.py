@@ -7,13 +7,15 @@ ever in memory at its own size. CIFAR's own layouts are in `cifar`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -21,21 +23,33 @@ from safetensors.numpy import load_file
 from resgrid.config import Resize
 from resgrid.data import archives
 from resgrid.data.dataset import SIDE, Split
-from resgrid.data.pictures import BrokenPicture, decode, large_pictures, picture_suffixes, to_square
+from resgrid.data.pictures import (
+    BrokenPicture,
+    Picture,
+    Remark,
+    is_picture,
+    picture_suffixes,
+    read_picture,
+    to_square,
+)
 from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError, suggest
-from resgrid.filetype import START_BYTES, identify_bytes
+from resgrid.filetype import START_BYTES
 
 OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
 
 SPLITS = ("train", "test")
+ORDER = ("train", "validation", "test")
 SPLIT_NAMES = {  # of folders, in lower case
     "train": "train", "training": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+_LIKE_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[\W_]*\d*", re.IGNORECASE)  # also train2017
 LAYOUT = "an image folder holds train/<class>/<image> and test/<class>/<image>, or <class>/<image>"
-SHOWN = 20  # broken pictures that an error names
+SHOWN = 20  # pictures that an error names for each reason
+
+log = logging.getLogger(__name__)
 
 
 class Source:
@@ -46,42 +60,68 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.splits: tuple[str, ...] = SPLITS
-        self.notes: list[str] = []  # what a person should know: passed over, or standing for something else
-        self.broken: dict[str, dict[str, str]] = {}  # by split that is loaded: picture -> why
+        self.broken: dict[str, str] = {}  # pictures that cannot be read so far, and why
 
     def load(self, split: str, on_image: OnImage | None = None) -> Split:
         """The images of one split; raises ResgridError if there is none or one is broken."""
         if split not in self.splits:
             raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
-        return self._load(split, on_image)
+        loaded = self.read(split, on_image)
+        self.report_reading()
+        return loaded
 
-    def _load(self, split: str, on_image: OnImage | None) -> Split:
+    def read(self, split: str, on_image: OnImage | None = None) -> Split:
+        """The same, with black in place of a broken image."""
         raise NotImplementedError
+
+    def report_reading(self) -> None:
+        """Log remarks on the images that were read; raises ResgridError that lists the broken ones."""
+
+    def image_names(self, split: str, count: int) -> list[str]:
+        """What to call each of a split's `count` images."""
+        return [f"{split} image {i}" for i in range(count)]
 
 
 def raw_path(path: Path) -> Path:
     """The one file in `path`, if that is a folder which holds a file and nothing else; otherwise `path`."""
     if path.is_dir():
-        held = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        if len(held) == 1 and held[0].is_file():
-            return held[0]
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        if len(entries) == 1 and entries[0].is_file():
+            return entries[0]
     return path
+
+
+def truncate(names: Sequence[str], limit: int = 3) -> str:
+    """The first `limit` of `names`."""
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+def by_reason(broken: Mapping[str, str], limit: int = SHOWN) -> list[str]:
+    """A line for each reason, with the first `limit` names: `2 × image file is truncated: a.png, b.png`."""
+    names: dict[str, list[str]] = {}
+    for name, reason in broken.items():
+        names.setdefault(reason, []).append(name)
+    lines = [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
+    return lines[:SHOWN] + [f"… and {len(lines) - SHOWN:,} more reasons"] * (len(lines) > SHOWN)
+
+
+def count_classes(class_names: Sequence[str], labels: Iterable[Iterable[str]]) -> str:
+    """`cat 40 + 10, dog 38 + 9`: of each class the images of every split in `labels`, a class an image."""
+    counts = [Counter(each) for each in labels]
+    return truncate(
+        [f"{name} {' + '.join(f'{each[name]:,}' for each in counts)}" for name in class_names], 100
+    )
 
 
 # --- image folders ----------------------------------------------------------------------------------
 
 
-class BrokenPictures(ResgridError):
-    """Pictures that cannot be read, each with its reason: all of them in one message."""
-
-
 class ImageFolder(Source):
-    """Pictures in `<split>/<class>/` or `<class>/`, in a folder or an archive, perhaps below one more folder.
+    """Pictures below `<split>/<class>/` or `<class>/`, in a folder or an archive, perhaps below more folders.
 
     A split's folder may be called `train` or `training`, `test` or `testing`, `val`, `valid` or `validation`.
     Classes are numbered by name, and images of a split are in the order of class and name. A picture is what
-    has the suffix of one or begins like one; hidden files and all others are passed over, and counted in
-    `notes`.
+    has the suffix of one or begins like one; hidden files and all others are passed over, and this is logged.
     """
 
     def __init__(
@@ -90,103 +130,98 @@ class ImageFolder(Source):
         resize: Resize,
         needs: Sequence[str] = SPLITS,
         test_fraction: float = 0.0,
-        seed: int = 0,
         on_broken: Literal["refuse", "skip"] = "refuse",
     ) -> None:
-        """`test_fraction` of each class's training images are drawn for a test split where there is none.
+        """With a `test_fraction` the test split is drawn from training images later, so none may be there.
 
         Raises ResgridError if a split of `needs` has no image, or the splits have not the same classes.
         """
         super().__init__(path)
         self._resize, self._on_broken = resize, on_broken
-        found, self.notes = _find_images(path)
-        if "validation" in found and "test" not in found and not test_fraction:
-            found["test"] = found.pop("validation")
-            self.notes.append("there is no test split: the validation images stand for it")
-        if test_fraction and "test" in found:
+        self._remarks: dict[Remark, list[str]] = {}
+        splits, notes = _find_images(path)
+        for note in notes:
+            log.info(note)
+        if "validation" in splits and "test" not in splits and not test_fraction:
+            splits["test"] = splits.pop("validation")
+            log.info("There is no test split: the validation images stand for it.")
+        if test_fraction and "test" in splits:
             raise ResgridError(
                 f"data.test_fraction: {test_fraction}, but {path} has test images of its own. Write 0.0."
             )
         for split in needs:
-            if split not in found and not (split == "test" and test_fraction):
-                draws = split == "test" and "train" in found
+            if split not in splits and not (split == "test" and test_fraction):
+                draws = split == "test" and "train" in splits
                 way = " Add it, or have data.test_fraction of each class drawn for it." if draws else ""
-                raise ResgridError(f"{path}: there is no image in {split}/: {LAYOUT}.{way}")
-        if not found:
-            raise ResgridError(f"{path}: there are no images: {'; '.join([LAYOUT, *self.notes])}.")
-        _require_same_classes(path, {split: set(images.values()) for split, images in found.items()})
-        self.class_names = tuple(sorted({name for images in found.values() for name in images.values()}))
+                raise ResgridError(
+                    " ".join([f"{path}: there is no image in {split}/: {LAYOUT}.{way}", *notes])
+                )
+        if not splits:
+            raise ResgridError(" ".join([f"{path}: there are no images: {LAYOUT}.", *notes]))
+        _require_same_classes(path, {split: set(images.values()) for split, images in splits.items()})
+        self.class_names = tuple(sorted({name for images in splits.values() for name in images.values()}))
         if len(self.class_names) < 2:
             raise ResgridError(
                 f"{path}: {self.class_names[0]!r} is the only class: it takes two to tell apart."
             )
         # by split: the image's name in the archive, and its class; ordered by both
         self.images = {
-            split: sorted(images.items(), key=lambda item: (item[1], item[0]))
-            for split, images in found.items()
+            split: sorted(splits[split].items(), key=lambda item: (item[1], item[0]))
+            for split in ORDER
+            if split in splits
         }
-        if test_fraction:
-            labels = self._labels(name for _, name in self.images["train"])
-            is_test = draw(labels, self.class_names, test_fraction, seed)
-            pairs = list(zip(self.images["train"], is_test, strict=True))
-            self.images = {
-                "train": [image for image, drawn in pairs if not drawn],
-                "test": [image for image, drawn in pairs if drawn],
-            } | {split: images for split, images in self.images.items() if split != "train"}
-
         self.splits = tuple(self.images)
 
-    def _load(self, split: str, on_image: OnImage | None) -> Split:
-        """Raises BrokenPictures, with those of all splits so far, unless they are to be skipped."""
-        wanted = self.images[split]
-        place = {name: i for i, (name, _) in enumerate(wanted)}
-        require_memory(len(wanted) * 3 * SIDE * SIDE, f"{self.path}: {split} of {len(wanted):,} images")
-        images = np.empty((len(wanted), SIDE, SIDE, 3), np.uint8)
-        broken = self.broken[split] = {}
+    def read(self, split: str, on_image: OnImage | None = None) -> Split:
+        place = {name: i for i, (name, _) in enumerate(self.images[split])}
+        require_memory(len(place) * 3 * SIDE * SIDE, f"{self.path}: {split} of {len(place):,} images")
+        images = np.zeros((len(place), SIDE, SIDE, 3), np.uint8)
         done = 0
-        with large_pictures() as large:
-            for done, (name, content) in enumerate(archives.contents(self.path, place), start=1):
-                try:
-                    images[place[name]] = decode(io.BytesIO(content), name, self._resize)
-                except BrokenPicture as error:
-                    broken[name] = str(error)
-                if on_image is not None:
-                    on_image(split, done, len(wanted))
-        if done != len(wanted):
+        for done, (name, picture) in enumerate(read_pictures(self.path, place, self._resize), start=1):
+            if isinstance(picture, BrokenPicture):
+                self.broken[name] = picture.reason
+            else:
+                images[place[name]] = picture.pixels
+                for remark in picture.remarks:
+                    self._remarks.setdefault(remark, []).append(name)
+            if on_image is not None:
+                on_image(split, done, len(place))
+        if done != len(place):
             raise ResgridError(f"{self.path}: files went while they were read. Run this again.")
-        self.notes += large
-        if broken and self._on_broken == "refuse":
-            lines = [line for each in self.broken.values() for line in each.values()]
-            more = [f"… and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
-            raise BrokenPictures(
-                "\n  ".join([f"{self.path}: broken pictures: {len(lines):,}.", *lines[:SHOWN], *more])
+        label = {name: i for i, name in enumerate(self.class_names)}
+        labels = torch.tensor([label[name] for _, name in self.images[split]])
+        return Split(images=torch.from_numpy(images), labels=labels)
+
+    def report_reading(self) -> None:
+        """With `on_broken: skip` the broken ones are logged."""
+        for remark, names in self._remarks.items():
+            log.info(f"{len(names):,} pictures {remark} ({truncate(sorted(names))}).")
+        self._remarks.clear()
+        if self.broken and self._on_broken == "refuse":
+            raise ResgridError(
+                "\n  ".join([f"{self.path}: broken pictures: {len(self.broken):,}.", *by_reason(self.broken)])
                 + "\nMend or remove them; data.on_broken: skip in params.yaml leaves them out."
             )
-        if broken:
-            self.notes.append(
-                f"{len(broken):,} broken pictures of {split} are left out: {some(sorted(broken))}"
-            )
-        kept = [i for i, (name, _) in enumerate(wanted) if name not in broken]
-        classes = [wanted[i][1] for i in kept]
-        if lost := set(self.class_names) - set(classes):
-            raise ResgridError(
-                f"{self.path}: class {min(lost)!r} has no picture in {split} that can be read."
-            )
-        labels = torch.from_numpy(self._labels(classes))
-        return Split(images=torch.from_numpy(images[kept] if broken else images), labels=labels)
+        for line in by_reason(self.broken, 3):
+            log.info(f"Left out: {line}")
 
-    def _labels(self, classes: Iterable[str]) -> NDArray[np.int64]:
-        label = {name: i for i, name in enumerate(self.class_names)}
-        return np.array([label[name] for name in classes])
+    def image_names(self, split: str, count: int) -> list[str]:
+        return [name for name, _ in self.images[split]]
 
 
-def some(names: Sequence[str]) -> str:
-    """The first three."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def read_pictures(
+    path: Path, names: Container[str], resize: Resize
+) -> Iterator[tuple[str, Picture | BrokenPicture]]:
+    """Each of the files `names` of a folder or an archive, as a picture or what is wrong with it."""
+    for name, content in archives.contents(path, names):
+        try:
+            yield name, read_picture(io.BytesIO(content), name, resize)
+        except BrokenPicture as error:
+            yield name, error
 
 
 def _find_images(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """By split: name -> class, of every picture; and what was passed over, by kind."""
+    """By split: name -> class, of every picture; and sentences on what was passed over or may surprise."""
     names = archives.names(path)
     suffixes = picture_suffixes()
     passed: dict[str, list[str]] = {}
@@ -194,60 +229,95 @@ def _find_images(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     unknown: list[str] = []
     for name in names:
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
-            passed.setdefault("a hidden file", []).append(name)
+            passed.setdefault("hidden files", []).append(name)
         elif path.is_dir() and (path / name).is_symlink() and not (path / name).exists():
-            passed.setdefault("a link that leads nowhere", []).append(name)
+            passed.setdefault("links that lead nowhere", []).append(name)
         else:
             (pictures if PurePosixPath(name).suffix.lower() in suffixes else unknown).append(name)
-    starts = dict(archives.contents(path, set(unknown), START_BYTES)) if unknown else {}
-    for name, start in starts.items():
-        kind = identify_bytes(start)
-        if kind.is_picture:
+    for name, start in archives.contents(path, set(unknown), START_BYTES) if unknown else ():
+        if is_picture(start):
             pictures.append(name)
         else:
-            passed.setdefault(kind.name, []).append(name)
-    found, outside = _arrange(path, pictures)
+            passed.setdefault("files that Pillow cannot identify as pictures", []).append(name)
+    splits, outside, nested = _arrange(path, pictures)
     if outside:
-        passed["a picture outside of the splits and classes"] = outside
+        passed["pictures outside of the splits and classes"] = outside
     notes = []
     if passed:
-        kinds = "; ".join(f"{len(held):,} × {kind} ({some(held)})" for kind, held in passed.items())
-        notes.append(f"passed over: {kinds}")
+        kinds = "; ".join(f"{len(each):,} {kind} ({truncate(each)})" for kind, each in passed.items())
+        notes.append(f"Passed over: {kinds}.")
+    if nested:
+        notes.append(
+            f"{len(nested):,} pictures in folders within a class belong to that class ({truncate(nested)})."
+        )
     if escaped := [name for name in names if isinstance(name, archives.Escaped)]:
-        notes.append(f"{len(escaped):,} names are not UTF-8 and are written with % signs: {some(escaped)}")
-    return found, notes
+        notes.append(
+            f"{len(escaped):,} names are not UTF-8 and are written with % signs ({truncate(escaped)})."
+        )
+    return splits, notes
 
 
-def _arrange(path: Path, pictures: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """By split: name -> class; and the pictures that lie beside it. Without splits all are `train`."""
+def _arrange(path: Path, pictures: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+    """By split: name -> class; the pictures beside all classes; and those in folders within a class's folder.
+
+    A split is a folder that is called so and holds folders. Without splits all pictures are `train`, and the
+    classes are the topmost folders that lie side by side. All that lies below a class belongs to it.
+    """
     parts = {name: tuple(name.split("/")) for name in pictures}
-    in_split = {name for name, each in parts.items() if len(each) > 2 and each[-3].lower() in SPLIT_NAMES}
-    depth = 3 if in_split else 2
-    inside = in_split or {name for name, each in parts.items() if len(each) > 1}
-    roots = {parts[name][:-depth] for name in inside}
+    class_at = {
+        name: at for name, each in parts.items() if (at := _below_split(each))
+    }  # its place in the path
+    roots = {parts[name][: at - 1] for name, at in class_at.items()}
     if len(roots) > 1:
-        several = ", ".join(sorted("/".join(root) or "." for root in roots)[:3])
-        raise ResgridError(f"{path}: holds more than one image folder: {several}. Give one: {LAYOUT}.")
-    root = next(iter(roots), ())
+        several = truncate(sorted({"/".join(parts[name][:at]) for name, at in class_at.items()}))
+        raise ResgridError(f"{path}: there are splits in several places: {several}. Keep one: {LAYOUT}.")
+    has_splits = bool(roots)
+    root = roots.pop() if has_splits else _common_folder(parts.values())
+    if not has_splits:
+        class_at = {name: len(root) for name, each in parts.items() if len(each) > len(root) + 1}
     folders: dict[str, str] = {}  # by split
-    found: dict[str, dict[str, str]] = {}
-    outside = []
+    splits: dict[str, dict[str, str]] = {}
+    outside, nested = [], []
     for name, each in parts.items():
-        if name in inside:
-            folder = each[-3] if in_split else "train"
-            split = SPLIT_NAMES[folder.lower()]
-            if folders.setdefault(split, folder) != folder:
-                raise ResgridError(
-                    f"{path}: holds both {folders[split]}/ and {folder}/. Put all {split} images into one."
-                )
-            found.setdefault(split, {})[name] = each[-2]
-        elif in_split and each[: len(root)] == root and each[len(root)].lower() in SPLIT_NAMES:
-            raise ResgridError(
-                f"{path}: {name} lies in the wrong place: {LAYOUT}. Take it out, if it has none."
-            )
-        else:
+        at = class_at.get(name)
+        if at is None:
+            if has_splits and each[: len(root)] == root and each[len(root)].lower() in SPLIT_NAMES:
+                raise ResgridError(f"{path}: {name} lies in no class: {LAYOUT}. Take it out, if it has none.")
             outside.append(name)
-    return found, outside
+            continue
+        folder = each[at - 1] if has_splits else "train"
+        split = SPLIT_NAMES[folder.lower()]
+        if folders.setdefault(split, folder) != folder:
+            raise ResgridError(
+                f"{path}: holds both {folders[split]}/ and {folder}/. Put all {split} images into one."
+            )
+        splits.setdefault(split, {})[name] = each[at]
+        if len(each) > at + 2:
+            nested.append(name)
+    classes = {parts[name][at] for name, at in class_at.items()}
+    inner = {parts[name][class_at[name] + 1] for name in nested}
+    for level, what in ((classes, "the classes"), (inner, "the folders within classes")):
+        if level and all(_LIKE_SPLIT.fullmatch(name) for name in level):
+            raise ResgridError(
+                f"{path}: {what} are called {truncate(sorted(level))}, as splits are: {LAYOUT}."
+            )
+    return splits, outside, nested
+
+
+def _below_split(parts: Sequence[str]) -> int | None:
+    """Where the folder right below the lowest split stands in a picture's path."""
+    return next((i for i in range(len(parts) - 2, 0, -1) if parts[i - 1].lower() in SPLIT_NAMES), None)
+
+
+def _common_folder(pictures: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The lowest folder below which all pictures in folders lie, with folders of its own."""
+    root: tuple[str, ...] = ()
+    while True:
+        below = [each for each in pictures if len(each) > len(root) + 1]
+        tops = {each[len(root)] for each in below}
+        if len(tops) != 1 or all(len(each) == len(root) + 2 for each in below):
+            return root
+        root = (*root, *tops)
 
 
 def _require_same_classes(path: Path, classes: dict[str, set[str]]) -> None:
@@ -256,7 +326,7 @@ def _require_same_classes(path: Path, classes: dict[str, set[str]]) -> None:
         if not (missing := sorted(everything - present)):
             continue
         several = f" (and {len(missing) - 1} more classes)" if len(missing) > 1 else ""
-        alone = [name for name in present if any(name not in held for held in classes.values())]
+        alone = [name for name in present if any(name not in other for other in classes.values())]
         raise ResgridError(
             f"{path}: class {missing[0]!r} has no image in {split}/, but in the other split{several}"
             f"{suggest(missing[0], alone)} Every class needs images in both."
@@ -271,12 +341,12 @@ class Digits(Source):
 
     class_names = tuple("0123456789")
 
-    def __init__(self, path: Path, test_fraction: float, split_seed: int) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._test_fraction, self._split_seed = test_fraction, split_seed
+        self.splits = ("train",)
 
-    def _load(self, split: str, on_image: OnImage | None) -> Split:
-        """Enlarged to 32x32 in grey; the test split is drawn within each class."""
+    def read(self, split: str, on_image: OnImage | None = None) -> Split:
+        """Enlarged to 32x32 in grey."""
         try:
             arrays = load_file(self.path)
             images, labels = arrays["images"], arrays["labels"]
@@ -284,33 +354,7 @@ class Digits(Source):
             raise ResgridError(
                 f"{self.path}: cannot be read ({error}). `dvc repro download` makes it."
             ) from None
-        is_test = draw(labels, self.class_names, self._test_fraction, self._split_seed)
-        chosen = is_test if split == "test" else ~is_test
-        grey = (images[chosen].astype(np.uint16) * 255 + 8) // 16  # 0..16 -> 0..255, rounded
+        grey = (images.astype(np.uint16) * 255 + 8) // 16  # 0..16 -> 0..255, rounded
         large = [np.asarray(to_square(Image.fromarray(image), "stretch")) for image in grey.astype(np.uint8)]
         images = np.stack(large)[..., None].repeat(3, axis=3)  # (N, 32, 32) -> (N, 32, 32, 3)
-        return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels[chosen]))
-
-
-def draw(
-    labels: NDArray[np.int64], class_names: Sequence[str], fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """A stratified draw, (N,): True for round(fraction * n) of each class's n images, at least 1, never all.
-
-    The order comes from PCG64's raw stream, which NumPy promises never to change, as it does no distribution.
-    Raises ResgridError for a class with a single image.
-    """
-    bits = np.random.PCG64(seed)
-    drawn = np.zeros(len(labels), np.bool_)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            raise ResgridError(
-                f"class {class_names[label]!r} has a single image, which cannot be on both sides of a split. "
-                "Give it another, or draw no split: data.test_fraction: 0.0, "
-                "preprocess.validation_fraction: 0.0, training_fraction: 1.0."
-            )
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        order = np.argsort(bits.random_raw(len(members)), kind="stable")
-        drawn[members[order[:count]]] = True
-    return drawn
+        return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
