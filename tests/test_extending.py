@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from resgrid.report.ensembles import load_ensemble
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 from scipy.special import softmax
@@ -26,7 +27,6 @@ from resgrid.config import load_params, parse_params
 from resgrid.data.dataset import load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
-from resgrid.report.ensembles import load_ensemble
 from resgrid.run_status import find_runs
 from resgrid.summary import summarize
 

@@ -337,8 +337,7 @@ def _parser() -> _Root:
 
 def _model_option(sub: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
     text = (
-        "champion (the best cell, as `resgrid sync` found it), a cell's id, an ensemble of the report, "
-        "a weights file, or a models:/ URI"
+        "champion (the best cell, as `resgrid sync` found it), a cell's id, a weights file, or a models:/ URI"
     )
     sub.add_argument(name, help=f"{text} (default: champion)" if "default" in keywords else text, **keywords)
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from resgrid.data.dataset import SIDE, load_split
 from resgrid.errors import ResgridError
-from resgrid.models.classifier import Classifier
 from resgrid.predict import Predictor
 from resgrid.project import write_whole
 from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
@@ -34,15 +33,12 @@ ANY_NUMBER = ({0: torch.export.Dim.DYNAMIC},)  # of images
 def export(
     model: nn.Module, info: WeightsInfo, form: Format, out: Path, images: NDArray[np.uint8]
 ) -> float | None:
-    """Write `model`, as `load_model` or `load_ensemble` gives it, to `out`, whole or not at all.
+    """Write `model`, as `load_model` gives it, to `out`, whole or not at all.
 
     A program is run on `images` (N, 32, 32, 3), and compared with the model in PyTorch. Returns
     the largest difference of a probability, or None for the formats that are weights and no program.
-    Raises ResgridError for an ensemble as mere weights and a difference of more than TOLERANCE, OSError for a
-    file that cannot be written.
+    Raises ResgridError for a difference of more than TOLERANCE, OSError for a file that cannot be written.
     """
-    if form in ("pt", "safetensors") and not isinstance(model, Classifier):
-        raise ResgridError(f"{info.architecture}: an ensemble is a program: `--format onnx` or `pt2`.")
     predictor = Predictor(model, info)
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # (N, 3, 32, 32)
     difference = None

@@ -82,17 +82,17 @@ class Pipeline:
         Raises ResgridError: as `history` does, and where `evaluate` has not scored these weights.
         """
         import pandas as pd
+        from scipy.special import softmax
 
         from resgrid.data.dataset import load_meta, load_split
         from resgrid.evaluation import load_logits
-        from resgrid.report.ensembles import mean_probabilities
 
         run = self._run(cell)
         assert run.record is not None
         processed = self.folder / "data/processed"
         logits = load_logits(self.folder / "reports/predictions", cell, split, run.record["weights_sha256"])
         names = pd.Index(load_meta(processed).class_names)
-        probabilities = mean_probabilities([logits], [1])
+        probabilities = softmax(logits.astype("float64"), axis=1)
         return pd.DataFrame(
             {
                 "label": names[load_split(processed, split).labels.numpy()],

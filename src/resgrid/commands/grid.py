@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resgrid.commands import LOCK, PROCESSED, REPORTS
 from resgrid.config import load_params, read_yaml
@@ -41,7 +41,7 @@ def set_numbers(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from resgrid.report.leaderboard import read_leaderboard
+    from resgrid.report.leaderboard import read_findings, read_leaderboard
     from resgrid.results import load
 
     read_leaderboard(REPORTS)  # without one there is no comparison
@@ -49,15 +49,25 @@ def compare(options: argparse.Namespace) -> None:
     if options.json:
         print(frame.to_json(orient="records", indent=2))
     else:
-        show(frame)
+        show(frame, read_findings(REPORTS))
 
 
-def show(frame: pd.DataFrame) -> None:
-    """The comparison on the terminal, and what is missing from it."""
+def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
+    """The comparison on the terminal, and what is missing from it.
+
+    Sentences are those of `findings`, which are left out once other weights are current than it scored.
+    """
     from resgrid.report.leaderboard import by_optimizer, missing, readable, text_table
 
+    current = frame[frame["status"].isin(["completed", "diverged"])]
+    weights = dict(zip(current["cell"], current["weights_sha256"], strict=True))
     print("\nTest accuracy in %, with the weights of the last epoch:\n")
     print(text_table(by_optimizer(frame).reset_index()))
+    print(f"\n{findings['baseline']}")
+    if weights == findings["weights_sha256"]:
+        print("\n".join(findings["answer"]))
+    else:
+        print("Results have changed since they were compared: `dvc repro -s evaluate` compares them.")
     print()
     print(text_table(readable(frame)))
     if lines := missing(frame):

@@ -60,13 +60,10 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
-    """What `--model` means: an ensemble, or whatever `find_weights` finds; and what to call it."""
+    """What `--model` means, by `find_weights`, and what to call it."""
     from resgrid import tracking
-    from resgrid.report.ensembles import is_ensemble, load_ensemble
     from resgrid.weights import load_model
 
-    if is_ensemble(name):
-        return *load_ensemble(name), name
     weights, told = tracking.find_weights(name, RUNS)
     return *load_model(weights), told
 

@@ -182,7 +182,6 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from resgrid.data.dataset import Split, load_meta, load_split
     from resgrid.evaluation import evaluate
-    from resgrid.report.ensembles import assemble, write_ensembles
     from resgrid.report.files import write_report
     from resgrid.report.findings import Findings
     from resgrid.run_status import find_runs
@@ -200,11 +199,7 @@ def evaluate(options: argparse.Namespace) -> None:
             results.append(evaluate(run, splits["test"], device, splits.get("validation"), kept))
             progress.update(len(results))
     kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
-    labels = {name: split.labels.numpy() for name, split in splits.items()}
-    ensembles, why_not = assemble(results, kept, labels)
-    scored_on = device_name(device)
-    findings = Findings(results, splits["test"], meta, params.name, scored_on, ensembles, why_not)
+    findings = Findings(results, splits["test"], meta, params.name, device_name(device), kept)
     write_report(findings, REPORTS)
-    write_ensembles(ensembles, results, Path())
-    show(findings.frame)
+    show(findings.frame, findings.as_dict())
     print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")

@@ -16,8 +16,8 @@ import psutil
 
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
+from resgrid.project import write_whole
 from resgrid.stage_record import Record, State
-from resgrid.whole_file import write_whole
 
 RECORDING_SECONDS = 30.0  # from the end of a stage's command until DVC has written dvc.lock
 

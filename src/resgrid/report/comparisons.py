@@ -1,4 +1,4 @@
-"""Optimizers and depths compared in pairs, and what can be concluded of them, in sentences.
+"""Optimizers and depths compared in pairs, and which differences are significant, in sentences.
 
 Only completed cells are compared: optimizers within an architecture, depths within an optimizer. With several
 seeds the seed is the replicate, and the intervals say what other trainings would give on these test images.
@@ -66,22 +66,27 @@ class Comparison:
     epochs: str  # `20`, or `200 and 250`
     difference: Interval
     p: float = 1.0  # among all comparisons, by Holm's method
+    num_comparisons: int = 1  # that are tested together
 
     @property
-    def is_told(self) -> bool:
-        """Whether one of the two can be said to be ahead."""
+    def is_significant(self) -> bool:
         return self.difference.excludes_zero and self.p <= 1 - LEVEL
 
     @property
     def verdict(self) -> str:
-        if self.is_told:
+        if self.is_significant:
             ahead = self.first if self.difference.estimate > 0 else self.second
             return f"{ahead} is ahead" if self.num_seeds > 1 else f"the models of {ahead} are ahead"
+        return f"not significant{self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Why a difference whose interval excludes 0 is not significant."""
         if not self.difference.excludes_zero:
-            return "no difference can be told"
+            return ""
         if self.difference.p == 1:
-            return "no difference can be told, since the seeds tie"
-        return "no difference can be told among so many"
+            return ", since the seeds tie"
+        return f" after correction for {self.num_comparisons} comparisons"
 
 
 def group(results: Iterable[Result]) -> list[Group]:
@@ -120,7 +125,10 @@ def compare(groups: Sequence[Group]) -> tuple[list[Comparison], list[Comparison]
             pairs = {o: ((deep, o), (shallow, o)) for o in optimizers}
             comparisons += _compare(deep, shallow, pairs, completed)
     adjusted = holm([comparison.difference.p for comparison in comparisons])
-    comparisons = [replace(each, p=p) for each, p in zip(comparisons, adjusted, strict=True)]
+    comparisons = [
+        replace(each, p=p, num_comparisons=len(adjusted))
+        for each, p in zip(comparisons, adjusted, strict=True)
+    ]
     return comparisons[:num_of_optimizers], comparisons[num_of_optimizers:]
 
 
@@ -191,15 +199,11 @@ def mean_accuracy(results: Sequence[Result]) -> Interval:
     correct = np.stack([_correct(result) for result in results])  # (seeds, test images)
     num_seeds, num_images = correct.shape
     if num_seeds == 1:
-        return of_one_model(int(correct.sum()), num_images)
+        low, high = wilson(int(correct.sum()), num_images)
+        estimate = float(correct.mean())
+        return Interval(estimate, low, high, float("nan"), f"{num_images:,} test images")
     interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
     return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
-
-
-def of_one_model(num_correct: int, num_images: int) -> Interval:
-    """The accuracy of one trained model, or of one ensemble, over test images."""
-    low, high = wilson(num_correct, num_images)
-    return Interval(num_correct / num_images, low, high, float("nan"), f"{num_images:,} test images")
 
 
 def _interval(bounds: Bounds, basis: str) -> Interval:
@@ -215,35 +219,37 @@ def _correct(result: Result) -> Floats:
 # --- sentences --------------------------------------------------------------------------------------
 
 
-def conclusions(
-    groups: Sequence[Group], optimizers: list[Comparison], depths: list[Comparison], num_test: int
-) -> list[str]:
-    """What can and what cannot be concluded on `num_test` test images, a plain sentence each."""
+def answer(groups: Sequence[Group], families: dict[str, list[Comparison]]) -> list[str]:
+    """Which differences are significant, a plain sentence each, and one for those that are not."""
     if not any(each.completed for each in groups):
         return ["No cell of the grid has completed, so there is nothing to compare yet."]
-    compared = optimizers + depths
-    sentences = [*_of(optimizers), *_of(depths)]
-    if not compared:
-        sentences.append(
+    if not any(families.values()):
+        return [
             "There is nothing to compare yet: no two optimizers have completed cells of one architecture, "
             "and no two depths of one family have them with one optimizer."
-        )
-    if any(c.num_seeds > 1 for c in compared):
+        ]
+    return [sentence for what, family in families.items() for sentence in _of(what.lower(), family)]
+
+
+def how_to_read(groups: Sequence[Group], comparisons: Sequence[Comparison], num_test: int) -> list[str]:
+    """What the intervals and tests on `num_test` images mean, and what was left out of them."""
+    sentences = []
+    if any(c.num_seeds > 1 for c in comparisons):
         sentences.append(
             "Intervals over seeds are Student's t: they say where the mean over other trainings lies, on "
             "these test images."
         )
-    if any(c.num_seeds == 1 for c in compared):
+    if any(c.num_seeds == 1 for c in comparisons):
         sentences.append(
             "With one seed the intervals say how a difference between these trained models would move with "
             "other test images, and nothing of another training. Whether the optimizers or depths behind "
             "them differ cannot be concluded: add seeds to grid.seeds."
         )
-    if len(compared) > 1:
+    if len(comparisons) > 1:
         sentences.append(
-            f"The {len(compared)} comparisons are tested together: by Holm's method the chance of any false "
-            "difference among them is at most 5 %. Each interval is of 95 % for itself, so it may leave out "
-            "0 where no difference can be told."
+            f"The {len(comparisons)} comparisons are tested together: by Holm's method the chance of any "
+            "false difference among them is at most 5 %. Each interval is of 95 % for itself, so it may "
+            "exclude 0 where the difference is not significant."
         )
     num_cells = sum(len(each.results) for each in groups)
     num_completed = sum(len(each.completed) for each in groups)
@@ -256,20 +262,36 @@ def conclusions(
     return [*sentences, f"One of the {num_test:,} test images is worth {100 / num_test:.2g} points."]
 
 
-def _of(comparisons: list[Comparison]) -> list[str]:
-    """A sentence for each difference that can be told, and one for the others of each basis."""
+def _of(what: str, comparisons: list[Comparison]) -> list[str]:
+    """A sentence for each significant difference in a family, and one for the others of each basis."""
+    if len(comparisons) > 1 and not any(c.is_significant for c in comparisons):
+        names = list(dict.fromkeys(name for c in comparisons for name in (c.first, c.second)))
+        bases = " or ".join(dict.fromkeys(c.difference.basis for c in comparisons))
+        ties = " In some, the seeds tie." if any("tie" in c.reason for c in comparisons) else ""
+        return [
+            f"{', '.join(names[:-1])} and {names[-1]} do not differ significantly: none of the "
+            f"{len(comparisons)} differences between {what} is significant after correction for "
+            f"{comparisons[0].num_comparisons} comparisons (smallest p {_p(min(c.p for c in comparisons))}; "
+            f"over {bases}).{ties}"
+        ]
     sentences = []
     others: dict[str, list[str]] = {}
     for c in comparisons:
         circumstances = f"({c.difference.basis}; {c.epochs} epochs)"
-        if not c.is_told:
-            others.setdefault(f"{c.verdict} {circumstances}.", []).append(f"{c.first} and {c.second}")
+        if not c.is_significant:
+            verdict = f"do not differ significantly{c.reason} {circumstances}."
+            others.setdefault(verdict, []).append(f"{c.first} and {c.second}")
             continue
         sign = 1 if c.difference.estimate > 0 else -1
         behind = ("" if c.num_seeds > 1 else "those of ") + (c.second if sign > 0 else c.first)
         low, estimate, high = sorted(100 * sign * value for value in c.difference[:3])
+        verdict = c.verdict[0].upper() + c.verdict[1:] if c.num_seeds == 1 else c.verdict
         sentences.append(
-            f"Over {', '.join(c.over)} {circumstances} {c.verdict} of {behind} by {estimate:.2f} points "
-            f"({low:.2f} to {high:.2f})."
+            f"{verdict} of {behind} by {estimate:.2f} points ({low:.2f} to {high:.2f}) over "
+            f"{', '.join(c.over)} {circumstances}."
         )
-    return sentences + [f"Between {'; '.join(names)} {verdict}" for verdict, names in others.items()]
+    return sentences + [f"{'; '.join(names)} {verdict}" for verdict, names in others.items()]
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 0.001 else "< 0.001"

@@ -1,208 +1,261 @@
-"""The charts of the page, as plotly figures without colours of ground and text: the page has two grounds.
+"""The charts of the page and of its PNGs, as Vega-Lite made by altair.
 
-Accuracies are shown in %, differences in percentage points. The colours of traces are those of Okabe & Ito
-2008, which people with colour blindness tell apart, and which can be read on white and on black.
+A chart is a specification without data and its data as columns, which become rows where it is drawn: a point
+in long form costs 90 bytes, and altair refuses more than 5,000 of them. Ground and text take their colours
+from a theme, for the page has a light and a dark one. Accuracies are shown in %, differences in percentage
+points. Marks have the colours of Okabe & Ito 2008, which people with colour blindness tell apart, and which
+can be read on white and on black.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, groupby
 from typing import Any, NamedTuple
 
+import altair as alt
 import numpy as np
-import plotly.graph_objects as go
 
 from resgrid.evaluation import Predictions, Result
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.comparisons import Comparison
-from resgrid.report.findings import Findings, Level
+from resgrid.report.findings import Findings, StudyPoint
 from resgrid.report.statistics import Interval, confusion, reliability
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY = "#888888"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)  # again from the first where there is more to show
 OF_OPTIMIZER = dict(zip(OPTIMIZERS, cycle(COLOURS), strict=False))
-SYMBOLS = (
-    "circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "star", "x",
-    "cross", "hexagram", "bowtie", "hourglass", "diamond-tall",
+SHAPES = (
+    "circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left",
+    "M-1,-1L1,1M1,-1L-1,1", "M0,-1L0.6,0.8L-0.95,-0.3L0.95,-0.3L-0.6,0.8Z",
 )  # fmt: skip
 MAX_CLASSES = 40  # that a confusion matrix can show and a person can read
+ROWS = "rows"  # the name under which a chart's data are put into its specification
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+
+
+def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
+    return {
+        "background": "transparent",
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "font": "system-ui, Liberation Sans, sans-serif",
+        "view": {"stroke": None},
+        "axis": {
+            "labelColor": ink, "titleColor": soft, "gridColor": line, "domainColor": line, "tickColor": line,
+            "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
+        },
+        "legend": {
+            "labelColor": ink, "orient": "bottom", "columns": 4, "title": None, "labelFontSize": 12,
+            "labelLimit": 170, "symbolStrokeWidth": 2,
+        },
+        "point": {"filled": True, "size": 90, "opacity": 1},
+        "rule": {"color": GREY},
+        "text": {"color": ink},
+        "range": {"category": list(COLOURS)},
+    }  # fmt: skip
+
+
+THEMES = {
+    "light": _theme("#1b1f24", "#59636e", "#d9dee3"),
+    "dark": _theme("#e6eaee", "#9aa5b1", "#333b44"),
+}
 
 
 class Chart(NamedTuple):
+    """A Vega-Lite specification as wide as its place, and its data: a list a column."""
+
     title: str
-    figure: go.Figure
+    spec: dict[str, Any]
+    columns: dict[str, list[Any]]
 
     @property
     def id(self) -> str:
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
 
 
-class Dots(NamedTuple):
-    """One dot a row of `by_row`, of one colour."""
+def png(chart: Chart, width: int = 720) -> bytes:
+    """A chart on white, the same bytes each time.
 
-    name: str
-    colour: str
-    values: Mapping[str, Interval | float]  # by row; in 0-1
+    vl-convert is 84 MB, with a JavaScript engine, so nothing but `evaluate` may import it.
+    """
+    import vl_convert
 
-
-def _figure(height: int, *traces: Any, x: str, y: str = "", **layout: Any) -> go.Figure:
-    """`traces` under axes with the titles `x` and `y`; other settings are those of plotly's layout."""
-    margin = {"l": 8, "r": 12, "t": 8, "b": 8}
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "title": {"text": ""}}
-    common = {"template": "none", "height": height, "margin": margin, "hovermode": "closest"}
-    figure = go.Figure(list(traces), common | {"legend": legend} | layout)
-    axis = {"automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
-    figure.update_xaxes(axis, title_text=x).update_yaxes(axis, title_text=y)
-    return figure
+    rows = [dict(zip(chart.columns, row, strict=True)) for row in zip(*chart.columns.values(), strict=True)]
+    spec = chart.spec | {"width": width, "datasets": {ROWS: rows}, "padding": 12}
+    config = THEMES["light"] | {"background": "white", "font": "Liberation Sans, sans-serif"}
+    image: bytes = vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, config=config, scale=2)
+    return image
 
 
-def _error(intervals: Sequence[Interval]) -> dict[str, Any]:
-    """Bars of error from the estimates to the ends of their intervals, in %."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [100 * (i.high - i.estimate) for i in intervals],
-        "arrayminus": [100 * (i.estimate - i.low) for i in intervals],
-        "thickness": 1.5,
+def _spec(*layers: alt.Chart, height: int) -> dict[str, Any]:
+    chart = alt.layer(*layers, data=alt.NamedData(name=ROWS)).properties(width="container", height=height)
+    spec: dict[str, Any] = chart.to_dict()
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    rows = list(rows)
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _percent(value: Interval | float) -> dict[str, float]:
+    ends = value[:3] if isinstance(value, Interval) else (value, value, value)
+    return {key: round(100 * each, 3) for key, each in zip(("value", "low", "high"), ends, strict=True)}
+
+
+def _tip(*fields: str) -> list[alt.Tooltip]:
+    formats = {
+        "value": ".2f",
+        "low": ".2f",
+        "high": ".2f",
+        "share": ".1f",
+        "accuracy": ".2f",
+        "cost": ",.4~s",
     }
+    return [
+        alt.Tooltip(f"{name}:{'Q' if name in formats else 'N'}", format=formats.get(name, ""))
+        for name in fields
+    ]
 
 
 # --- of the whole grid ------------------------------------------------------------------------------
 
 
-def by_row(axis: str, rows: Sequence[str], *dots: Dots) -> go.Figure:
-    """A row each of `rows`, the first on top, with the dots that have a value there and its interval."""
-    traces = []
-    for name, colour, values in dots:
-        intervals = [each for each in values.values() if isinstance(each, Interval)]
-        traces.append(
-            go.Scatter(
-                x=[100 * (each.estimate if isinstance(each, Interval) else each) for each in values.values()],
-                y=list(values),
-                error_x=_error(intervals) if intervals else None,
-                mode="markers",
-                marker={"size": 9, "color": colour},
-                name=name,
-                showlegend=True,
-                hovertemplate=f"%{{y}}: %{{x:.2f}}, {name}<extra></extra>",
-            )
-        )
-    order = {"type": "category", "categoryorder": "array", "categoryarray": list(reversed(rows))}
-    return _figure(max(150, 90 + 26 * len(rows)), *traces, x=axis, yaxis=order)
+def by_row(
+    title: str, axis: str, rows: Sequence[str], dots: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> Chart:
+    """A row each of `rows`, the first on top; `dots` are colours and values in 0–1 by row, of each series.
 
-
-def differences(comparisons: list[Comparison]) -> go.Figure:
-    """A row a comparison: the difference and its interval; grey where no difference can be told."""
-    rows = {f"{c.first} − {c.second}": c for c in comparisons}
-    told = {row: c.difference for row, c in rows.items() if c.is_told}
-    others = {row: c.difference for row, c in rows.items() if not c.is_told}
-    dots = Dots("a difference", BLUE, told), Dots("no difference can be told", GREY, others)
-    return by_row("difference in test accuracy, points", list(rows), *dots)
-
-
-def trade_off(findings: Findings, cost: str, title: str) -> go.Figure:
-    """Accuracy against a cost, a point an architecture with an optimizer, and the Pareto front as a line."""
-    groups, front = findings.trained, findings.front(cost)
-    traces: list[Any] = [
-        go.Scatter(
-            x=[g.mean(cost) for g in front],
-            y=[100 * g.mean("test_accuracy") for g in front],
-            mode="lines+markers",
-            line={"color": GREY, "width": 1.5, "dash": "dot", "shape": "hv"},
-            marker={"size": 20, "symbol": "circle-open", "color": GREY, "line": {"width": 1.5}},
-            name="Pareto front",
-            hoverinfo="skip",
-        )
+    Values are intervals, or floats.
+    """
+    data: list[dict[str, Any]] = [
+        {"row": row, "series": name} | _percent(value)
+        for name, (_, values) in dots.items()
+        for row, value in values.items()
     ]
-    for optimizer in dict.fromkeys(group.optimizer for group in groups):
-        own = [group for group in groups if group.optimizer == optimizer]
-        traces.append(
-            go.Scatter(
-                x=[g.mean(cost) for g in own],
-                y=[100 * g.mean("test_accuracy") for g in own],
-                error_y=_error([g.accuracy for g in own]) | {"thickness": 1, "width": 2},
-                text=[g.name for g in own],
-                hovertemplate="%{text}: %{y:.2f} % at %{x:,.4~s}<extra></extra>",
-                mode="markers",
-                marker={
-                    "size": 10,
-                    "color": OF_OPTIMIZER[optimizer],
-                    "symbol": [_symbol(g.architecture) for g in own],
-                },
-                name=optimizer,
-            )
-        )
-    for architecture in dict.fromkeys(group.architecture for group in groups):  # the legend's shapes
-        marker = {"size": 10, "color": GREY, "symbol": _symbol(architecture)}
-        traces.append(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=architecture))
-    return _figure(420, *traces, x=title, y="test accuracy, %", xaxis={"type": "log"})
+    y = alt.Y("row:N", sort=list(rows), title=None)
+    x = alt.X("value:Q", title=axis, scale=alt.Scale(zero=False))
+    colours = alt.Scale(domain=list(dots), range=[colour for colour, _ in dots.values()])
+    colour = alt.Color("series:N", scale=colours)
+    layers = [
+        alt.Chart().mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y, color=colour),
+        alt.Chart().mark_point().encode(
+            x=x, y=y, color=colour, tooltip=_tip("row", "series", "value", "low", "high")
+        ),
+    ]  # fmt: skip
+    if any(each["low"] < 0 < each["high"] for each in data):
+        layers.insert(0, alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0)))
+    return Chart(title, _spec(*layers, height=24 * max(2, len(rows))), _columns(data))
 
 
-def _symbol(architecture: str) -> str:
-    return SYMBOLS[place_of(architecture) % len(SYMBOLS)]
+def accuracies(findings: Findings) -> Chart:
+    """The mean accuracy of each architecture with an optimizer, with its interval, the highest on top."""
+    groups = sorted(findings.trained, key=lambda group: -group.accuracy.estimate)
+    dots = {
+        optimizer: (OF_OPTIMIZER[optimizer], {g.name: g.accuracy for g in groups if g.optimizer == optimizer})
+        for optimizer in dict.fromkeys(group.optimizer for group in findings.trained)
+    }
+    return by_row("Test accuracy", "test accuracy, %", [group.name for group in groups], dots)
 
 
-def study(levels: list[Level]) -> go.Figure:
-    """Accuracy by the levels of one factor, a line each for otherwise equal cells."""
-    values = [level.value for level in levels if level.value is not None]
-    is_number = len(values) == len(levels)
-    traces = []
-    for (name, series), colour in zip(
-        groupby(levels, key=lambda level: level.series), cycle(COLOURS), strict=False
-    ):
-        completed = [(level, level.accuracy) for level in series if level.accuracy is not None]
-        traces.append(
-            go.Scatter(
-                x=[level.value if is_number else level.text for level, _ in completed],
-                y=[100 * accuracy.estimate for _, accuracy in completed],
-                error_y=_error([accuracy for _, accuracy in completed]),
-                text=[level.result.cell.id for level, _ in completed],
-                hovertemplate="%{text}: %{y:.2f} %<extra></extra>",
-                mode="lines+markers" if is_number else "markers",
-                marker={"size": 10, "color": colour},
-                name=name,
-                showlegend=True,
-            )
-        )
-    ticks: dict[str, Any] = {"type": "category"}
+def differences(title: str, comparisons: Sequence[Comparison]) -> Chart:
+    """A row a comparison: the difference and its interval; grey where it is not significant."""
+    rows = {f"{c.first} − {c.second}": c for c in comparisons}
+    dots = {
+        "significant": (BLUE, {row: c.difference for row, c in rows.items() if c.is_significant}),
+        "not significant": (GREY, {row: c.difference for row, c in rows.items() if not c.is_significant}),
+    }
+    return by_row(title, "difference in test accuracy, points", list(rows), dots)
+
+
+def trade_off(title: str, findings: Findings, cost: str, axis: str) -> Chart:
+    """Accuracy against a cost, a point an architecture with an optimizer, and the Pareto front as a line."""
+    groups, front = findings.trained, {group.name for group in findings.front(cost)}
+    data: list[dict[str, Any]] = [
+        {"name": g.name, "architecture": g.architecture, "optimizer": g.optimizer, "front": g.name in front}
+        | {"cost": g.mean(cost)}
+        | _percent(g.accuracy)
+        for g in groups
+    ]
+    optimizers, architectures = ({row[key]: None for row in data} for key in ("optimizer", "architecture"))
+    shapes = [SHAPES[place_of(name) % len(SHAPES)] for name in architectures]
+    colours = alt.Scale(domain=list(optimizers), range=[OF_OPTIMIZER[name] for name in optimizers])
+    x = alt.X("cost:Q", title=axis, scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
+    y = alt.Y("value:Q", title="test accuracy, %", scale=alt.Scale(zero=False))
+    line = alt.Chart().mark_line(color=GREY, strokeDash=[3, 3], strokeWidth=1.5, interpolate="step-after")
+    layers = [
+        line.transform_filter("datum.front").encode(x=x, y=y),
+        alt.Chart().mark_rule(strokeWidth=1).encode(x=x, y="low:Q", y2="high:Q"),
+        alt.Chart()
+        .mark_point()
+        .encode(
+            x=x,
+            y=y,
+            color=alt.Color("optimizer:N", scale=colours),
+            shape=alt.Shape("architecture:N", scale=alt.Scale(domain=list(architectures), range=shapes)),
+            tooltip=_tip("name", "value", "cost"),
+        ),
+    ]
+    return Chart(title, _spec(*layers, height=320), _columns(data))
+
+
+def study(points: Sequence[StudyPoint]) -> Chart:
+    """Accuracy by the values of one factor, a line each for otherwise equal cells."""
+    numbers = [point.value for point in points if point.value is not None]
+    is_number = len(numbers) == len(points)
+    data: list[dict[str, Any]] = [
+        {"series": p.series, "cell": p.result.cell.id, "level": p.value if is_number else p.text}
+        | _percent(p.accuracy)
+        for p in points
+        if p.accuracy is not None
+    ]
+    x = alt.X("level:N", title=points[0].factor, axis=alt.Axis(labelAngle=0))
     if is_number:
-        is_log = min(values) > 0 and max(values) / min(values) >= 8
-        texts = [level.text for level in levels]
-        ticks = {"type": "log" if is_log else "linear", "tickvals": values, "ticktext": texts}
-    return _figure(340, *traces, x=levels[0].factor, y="test accuracy, %", xaxis=ticks)
+        is_log = min(numbers) > 0 and max(numbers) / min(numbers) >= 8
+        scale = alt.Scale(type="log", padding=12) if is_log else alt.Scale(zero=False, padding=12)
+        axis = alt.Axis(values=sorted(set(numbers)), format="~g")
+        x = alt.X("level:Q", title=points[0].factor, scale=scale, axis=axis)
+    y = alt.Y("value:Q", title="test accuracy, %", scale=alt.Scale(zero=False))
+    colour, tip = alt.Color("series:N"), _tip("cell", "value", "low", "high")
+    layers = [
+        alt.Chart().mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=colour),
+        alt.Chart().mark_point().encode(x=x, y=y, color=colour, tooltip=tip),
+    ]
+    if is_number:
+        layers.append(alt.Chart().mark_line().encode(x=x, y=y, color=colour))
+    return Chart(points[0].factor.capitalize(), _spec(*layers, height=280), _columns(data))
 
 
 def charts(findings: Findings) -> dict[str, list[Chart]]:
-    """Those of the whole grid, by the slot of the report; none of what there is nothing of."""
-    by_slot = {
-        "conclusions": [
-            Chart(title, differences(rows))
-            for title, rows in (
-                ("Optimizers, over architectures", findings.optimizers),
-                ("Depths, over optimizers", findings.depths),
-            )
-            if rows
+    """The charts of each part of the page; a part without data has none."""
+    parts: dict[str, list[Chart]] = {
+        "differences": [
+            differences(title, family)
+            for title, family in findings.families.items()
+            if family
         ],
         "studies": [
-            Chart(factor.capitalize(), study(list(levels)))
-            for factor, levels in groupby(findings.studies, key=lambda level: level.factor)
+            study(list(points)) for _, points in groupby(findings.studies, key=lambda point: point.factor)
         ],
-    }
+    }  # fmt: skip
     if findings.trained:
-        by_slot["cost"] = [
-            Chart("Parameters", trade_off(findings, "num_parameters", "parameters")),
-            Chart("Training time", trade_off(findings, "train_seconds", "training time, s")),
+        parts["answer"] = [accuracies(findings)]
+        parts["cost"] = [
+            trade_off("Parameters", findings, "num_parameters", "parameters"),
+            trade_off("Training time", findings, "train_seconds", "training time, s"),
         ]
-        by_slot["trust"] = _trust(findings)
+        parts["trust"] = _trust(findings)
     if rows := [row for row in findings.published if not row.differences]:
-        measured = Dots("measured", BLUE, {row.name: row.measured for row in rows})
-        others = Dots("published", RED, {row.name: row.accuracy for row in rows})
-        figure = by_row("test accuracy, %", [row.name for row in rows], measured, others)
-        by_slot["published"] = [Chart("Published and measured", figure)]
-    return by_slot
+        dots = {
+            "measured": (BLUE, {row.name: row.measured for row in rows}),
+            "published": (RED, {row.name: row.accuracy for row in rows}),
+        }
+        parts["published"] = [
+            by_row("Published and measured", "test accuracy, %", [row.name for row in rows], dots)
+        ]
+    return parts
 
 
 def _trust(findings: Findings) -> list[Chart]:
@@ -212,109 +265,113 @@ def _trust(findings: Findings) -> list[Chart]:
     test = {group.name: group.accuracy for group in groups}
     error = {group.name: float(errors[[r.cell.id for r in group.completed]].mean()) for group in groups}
     gap = sorted(train, key=lambda name: test[name].estimate - train[name])
-    dots = Dots("train", ORANGE, train), Dots("test", BLUE, test)
-    expected = Dots("expected calibration error", SKY, error)
+    dots = {"train": (ORANGE, train), "test": (BLUE, test)}
+    expected = {"expected calibration error": (SKY, error)}
     return [
-        Chart("Generalisation gap", by_row("accuracy, %", gap, *dots)),
-        Chart("Calibration", by_row("points", sorted(error, key=lambda name: error[name]), expected)),
+        by_row("Generalisation gap", "accuracy, %", gap, dots),
+        by_row("Calibration", "points", sorted(error, key=lambda name: error[name]), expected),
     ]
 
 
 # --- of chosen cells --------------------------------------------------------------------------------
 
 
-def curves(result: Result) -> go.Figure:
-    """Test (solid) and training (dashed) accuracy by epoch; the page gives each chosen cell its colour."""
-    assert result.history is not None
-    few = len(result.history) <= 10
-    traces = [
-        go.Scatter(
-            x=result.history["epoch"].tolist(),
-            y=(100 * result.history[f"{split}_accuracy"]).round(3).tolist(),
-            mode="lines+markers" if few else "lines",  # only the last epoch may have been scored
-            line={"dash": dash, "width": 2},
-            name=result.cell.id,
-            legendgroup=result.cell.id,
-            showlegend=split == "test",
-            hovertemplate=f"{result.cell.id}, {split}: %{{y:.2f}} % after epoch %{{x}}<extra></extra>",
-        )
-        for split, dash in (("test", "solid"), ("train", "dash"))
-    ]
-    return _figure(440, *traces, x="epoch", y="accuracy, %", xaxis={"dtick": 1} if few else {})
-
-
-def reliability_diagram(said: Predictions) -> go.Figure:
-    """Accuracy by confidence in bins, beside the diagonal of a model that is as right as it says."""
-    bins = reliability(said.confidence, said.correct)
-    diagonal = go.Scatter(
-        x=[0, 100],
-        y=[0, 100],
-        mode="lines",
-        line={"color": GREY, "dash": "dot", "width": 1.5},
-        name="as right as confident",
-        hoverinfo="skip",
+def curves(results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
+    """Test (solid) and training (dashed) accuracy by epoch: a specification, and the columns of each cell."""
+    columns = {}
+    for result in results:
+        assert result.history is not None
+        accuracy = {
+            split: [None if np.isnan(v) else round(100 * v, 3) for v in result.history[f"{split}_accuracy"]]
+            for split in ("test", "train")
+        }
+        columns[result.cell.id] = {"epoch": result.history["epoch"].tolist()} | accuracy
+    few = max((len(each["epoch"]) for each in columns.values()), default=0) <= 10
+    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"))
+    y = alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False))
+    colour = alt.Color("cell:N")
+    dash = alt.StrokeDash("split:N", scale=alt.Scale(domain=["test", "train"], range=[[1, 0], [5, 4]]))
+    base = alt.Chart().transform_fold(["test", "train"], as_=["split", "accuracy"])
+    base = base.transform_filter("isValid(datum.accuracy)")
+    spec = _spec(
+        base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash),
+        # Of a long training the points are there to be hovered over alone.
+        base.mark_point(size=40 if few else 60, opacity=1 if few else 0).encode(
+            x=x, y=y, color=colour, tooltip=_tip("cell", "split", "epoch", "accuracy")
+        ),
+        height=360,
     )
-    measured = go.Scatter(
-        x=(100 * bins.confidence).round(3).tolist(),
-        y=(100 * bins.accuracy).round(3).tolist(),
-        customdata=bins.num_images.tolist(),
-        mode="lines+markers",
-        cliponaxis=False,
-        # The area stands for the number of images, of which almost all are in the last bin.
-        marker={
-            "size": (5 + 20 * np.sqrt(bins.num_images / bins.num_images.sum())).round(1).tolist(),
-            "color": BLUE,
-        },
-        line={"color": BLUE, "width": 1.5},
-        name="measured",
-        hovertemplate="%{customdata:,} images: %{x:.1f} % confident, %{y:.1f} % right<extra></extra>",
-    )
-    span = {"range": [0, 103]}
-    return _figure(380, diagonal, measured, x="confidence, %", y="accuracy, %", xaxis=span, yaxis=span)
+    return spec, columns
 
 
-def confusion_matrix(said: Predictions, labels: Any, class_names: tuple[str, ...]) -> go.Figure:
+def reliability_diagram(predictions: Predictions) -> Chart:
+    """Accuracy by confidence in bins, beside the diagonal of a model that is as right as it is confident."""
+    bins = reliability(predictions.confidence, predictions.correct)
+    columns = {
+        "confidence": (100 * bins.confidence).round(2).tolist(),
+        "accuracy": (100 * bins.accuracy).round(2).tolist(),
+        "images": bins.num_images.tolist(),
+    }
+    scale = alt.Scale(domain=[0, 100])
+    x = alt.X("confidence:Q", title="confidence, %", scale=scale)
+    y = alt.Y("accuracy:Q", title="accuracy, %", scale=scale)
+    # The area stands for the number of images, of which almost all are in the last bin.
+    size = alt.Size("images:Q", scale=alt.Scale(range=[30, 500]), legend=None)
+    diagonal = alt.Chart().mark_rule(color=GREY, strokeDash=[3, 3])
+    spec = _spec(
+        diagonal.encode(x=alt.datum(0), y=alt.datum(0), x2=alt.datum(100), y2=alt.datum(100)),
+        alt.Chart().mark_line(color=BLUE, strokeWidth=1.5).encode(x=x, y=y),
+        alt.Chart().mark_point(color=BLUE).encode(
+            x=x, y=y, size=size, tooltip=_tip("images", "confidence", "accuracy")
+        ),
+        height=320,
+    )  # fmt: skip
+    return Chart("Reliability", spec, columns)
+
+
+def confusion_matrix(predictions: Predictions, labels: Any, class_names: tuple[str, ...]) -> Chart:
     """A row a true class, a column a predicted one, in % of the row; of many classes the worst alone."""
-    counts = confusion(labels, said.classes, len(class_names))
+    counts = confusion(labels, predictions.classes, len(class_names))
     shown = worst_classes(counts)
-    part = counts[np.ix_(shown, shown)]
-    share = 100 * part / np.maximum(counts.sum(1), 1)[shown, None]
+    rows = [
+        {
+            "true": class_names[true],
+            "predicted": class_names[predicted],
+            "images": int(counts[true, predicted]),
+            "share": round(100 * counts[true, predicted] / max(counts[true].sum(), 1), 2),
+        }
+        for true in shown
+        for predicted in shown
+        if true == predicted or counts[true, predicted]  # the diagonal names every class
+    ]
     names = [class_names[place] for place in shown]
-    heat = go.Heatmap(
-        z=share.round(2).tolist(),
-        x=names,
-        y=names,
-        text=np.where(part > 0, part, "").tolist(),
-        texttemplate="%{text}" if len(names) <= 15 else "",
-        colorscale=[[0, "rgba(0,114,178,0)"], [0.02, "rgba(0,114,178,0.18)"], [1, "rgba(0,114,178,0.75)"]],
-        zmin=0,
-        zmax=100,
-        showscale=False,
-        xgap=1,
-        ygap=1,
-        hovertemplate="%{y} taken for %{x}: %{z:.1f} % of its images<extra></extra>",
-    )
-    axis = {"type": "category", "showgrid": False}
-    down = axis | {"autorange": "reversed"}
-    return _figure(max(380, 120 + 22 * len(names)), heat, x="predicted", y="true", xaxis=axis, yaxis=down)
+    axis = alt.Axis(grid=False, labelLimit=110)
+    x = alt.X("predicted:N", sort=None, title="predicted", scale=alt.Scale(paddingInner=0.04), axis=axis)
+    y = alt.Y("true:N", sort=None, title="true", scale=alt.Scale(paddingInner=0.04), axis=axis)
+    opacity = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 100], range=[0.08, 0.8]), legend=None)
+    tip = _tip("true", "predicted", "images", "share")
+    layers = [alt.Chart().mark_rect(color=BLUE).encode(x=x, y=y, opacity=opacity, tooltip=tip)]
+    if len(names) <= 15:
+        layers.append(alt.Chart().mark_text(fontSize=12).encode(x=x, y=y, text="images:Q", tooltip=tip))
+    return Chart("Confusion matrix", _spec(*layers, height=max(240, 24 * len(names))), _columns(rows))
 
 
-def class_accuracy(said: Predictions, labels: Any, class_names: tuple[str, ...]) -> go.Figure:
+def class_accuracy(predictions: Predictions, labels: Any, class_names: tuple[str, ...]) -> Chart:
     """A bar a class: how many of its images were classified rightly; of many classes the worst alone."""
-    counts = confusion(labels, said.classes, len(class_names))
+    counts = confusion(labels, predictions.classes, len(class_names))
     shown = worst_classes(counts)
     num_images, right = counts.sum(1)[shown], np.diag(counts)[shown]
-    bar = go.Bar(
-        x=(100 * right / np.maximum(num_images, 1)).round(3).tolist(),
-        y=[class_names[place] for place in shown],
-        customdata=np.stack([right, num_images], 1).tolist(),
-        orientation="h",
-        marker={"color": SKY},
-        hovertemplate="%{y}: %{x:.2f} %, %{customdata[0]} of %{customdata[1]}<extra></extra>",
-    )
-    down = {"type": "category", "autorange": "reversed"}
-    height = max(380, 90 + 22 * len(shown))
-    return _figure(height, bar, x="accuracy, %", xaxis={"range": [0, 101]}, yaxis=down)
+    columns = {
+        "class": [class_names[place] for place in shown],
+        "accuracy": (100 * right / np.maximum(num_images, 1)).round(2).tolist(),
+        "right": right.tolist(),
+        "images": num_images.tolist(),
+    }
+    x = alt.X("accuracy:Q", title="accuracy, %", scale=alt.Scale(domain=[0, 100]))
+    bar = alt.Chart().mark_bar(color=SKY).encode(
+        x=x, y=alt.Y("class:N", sort=None, title=None), tooltip=_tip("class", "accuracy", "right", "images")
+    )  # fmt: skip
+    return Chart("Accuracy by class", _spec(bar, height=max(240, 22 * len(shown))), columns)
 
 
 def worst_classes(counts: Any) -> list[int]:

@@ -1,25 +1,30 @@
-"""What the grid says: every figure of the report, before it is drawn."""
+"""What the grid says: every figure and sentence of the report, before they are drawn and printed.
+
+`reports/findings.json` is all of it as data; the page, `report.md`, the terminal and the README's block are
+made of the same.
+"""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import softmax
 
 from resgrid import __version__
 from resgrid.data.dataset import Meta, Split
-from resgrid.evaluation import Predictions, Result
+from resgrid.evaluation import Predictions, Result, load_logits
 from resgrid.grid import Cell, flat
 from resgrid.progress import duration
 from resgrid.provenance import git_commit
-from resgrid.report.comparisons import Group, compare, conclusions, group, mean_accuracy
-from resgrid.report.ensembles import Ensemble
-from resgrid.report.leaderboard import leaderboard
+from resgrid.report.comparisons import Comparison, Group, answer, compare, group, how_to_read, mean_accuracy
+from resgrid.report.leaderboard import by_optimizer, leaderboard, missing
 from resgrid.report.published import as_text, differing, publication
 from resgrid.report.statistics import Interval, pareto_front
 from resgrid.run_status import started_at
@@ -36,7 +41,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class StudyPoint:
     """One value of what a study varies, and the cell that was trained with it."""
 
     factor: str  # what varies
@@ -50,25 +55,127 @@ class Level:
 
 @dataclass
 class Findings:
-    """All that the report says of `results`, scored on `test` on `device`, and of their ensembles."""
+    """All that the report says of `results`, scored on `test` on `device`.
+
+    `predictions` is the folder with the logits that `evaluate` kept; without it nothing is averaged.
+    """
 
     results: list[Result]
     test: Split
     meta: Meta
     name: str
     device: str
-    ensembles: Sequence[Ensemble] = ()
-    no_ensembles: Sequence[str] = ()  # why there are no others, a sentence each
+    predictions: Path | None = None
+    ensembles: dict[str, float] = field(init=False)  # group: accuracy (0-1) of its seeds' mean probabilities
 
     def __post_init__(self) -> None:
-        self.frame = leaderboard(self.results, self.meta)
+        self.frame = leaderboard(self.results, self.meta, self.test.labels.numpy())
         self.groups = group(self.results)
-        self.optimizers, self.depths = compare(self.groups)
+        optimizers, depths = compare(self.groups)
+        self.families = {"Optimizers": optimizers, "Depths": depths}
         num_test = self.meta.num_images["test"]
-        self.conclusions = conclusions(self.groups, self.optimizers, self.depths, num_test)
+        self.answer = answer(self.groups, self.families)
+        self.how_to_read = how_to_read(self.groups, self.comparisons, num_test)
+        self.ensembles = self._ensembles()
         self.published = _published(self.groups, self.meta)
         self.studies = _studies(self.results)
         self.made = how_it_was_made(self.results, self.meta, self.device)
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [each for family in self.families.values() for each in family]
+
+    @property
+    def question(self) -> str:
+        """What the grid asks."""
+        kinds = {
+            "architecture": list(dict.fromkeys(each.architecture for each in self.groups)),
+            "optimizer": list(dict.fromkeys(each.optimizer for each in self.groups)),
+        }
+        asked = " and ".join(f"which {kind} ({', '.join(of)})" for kind, of in kinds.items() if len(of) > 1)
+        counts, seeds = self.meta.num_images, len({r.cell.seed for each in self.groups for r in each.results})
+        images = f"{counts['train']:,} training and {counts['test']:,} test images"
+        return (
+            f"Asked: {asked or 'how accurate a network'} is the most accurate on {images} of "
+            f"{len(self.meta.class_names)} classes ({self.meta.source}), with "
+            f"{seeds} seed{'s' if seeds != 1 else ''} a cell."
+        )
+
+    @property
+    def baseline(self) -> str:
+        """What needs no network: to answer with the largest class each time."""
+        counts = np.bincount(self.test.labels.numpy(), minlength=len(self.meta.class_names))
+        largest = self.meta.class_names[int(counts.argmax())]
+        return (
+            f"Baseline: whoever always answers {largest}, the largest class of the test split, is right for "
+            f"{100 * counts.max() / counts.sum():.2f} %."
+        )
+
+    def _ensembles(self) -> dict[str, float]:
+        if self.predictions is None:
+            return {}
+        accuracy, labels = {}, self.test.labels.numpy()
+        for each in self.trained:
+            cells = [result.cell.id for result in each.completed]
+            if len(cells) > 1:
+                logits = (load_logits(self.predictions, cell, "test").astype(np.float64) for cell in cells)
+                mean = np.mean([softmax(each, axis=1) for each in logits], axis=0)  # (N, classes)
+                accuracy[each.name] = float((mean.argmax(1) == labels).mean())
+        return accuracy
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `findings.json` holds: accuracies and their differences in 0–1."""
+        return {
+            "name": self.name,
+            "question": self.question,
+            "baseline": self.baseline,
+            "answer": self.answer,
+            "how_to_read": self.how_to_read,
+            "missing": missing(self.frame),
+            "table": by_optimizer(self.frame).to_dict(orient="index"),
+            "groups": [
+                {
+                    "architecture": each.architecture,
+                    "optimizer": each.optimizer,
+                    "cells": {result.cell.id: result.status for result in each.results},
+                    "accuracy": _interval(each.accuracy) if each.completed else None,
+                    "ensemble_accuracy": self.ensembles.get(each.name),
+                }
+                for each in self.groups
+            ],
+            "comparisons": [
+                {
+                    "of": what.lower(),
+                    "first": each.first,
+                    "second": each.second,
+                    "over": each.over,
+                    "epochs": each.epochs,
+                    "num_seeds": each.num_seeds,
+                    "difference": _interval(each.difference),
+                    "p_holm": each.p,
+                    "significant": each.is_significant,
+                }
+                for what, family in self.families.items()
+                for each in family
+            ],
+            "studies": [
+                {
+                    "factor": each.factor,
+                    "series": each.series,
+                    "value": each.text,
+                    "cell": each.result.cell.id,
+                    "status": each.result.status,
+                    "accuracy": _interval(each.accuracy) if each.accuracy else None,
+                }
+                for each in self.studies
+            ],
+            "weights_sha256": {
+                result.cell.id: result.metrics.get("weights_sha256")
+                for result in self.results
+                if result.scores and result.metrics
+            },
+            "made": self.made,
+        }
 
     @property
     def scored(self) -> list[tuple[Result, Predictions]]:
@@ -87,6 +194,11 @@ class Findings:
         groups = self.trained
         front = pareto_front([g.mean(cost) for g in groups], [g.mean("test_accuracy") for g in groups])
         return [groups[place] for place in front]
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    values = interval._asdict()
+    return {key: None if value != value else value for key, value in values.items()}  # NaN is not JSON
 
 
 def _published(groups: list[Group], meta: Meta) -> list[Published]:
@@ -109,10 +221,10 @@ def _published(groups: list[Group], meta: Meta) -> list[Published]:
 # --- studies ----------------------------------------------------------------------------------------
 
 
-def _studies(results: list[Result]) -> list[Level]:
+def _studies(results: list[Result]) -> list[StudyPoint]:
     """Studies by what differs between their cells and the grid's cell of the same name and seed."""
     grid = {_series(result.cell): result for result in results if result.cell.study is None}
-    levels: dict[tuple[str, str], list[Level]] = {}
+    points: dict[tuple[str, str], list[StudyPoint]] = {}
     for result in results:
         if result.cell.study is None:
             continue
@@ -123,16 +235,16 @@ def _studies(results: list[Result]) -> list[Level]:
         factor = differing[0] if differing else "study"
         if "approach" in differing:  # a frozen base comes with weights and statistics of its own
             factor = "approach"
-        of_series = levels.setdefault((factor, series), [])
+        of_series = points.setdefault((factor, series), [])
         if base and not of_series:
-            of_series.append(_level(base, factor, common.get(factor, "the grid's")))
+            of_series.append(_point(base, factor, common.get(factor, "the grid's")))
         also = "; ".join(f"{key} {as_text(own.get(key))}" for key in differing if key != factor)
-        of_series.append(_level(result, factor, own.get(factor, result.cell.study), also))
-    factors = list(dict.fromkeys(factor for factor, _ in levels))
+        of_series.append(_point(result, factor, own.get(factor, result.cell.study), also))
+    factors = list(dict.fromkeys(factor for factor, _ in points))
     return [
-        level
-        for key in sorted(levels, key=lambda key: factors.index(key[0]))
-        for level in sorted(levels[key], key=lambda level: -1.0 if level.value is None else level.value)
+        point
+        for key in sorted(points, key=lambda key: factors.index(key[0]))
+        for point in sorted(points[key], key=lambda point: -1.0 if point.value is None else point.value)
     ]
 
 
@@ -140,9 +252,9 @@ def _series(cell: Cell) -> str:
     return f"{cell.architecture}-{cell.optimizer.name}-{cell.seed}"
 
 
-def _level(result: Result, factor: str, value: Any, also: str = "") -> Level:
+def _point(result: Result, factor: str, value: Any, also: str = "") -> StudyPoint:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return Level(
+    return StudyPoint(
         factor=factor.replace("_", " "),
         series=_series(result.cell),
         text=as_text(value),

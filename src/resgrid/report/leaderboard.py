@@ -6,30 +6,34 @@ stands beside it, marked as what it is: an epoch that was chosen by looking at t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
-from resgrid.evaluation import Result
+from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.published import differing, publication
-from resgrid.report.statistics import calibration_error
+from resgrid.report.statistics import Ints, calibration_error
 from resgrid.run_status import STATUSES, Run, read_json
 
 
-def leaderboard(results: list[Result], meta: Meta) -> pd.DataFrame:
+def leaderboard(results: list[Result], meta: Meta, labels: Ints) -> pd.DataFrame:
     """A row a cell, best first: completed ones by test accuracy, then the others by their status.
 
-    A cell that is stale, or of other data, stands there with the numbers that it was trained with.
+    `labels` (N,) are the test split's. A cell that is stale, or of other data, stands there with the numbers
+    that it was trained with.
     """
-    return _ranked(pd.DataFrame([_row(result, meta) for result in results]))
+    present = [meta.class_names[label] for label in np.unique(labels)]
+    return _ranked(pd.DataFrame([_row(result, meta, present) for result in results]))
 
 
 def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
@@ -40,7 +44,7 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return ranked.drop(columns="order").reset_index(drop=True)
 
 
-def _row(result: Result, meta: Meta | None) -> dict[str, Any]:
+def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
     published = publication(cell, meta) if meta else None
     differences = differing(cell, meta, published) if meta and published else []
@@ -48,7 +52,10 @@ def _row(result: Result, meta: Meta | None) -> dict[str, Any]:
     notes = remarks(cell)
     if differences:
         notes.append(f"not beside its published figure: {', '.join(differences)}")
-    scores, said = result.scores, result.predictions
+    scores, predictions = result.scores, result.predictions
+    if meta and predictions and (never := never_predicted(predictions, meta, classes)):
+        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+        notes.insert(0, f"never predicts {', '.join(never[:10])}{more}")
     return {
         "cell": cell.id,
         "architecture": cell.architecture,
@@ -80,7 +87,7 @@ def _row(result: Result, meta: Meta | None) -> dict[str, Any]:
         "precision": timing.get("precision"),
         "threads": timing.get("threads"),
         "weights_sha256": metrics.get("weights_sha256"),
-        "calibration_error": said and calibration_error(said.confidence, said.correct),
+        "calibration_error": predictions and calibration_error(predictions.confidence, predictions.correct),
         "remark": "; ".join(notes) or None,
     }
 
@@ -93,6 +100,12 @@ def remarks(cell: Cell) -> list[str]:
             "with, so they do not normalise these images"
         ]
     return []
+
+
+def never_predicted(predictions: Predictions, meta: Meta, classes: Sequence[str]) -> list[str]:
+    """Those of `classes` that a model gives to no image, as one that has learned the largest class alone."""
+    predicted = {meta.class_names[place] for place in np.unique(predictions.classes)}
+    return [name for name in classes if name not in predicted]
 
 
 def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
@@ -229,3 +242,13 @@ def read_leaderboard(reports: Path) -> pd.DataFrame:
             "`dvc repro -s evaluate` compares what is trained."
         )
     return pd.read_csv(path, dtype=dict.fromkeys(("study", "cause", "device", "remark"), "string"))
+
+
+def read_findings(reports: Path) -> dict[str, Any]:
+    """The `findings.json` that `evaluate` wrote; raises ResgridError if it cannot be read."""
+    path = reports / "findings.json"
+    try:
+        findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResgridError(f"{path}: cannot be read ({error}). `dvc repro -s evaluate` makes it.") from None
+    return findings

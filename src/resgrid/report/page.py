@@ -1,8 +1,7 @@
 """The report: `report.md`, and `index.html`, which is the same Markdown rendered with charts in their places.
 
-The page is one file, which needs no network. The charts are drawn by plotly.js, which stands in the page,
-compressed: 2 MB instead of 5. Links lead to `runs.html` beside the page: `resgrid sync` writes it, since it
-alone knows which run of MLflow a cell has.
+The page is one file, which needs no network. The charts are drawn by Vega, which stands in the page once,
+compressed: 0.4 MB.
 """
 
 from __future__ import annotations
@@ -13,23 +12,21 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
 from PIL import Image
-from plotly.offline import get_plotlyjs
 
 from resgrid.data.dataset import Split
 from resgrid.evaluation import Predictions, Result
 from resgrid.report import figures, tables
+from resgrid.report.figures import Chart
 from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import as_csv, by_optimizer, missing, readable, text_table
-from resgrid.report.statistics import confusion
 
 NUM_CURVES = 4  # cells that are shown before a person chooses
 NUM_MISTAKES = 12  # a cell; half as many in a page of many cells
@@ -70,8 +67,10 @@ def _table(frame: pd.DataFrame) -> str:
     )
 
 
-def page(findings: Findings) -> str:
-    """The report for a browser, the same bytes for the same findings."""
+def page(findings: Findings, charts: Mapping[str, Sequence[Chart]]) -> str:
+    """The report for a browser, with the `charts` of its parts; the same bytes for the same findings."""
+    import vl_convert  # see figures.png
+
     text = markdown(findings, lambda name, instead="": f"@{name}@")
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace(
@@ -83,13 +82,12 @@ def page(findings: Findings) -> str:
 
     scored = findings.scored
     with_curves = [result for result, _ in scored if result.history is not None and len(result.history)]
-    charts = figures.charts(findings)
     context = {
         "titles": titles,
         "csv": "data:text/csv;base64," + base64.b64encode(as_csv(findings.frame).encode()).decode(),
         "grid": _grid(findings),
         "charts": charts,
-        "facts": {result.cell.id: _facts(findings, result, said) for result, said in scored},
+        "facts": {result.cell.id: _facts(findings, result, predictions) for result, predictions in scored},
         "with_curves": [result.cell.id for result in with_curves],
         "num_curves": NUM_CURVES,
         "num_classes": len(findings.meta.class_names),
@@ -98,22 +96,26 @@ def page(findings: Findings) -> str:
     slot = TEMPLATES.get_template("slot.html")
     body = re.sub(r"<p>@(\w+)@</p>", lambda match: slot.render(context, slot=match[1]), body)
     data = {
+        "themes": figures.THEMES,
         "charts": {
-            chart.id: json.loads(chart.figure.to_json()) for place in charts.values() for chart in place
+            chart.id: {"spec": chart.spec, "columns": chart.columns}
+            for part in charts.values()
+            for chart in part
         },
         "chosen": _chosen(findings, with_curves),
         "mistakes": _mistakes(findings),
     }
+    bundle = vl_convert.javascript_bundle(None, vl_version=figures.VEGA_LITE)
     return TEMPLATES.get_template("page.html").render(
         name=findings.name,
         body=body,
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
+        vega=base64.b64encode(gzip.compress(bundle.encode(), 9, mtime=0)).decode(),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
 
 
 def _grid(findings: Findings) -> dict[str, list[dict[str, Any]]]:
-    """The architecture x optimizer table: of each place its text, its shade and its cells."""
+    """The architecture x optimizer table: of each place its text and its shade."""
     half_an_image = 0.5 / findings.meta.num_images["test"]
     # By the logarithm of the error, else one cell that has learned nothing takes all other shades away.
     errors = {
@@ -133,33 +135,29 @@ def _grid(findings: Findings) -> dict[str, list[dict[str, Any]]]:
             "optimizer": group.optimizer,
             "text": table.loc[group.architecture, group.optimizer],
             "shade": shade(group.name) if group.name in errors else None,
-            "cells": [result.cell for result in group.results if result.status != "missing"],
         }
         rows.setdefault(group.architecture, []).append(place)
     return rows
 
 
 def _chosen(findings: Findings, with_curves: list[Result]) -> dict[str, Any]:
-    """The charts of single cells, by id: one layout, and the traces of each cell."""
+    """The charts of single cells, by id: one specification, and the columns of each cell."""
     labels, names = findings.test.labels.numpy(), findings.meta.class_names
-    draw: dict[str, Callable[[Predictions], go.Figure]] = {
+    draw: dict[str, Callable[[Predictions], Chart]] = {
         "reliability": figures.reliability_diagram,
-        "confusion": lambda said: figures.confusion_matrix(said, labels, names),
-        "classes": lambda said: figures.class_accuracy(said, labels, names),
+        "confusion": lambda predictions: figures.confusion_matrix(predictions, labels, names),
+        "classes": lambda predictions: figures.class_accuracy(predictions, labels, names),
     }
-    drawn = {
-        id: {result.cell.id: json.loads(chart(said).to_json()) for result, said in findings.scored}
-        for id, chart in draw.items()
-    }
-    drawn["curves"] = {r.cell.id: json.loads(figures.curves(r).to_json()) for r in with_curves}
-    return {
-        id: {
-            "layout": next(iter(of_cells.values()))["layout"],
-            "cells": {cell: figure["data"] for cell, figure in of_cells.items()},
-        }
-        for id, of_cells in drawn.items()
-        if of_cells
-    }
+    chosen: dict[str, Any] = {}
+    for id, chart in draw.items():
+        of_cells = {result.cell.id: chart(predictions) for result, predictions in findings.scored}
+        for first in list(of_cells.values())[:1]:
+            cells = {cell: each.columns for cell, each in of_cells.items()}
+            chosen[id] = {"spec": first.spec, "cells": cells}
+    if with_curves:
+        spec, columns = figures.curves(with_curves)
+        chosen["curves"] = {"spec": spec, "cells": columns}
+    return chosen
 
 
 def _mistakes(findings: Findings) -> dict[str, Any]:
@@ -172,21 +170,21 @@ def _mistakes(findings: Findings) -> dict[str, Any]:
             {
                 "image": place,
                 "is": names[labels[place]],
-                "taken": names[said.classes[place]],
-                "confidence": round(100 * float(said.confidence[place]), 1),
+                "taken": names[predictions.classes[place]],
+                "confidence": round(100 * float(predictions.confidence[place]), 1),
             }
-            for place in most_confident_mistakes(said, count)
+            for place in most_confident_mistakes(predictions, count)
         ]
-        for result, said in scored
+        for result, predictions in scored
     }
     shown = sorted({each["image"] for mistakes in cells.values() for each in mistakes})
     return {"cells": cells, "images": {place: _png(findings.test, place) for place in shown}}
 
 
-def most_confident_mistakes(said: Predictions, count: int) -> list[int]:
+def most_confident_mistakes(predictions: Predictions, count: int) -> list[int]:
     """The places of `count` wrong predictions, by falling confidence."""
-    wrong = np.flatnonzero(~said.correct)
-    order = np.argsort(-said.confidence[wrong], kind="stable")
+    wrong = np.flatnonzero(~predictions.correct)
+    order = np.argsort(-predictions.confidence[wrong], kind="stable")
     places: list[int] = wrong[order][:count].tolist()
     return places
 
@@ -197,19 +195,17 @@ def _png(split: Split, place: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _facts(findings: Findings, result: Result, said: Predictions) -> str:
+def _facts(findings: Findings, result: Result, predictions: Predictions) -> str:
     """A sentence or two on one cell."""
-    num_images, wrong, names = len(said.correct), int((~said.correct).sum()), findings.meta.class_names
+    num_images, wrong = len(predictions.correct), int((~predictions.correct).sum())
     row = findings.frame.set_index("cell").loc[result.cell.id]
     text = (
         f"{100 * row['test_accuracy']:.2f} % of {num_images:,} test images right, {wrong:,} wrong; "
-        f"{100 * said.confidence.mean():.2f} % confident on the mean; expected calibration error "
+        f"{100 * predictions.confidence.mean():.2f} % confident on the mean; expected calibration error "
         f"{100 * row['calibration_error']:.2f} points."
     )
-    counts = confusion(findings.test.labels.numpy(), said.classes, len(names))
-    if never := [names[place] for place in np.flatnonzero(counts.sum(0) == 0)]:
-        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        text += f" Never predicted: {', '.join(never[:10])}{more}."
+    if pd.notna(row["remark"]):
+        text += f" {row['remark'][0].upper()}{row['remark'][1:]}."
     if result.status == "diverged":
         text += f" Diverged: {result.cause}"
     return text

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pandas as pd
 
-from resgrid.report.comparisons import Comparison, of_one_model
+from resgrid.report.comparisons import Comparison
 from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import remarks
 
 
 def comparisons(rows: list[Comparison]) -> pd.DataFrame:
-    """A row a comparison, in percentage points."""
+    """A row a comparison, in percentage points; empty where none is significant, which a sentence says."""
+    if len(rows) > 1 and not any(row.is_significant for row in rows):
+        return pd.DataFrame()
     return pd.DataFrame(
         {
             "compared": f"{row.first} − {row.second}",
@@ -26,22 +28,31 @@ def comparisons(rows: list[Comparison]) -> pd.DataFrame:
 
 
 def costs(findings: Findings) -> pd.DataFrame:
-    """A row an architecture with an optimizer: what it reaches, at what cost, and if nothing beats it."""
+    """A row an architecture with an optimizer: what it reaches, at what cost, and if nothing beats it.
+
+    Where a group has two seeds or more, also what the mean of their networks' probabilities reaches.
+    """
     fronts = {
         "parameters": {group.name for group in findings.front("num_parameters")},
         "time": {group.name for group in findings.front("train_seconds")},
     }
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "architecture, optimizer": group.name,
             "test % (95 % interval)": group.accuracy.text(),
             "interval over": group.accuracy.basis,
+            "mean of its seeds, %": _percent(findings.ensembles.get(group.name)),
             "parameters": f"{group.mean('num_parameters'):,.0f}",
             "training, s": f"{group.mean('train_seconds'):,.1f}",
             "on the front by": ", ".join(cost for cost, names in fronts.items() if group.name in names),
         }
         for group in sorted(findings.trained, key=lambda group: -group.mean("test_accuracy"))
     )
+    return table if findings.ensembles else table.drop(columns="mean of its seeds, %", errors="ignore")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
 
 
 def trust(findings: Findings) -> pd.DataFrame:
@@ -55,22 +66,6 @@ def trust(findings: Findings) -> pd.DataFrame:
             "gap, points": (100 * (frame["train_accuracy"] - frame["test_accuracy"])).map("{:+.2f}".format),
             "calibration error, points": (100 * frame["calibration_error"]).map("{:.2f}".format),
         }
-    )
-
-
-def ensembles(findings: Findings) -> pd.DataFrame:
-    """A row an ensemble: what it reaches, beside its members' mean, and how often two of them disagree."""
-    return pd.DataFrame(
-        {
-            "ensemble": each.name,
-            "test % (95 % interval)": of_one_model(each.num_correct, len(findings.test.labels)).text(),
-            "members, test %": f"{100 * each.member_accuracy:.2f}",
-            "calibration error, points": f"{100 * each.calibration_error:.2f}",
-            "disagreement, %": f"{100 * each.disagreement:.2f}",
-            "mean of": each.over,
-            "members": ", ".join(f"{cell} × {n}" if n > 1 else cell for cell, n in each.members.items()),
-        }
-        for each in findings.ensembles
     )
 
 
@@ -95,17 +90,17 @@ def published(findings: Findings) -> pd.DataFrame:
 
 
 def studies(findings: Findings) -> pd.DataFrame:
-    """A row a level of a study, the grid's own among them."""
+    """A row a value of a study, the grid's own among them."""
     return pd.DataFrame(
         {
-            "varies": level.factor,
-            "in": level.series,
-            "level": level.text,
-            "cell": level.result.cell.id,
-            "test % (95 % interval)": level.accuracy.text() if level.accuracy else level.result.status,
-            "interval over": level.accuracy.basis if level.accuracy else "",
-            "differs also in": level.also,
-            "remark": "; ".join(remarks(level.result.cell)),
+            "varies": point.factor,
+            "in": point.series,
+            "value": point.text,
+            "cell": point.result.cell.id,
+            "test % (95 % interval)": point.accuracy.text() if point.accuracy else point.result.status,
+            "interval over": point.accuracy.basis if point.accuracy else "",
+            "differs also in": point.also,
+            "remark": "; ".join(remarks(point.result.cell)),
         }
-        for level in findings.studies
+        for point in findings.studies
     )

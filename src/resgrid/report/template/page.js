@@ -1,12 +1,10 @@
 "use strict";
 (async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#AA4499", "#88CCEE", "#DDAA33"];
   const all = (selector) => [...document.querySelectorAll(selector)];
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const touch = matchMedia("(pointer: coarse)").matches;
 
-  // The tables work without plotly.
+  // The tables work without Vega.
   for (const table of all("table:not(.heat)")) {
     const value = (row, column) => row.cells[column].textContent.trim();
     const number = (text) => parseFloat(text.replaceAll(",", ""));
@@ -44,7 +42,7 @@
     if (!mistakes.length) place.textContent = "It made none.";
   };
 
-  const compressed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
+  const compressed = Uint8Array.from(atob(document.getElementById("vega").textContent), (c) => c.charCodeAt(0));
   try {
     const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
@@ -58,48 +56,34 @@
     return;
   }
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const template = () => {
-    const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--soft"), linecolor: colour("--line") };
-    return {
-      layout: {
-        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", colorway: colours,
-        font: { color: colour("--ink"), size: 13, family: "system-ui, sans-serif" },
-        xaxis: axis, yaxis: axis,
-        hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-      },
-      data: { heatmap: [{ textfont: { color: colour("--ink") } }] },
-    };
-  };
-  // A chart must not catch the finger that scrolls the page.
-  const draw = (place, traces, layout) => Plotly.react(
-    place, traces,
-    { ...layout, template: template(), dragmode: touch ? false : "zoom" },
-    { responsive: true, displaylogo: false, displayModeBar: false },
+  const draw = (place, spec, rows) => vegaEmbed(place, { ...spec, datasets: { rows } }, {
+    mode: "vega-lite", renderer: "svg", actions: false,
+    config: data.themes[dark.matches ? "dark" : "light"], tooltip: { theme: dark.matches ? "dark" : "light" },
+  });
+  // The data are a list a column, which become an object a row.
+  const zip = (columns, more = {}) => (Object.values(columns)[0] ?? []).map(
+    (_, row) => ({ ...more, ...Object.fromEntries(Object.entries(columns).map(([name, of]) => [name, of[row]])) }),
   );
 
-  const drawCell = () => {
-    for (const place of all("[data-chosen]:not([data-chosen=curves])")) {
-      const { layout, cells } = data.chosen[place.dataset.chosen];
-      draw(place, cells[chooser.value], layout);
-    }
-  };
+  const drawCell = () => all("[data-chosen]:not([data-chosen=curves])").map((place) => {
+    const { spec, cells } = data.chosen[place.dataset.chosen];
+    return draw(place, spec, zip(cells[chooser.value]));
+  });
   const drawCurves = () => {
-    const { layout, cells } = data.chosen.curves;
+    const { spec, cells } = data.chosen.curves;
     const chosen = all("#choose-curves :checked").map((box) => box.value);
-    const traces = chosen.flatMap((cell, place) => cells[cell].map(
-      (trace) => ({ ...trace, line: { ...trace.line, color: colours[place % colours.length] } }),
-    ));
-    draw(document.querySelector("[data-chosen=curves]"), traces, layout);
+    return draw(
+      document.querySelector("[data-chosen=curves]"), spec, chosen.flatMap((cell) => zip(cells[cell], { cell })),
+    );
   };
-  const drawAll = () => {
-    for (const place of all("[data-chart]")) {
-      const { data: traces, layout } = data.charts[place.dataset.chart];
-      draw(place, traces, layout);
-    }
-    if (data.chosen.curves) drawCurves();
-    if (chooser) drawCell();
-  };
+  const drawAll = () => Promise.all([
+    ...all("[data-chart]").map((place) => {
+      const { spec, columns } = data.charts[place.dataset.chart];
+      return draw(place, spec, zip(columns));
+    }),
+    ...(data.chosen.curves ? [drawCurves()] : []),
+    ...(chooser ? drawCell() : []),
+  ]);
 
   if (chooser) {
     chooser.addEventListener("change", () => { showMistakes(); drawCell(); });
@@ -107,5 +91,5 @@
   }
   document.getElementById("choose-curves")?.addEventListener("change", drawCurves);
   dark.addEventListener("change", drawAll);
-  drawAll();
+  await drawAll();
 })();
