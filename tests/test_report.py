@@ -246,7 +246,7 @@ def test_a_family_without_a_significant_difference_is_one_sentence_and_one_figur
     ]
     text = markdown(findings)
     assert "compared\n" not in text
-    assert text.count("(figures/differences.png)") == 1
+    assert text.count("(figures/differences-between-optimizers.png)") == 1
     [chart] = charts(findings)["differences"]
     assert len(chart.columns["row"]) == 3
 
@@ -656,7 +656,7 @@ def test_the_page_has_every_section_and_asks_nothing_of_the_network(here, capsys
 def test_the_same_cells_give_the_same_bytes(here, capsys):
     evaluate(here, capsys)
     files = ("leaderboard.csv", "metrics.json", "findings.json", "report.md", "index.html",
-             "figures/accuracy.png", "figures/differences.png", "figures/cost.png")  # fmt: skip
+             "figures/test-accuracy.png", "figures/differences-between-optimizers.png")  # fmt: skip
     first = {name: (here / "reports" / name).read_bytes() for name in files}
     evaluate(here, capsys)
     assert {name: (here / "reports" / name).read_bytes() for name in files} == first

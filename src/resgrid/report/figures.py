@@ -63,6 +63,9 @@ THEMES = {
 }
 
 
+Dots = Mapping[str, tuple[str, Mapping[str, Any]]]  # of a series: its colour, and its values in 0–1 by row
+
+
 class Chart(NamedTuple):
     """A Vega-Lite specification as wide as its place, and its data: a list a column."""
 
@@ -85,7 +88,7 @@ def png(chart: Chart, width: int = 720) -> bytes:
     rows = [dict(zip(chart.columns, row, strict=True)) for row in zip(*chart.columns.values(), strict=True)]
     spec = chart.spec | {"width": width, "datasets": {ROWS: rows}, "padding": 12}
     config = THEMES["light"] | {"background": "white", "font": "Liberation Sans, sans-serif"}
-    image: bytes = vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, config=config, scale=2)
+    image: bytes = vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, config=config, scale=1.5)
     return image
 
 
@@ -123,9 +126,7 @@ def _tip(*fields: str) -> list[alt.Tooltip]:
 # --- of the whole grid ------------------------------------------------------------------------------
 
 
-def by_row(
-    title: str, axis: str, rows: Sequence[str], dots: Mapping[str, tuple[str, Mapping[str, Any]]]
-) -> Chart:
+def by_row(title: str, axis: str, rows: Sequence[str], dots: Dots) -> Chart:
     """A row each of `rows`, the first on top; `dots` are colours and values in 0–1 by row, of each series.
 
     Values are intervals, or floats.
@@ -232,8 +233,8 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
     """The charts of each part of the page; a part without data has none."""
     parts: dict[str, list[Chart]] = {
         "differences": [
-            differences(title, family)
-            for title, family in findings.families.items()
+            differences(f"Differences between {what.lower()}", family)
+            for what, family in findings.families.items()
             if family
         ],
         "studies": [
@@ -248,7 +249,7 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
         ]
         parts["trust"] = _trust(findings)
     if rows := [row for row in findings.published if not row.differences]:
-        dots = {
+        dots: Dots = {
             "measured": (BLUE, {row.name: row.measured for row in rows}),
             "published": (RED, {row.name: row.accuracy for row in rows}),
         }
@@ -265,7 +266,7 @@ def _trust(findings: Findings) -> list[Chart]:
     test = {group.name: group.accuracy for group in groups}
     error = {group.name: float(errors[[r.cell.id for r in group.completed]].mean()) for group in groups}
     gap = sorted(train, key=lambda name: test[name].estimate - train[name])
-    dots = {"train": (ORANGE, train), "test": (BLUE, test)}
+    dots: Dots = {"train": (ORANGE, train), "test": (BLUE, test)}
     expected = {"expected calibration error": (SKY, error)}
     return [
         by_row("Generalisation gap", "accuracy, %", gap, dots),

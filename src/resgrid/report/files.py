@@ -11,7 +11,7 @@ from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import as_csv, headline
 from resgrid.report.page import markdown, page
 
-PNGS = {"answer": "accuracy", "differences": "differences", "cost": "cost"}  # by the part of the page
+PARTS = ("answer", "differences")  # of the page, whose charts are PNGs as well
 
 
 def write_report(findings: Findings, out: Path) -> None:
@@ -29,6 +29,5 @@ def write_report(findings: Findings, out: Path) -> None:
         (out / name).write_text(text, encoding="utf-8", newline="\n")
     shutil.rmtree(out / "figures", ignore_errors=True)
     (out / "figures").mkdir()  # an output of the stage, also where nothing was trained
-    for part, name in PNGS.items():
-        for number, chart in enumerate(charts.get(part, ()), start=1):
-            (out / f"figures/{name}{number if number > 1 else ''}.png").write_bytes(figures.png(chart))
+    for chart in (chart for part in PARTS for chart in charts.get(part, ())):
+        (out / f"figures/{chart.id}.png").write_bytes(figures.png(chart))

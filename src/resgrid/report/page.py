@@ -105,7 +105,7 @@ def page(findings: Findings, charts: Mapping[str, Sequence[Chart]]) -> str:
         "chosen": _chosen(findings, with_curves),
         "mistakes": _mistakes(findings),
     }
-    bundle = vl_convert.javascript_bundle(None, vl_version=figures.VEGA_LITE)
+    bundle = vl_convert.javascript_bundle(vl_version=figures.VEGA_LITE)  # type: ignore[call-arg]
     return TEMPLATES.get_template("page.html").render(
         name=findings.name,
         body=body,

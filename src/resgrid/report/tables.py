@@ -11,7 +11,7 @@ from resgrid.report.leaderboard import remarks
 
 def comparisons(rows: list[Comparison]) -> pd.DataFrame:
     """A row a comparison, in percentage points; empty where none is significant, which a sentence says."""
-    if len(rows) > 1 and not any(row.is_significant for row in rows):
+    if not any(row.is_significant for row in rows):
         return pd.DataFrame()
     return pd.DataFrame(
         {
