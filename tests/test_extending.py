@@ -10,21 +10,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
-from resgrid.report.ensembles import load_ensemble
 from ruamel.yaml import YAML
-from safetensors.numpy import load_file
-from scipy.special import softmax
-from sklearn.metrics import accuracy_score, log_loss
-from small import GRID, ROOT, Project
+from small import ROOT, Project
 
 import resgrid
-from resgrid.cli import main
 from resgrid.config import load_params, parse_params
-from resgrid.data.dataset import load_meta, load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.run_status import find_runs
@@ -195,128 +187,3 @@ def test_a_toy_network_and_a_toy_optimizer_by_the_page_alone(small: Project, tmp
     done = project.run(*command, PYTHONPATH=str(project.root / "src"))
     assert done.returncode == 0, done.stderr
     assert "Total parameters: 898" in (project.root / "runs/toy2-nadam-0/summary.txt").read_text()
-
-
-# --- ensembles, where there are two seeds, two architectures and a validation split --------------------
-
-
-@pytest.fixture(scope="module")
-def ensembles(project: Project) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((project.root / "reports/ensembles.json").read_text())
-    return found
-
-
-def logits(project: Project, cell: str, split: str = "test") -> np.ndarray[Any, Any]:
-    return load_file(project.root / f"reports/predictions/{cell}.safetensors")[split]
-
-
-def labels(project: Project, split: str = "test") -> np.ndarray[Any, Any]:
-    return load_split(project.root / "data/processed", split).labels.numpy()
-
-
-def test_all_three_kinds_are_found_and_reported(project: Project, ensembles: dict[str, Any]) -> None:
-    assert {name: each["members"] for name, each in ensembles.items() if name != "ensemble-selected"} == {
-        "ensemble-resnet20-sgd": {"resnet20-sgd-0": 1, "resnet20-sgd-1": 1},
-        "ensemble-resnet20-adam": {"resnet20-adam-0": 1, "resnet20-adam-1": 1},
-        "ensemble-sgd": {"resnet20-sgd-0": 1, "tiny-sgd-0": 1},
-    }
-    assert set(ensembles["ensemble-selected"]["members"]) <= {*GRID, "tiny-sgd-0"}
-    report = (project.root / "reports/report.md").read_text()
-    page = (project.root / "reports/index.html").read_text()
-    assert all(f"| {name} " in report and f">{name}<" in page for name in ensembles)
-
-
-def test_the_figures_are_numpys_and_scikit_learns(project: Project, ensembles: dict[str, Any]) -> None:
-    true = labels(project)
-    for each in ensembles.values():
-        members = each["members"]
-        probabilities = np.average(
-            [softmax(logits(project, cell).astype(float), axis=1) for cell in members], axis=0, weights=list(members.values())
-        )  # fmt: skip
-        tops = [logits(project, cell).argmax(1) for cell in members]
-        assert each["accuracy"] == accuracy_score(true, probabilities.argmax(1))
-        assert each["loss"] == pytest.approx(log_loss(true, probabilities, labels=range(10)), rel=1e-12)
-        assert each["member_accuracy"] == np.mean([accuracy_score(true, top) for top in tops])
-        if len(tops) == 2:
-            assert each["disagreement"] == 1 - accuracy_score(*tops)
-
-
-def test_the_selection_is_made_on_the_validation_split_alone(
-    project: Project, ensembles: dict[str, Any]
-) -> None:
-    """Any member more, or any other alone, has a higher cross-entropy there."""
-    true = labels(project, "validation")
-    chosen = ensembles["ensemble-selected"]["members"]
-    given = {
-        cell: softmax(logits(project, cell, "validation").astype(float), axis=1)
-        for cell in [*GRID, "tiny-sgd-0"]
-    }
-    total = sum(count * given[cell] for cell, count in chosen.items())
-    size = sum(chosen.values())
-    reached = log_loss(true, total / size, labels=range(10))
-    assert all(
-        log_loss(true, (total + each) / (size + 1), labels=range(10)) > reached - 1e-9
-        for each in given.values()
-    )
-    assert all(log_loss(true, each, labels=range(10)) > reached - 1e-9 for each in given.values())
-
-
-def test_an_ensemble_predicts_and_is_exported_by_its_name(
-    project: Project, ensembles: dict[str, Any], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(project.root)
-    name = "ensemble-sgd"
-    expected = np.mean(
-        [softmax(logits(project, cell), axis=1) for cell in ensembles[name]["members"]], axis=0
-    )
-    classes = load_meta(Path("data/processed")).class_names
-
-    pictures = map(
-        str, sorted(Path("images/test").rglob("*.png"))[:5]
-    )  # the split's order is that of the names
-    assert main(["predict", "--model", name, "--json", "--top", "10", "--device", "cpu", *pictures]) == 0
-    for place, told in enumerate(json.loads(capsys.readouterr().out)):
-        said = {each["class"]: each["probability"] for each in told["top"]}
-        np.testing.assert_allclose([said[each] for each in classes], expected[place], atol=1e-5)
-
-    assert main(["export", name, "--format", "onnx", "--out", str(tmp_path / "e.onnx")]) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "e.onnx", providers=["CPUExecutionProvider"])
-    images = (
-        load_split(Path("data/processed"), "test").images.permute(0, 3, 1, 2).numpy().astype(np.float32) / 255
-    )
-    [given] = session.run(None, {"images": images})
-    np.testing.assert_allclose(given, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["export", "ensemble-sgd", "--format", "pt"], "ensemble-sgd: an ensemble is a program"),
-        (
-            ["predict", "--model", "ensemble-sdg", "images"],
-            "no ensemble 'ensemble-sdg'; did you mean ensemble-sgd",
-        ),
-    ],
-)
-def test_what_no_ensemble_can_is_refused(
-    arguments: list[str], said: str, project: Project,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(project.root)
-    assert main(arguments) == 1
-    assert said in capsys.readouterr().err
-
-
-def test_an_ensemble_whose_member_was_trained_again_is_refused(project: Project, tmp_path: Path) -> None:
-    for name in ("runs", "reports", "architectures"):
-        shutil.copytree(project.root / name, tmp_path / name, symlinks=True)
-    shutil.copy(project.root / "params.yaml", tmp_path)
-    file = tmp_path / "reports/ensembles.json"
-    file.write_text(
-        file.read_text().replace(
-            json.loads((tmp_path / "runs/tiny-sgd-0/run.json").read_text())["weights_sha256"], "0"
-        )
-    )
-    with pytest.raises(ResgridError, match="ensemble-sgd: tiny-sgd-0 was trained again since"):
-        load_ensemble("ensemble-sgd", tmp_path)

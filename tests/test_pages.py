@@ -104,19 +104,6 @@ def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tm
     assert "resnet20-sgd-0" not in text
 
 
-def test_the_report_leads_to_a_cells_run_and_says_so_while_mlflow_is_away(project, tmp_path):
-    links = (project.root / "reports/runs.html").read_text()
-    given = re.search(r'href="(http://[^/]+)/', links)
-    assert given
-    cell = "runs.html#resnet20-adam-0"
-    (tmp_path / "runs.html").write_text(links.replace(given[1], project.services["mlflow"]))
-    text = read(f"{tmp_path.as_uri()}/{cell}", tmp_path, "resnet20-adam-0", "test_accuracy")
-    assert "resnet20-sgd-0" not in text
-    (tmp_path / "runs.html").write_text(links.replace(given[1], f"http://127.0.0.1:{free_port()}"))
-    elements = browse(f"{tmp_path.as_uri()}/{cell}", tmp_path).stdout
-    assert '<p id="away" role="alert">' in elements  # no longer hidden
-
-
 def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
     mlflow = project.services["mlflow"]
     found = httpx.get(

@@ -157,12 +157,10 @@ def test_the_links_that_sync_writes_beside_the_report_make_nothing_stale(project
     assert project.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
     assert project.run("resgrid", "sync").returncode == 0
     assert project.stale() - ALWAYS == set()
-    page = (project.root / "reports/index.html").read_text()
     links = (project.root / "reports/runs.html").read_text()
     runs = project.runs()
     for cell in GRID:
         [run_id] = runs.loc[(runs["tags.cell"] == cell) & (runs["tags.grid"] == "current"), "run_id"]
-        assert f'href="runs.html#{cell}"' in page
         assert f'<a id="{cell}" href="http://127.0.0.1:5000/#/experiments/1/runs/{run_id}?' in links
     assert "no-weights" in links  # its last attempt, which failed
 

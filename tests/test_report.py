@@ -26,7 +26,16 @@ from resgrid import evaluation
 from resgrid.cli import main
 from resgrid.config import Digits, Preprocess, load_params, parse_params
 from resgrid.convert import CIFAR10_CLASSES
-from resgrid.data.dataset import Meta, Split, content_digest, load_meta, load_split, save, split_digest
+from resgrid.data.dataset import (
+    EqualImages,
+    Meta,
+    Split,
+    content_digest,
+    load_meta,
+    load_split,
+    save,
+    split_digest,
+)
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
@@ -653,6 +662,21 @@ def test_the_page_has_every_section_and_asks_nothing_of_the_network(here, capsys
     assert (here / "reports/index.html").stat().st_size < 1.5e6
 
 
+def test_the_terminal_says_the_baseline_and_the_sentences_while_they_are_of_todays_weights(here, capsys):
+    evaluate(here, capsys)
+    findings = json.loads((here / "reports/findings.json").read_text())
+    assert main(["compare"]) == 0
+    printed = capsys.readouterr().out
+    for sentence in (findings["baseline"], *findings["answer"]):
+        assert f"{sentence}\n" in printed
+    findings["weights_sha256"]["resnet20-sgd-0"] = "of an earlier training"
+    (here / "reports/findings.json").write_text(json.dumps(findings))
+    assert main(["compare"]) == 0
+    printed = capsys.readouterr().out
+    assert "Results have changed since they were compared" in printed
+    assert findings["answer"][0] not in printed
+
+
 def test_the_same_cells_give_the_same_bytes(here, capsys):
     evaluate(here, capsys)
     files = ("leaderboard.csv", "metrics.json", "findings.json", "report.md", "index.html",
@@ -724,6 +748,13 @@ def test_pictures_that_were_left_out_stand_in_the_report():
     said = how_it_was_made([], meta, "cpu")["Left out"]
     assert said.startswith("26 broken pictures: train/one/0.png, train/one/1.png")
     assert said.endswith(", …")
+
+
+def test_equal_pictures_in_both_splits_stand_in_the_report():
+    equal = EqualImages(num_images=18, first=("test/a/1.png = train/a/2.png",))
+    meta = make_meta().model_copy(update={"duplicates": {"across_splits": equal}})
+    made = how_it_was_made([], meta, "cpu")
+    assert made["Equal pictures across splits"] == "18, such as test/a/1.png = train/a/2.png"
 
 
 def test_the_report_tells_how_it_was_made(here, capsys):

@@ -277,6 +277,9 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
     if broken := [name for names in meta.left_out.values() for name in names]:
         more = ", …" if len(broken) > 20 else ""
         made["Left out"] = f"{len(broken):,} broken pictures: {', '.join(broken[:20])}{more}"
+    for kind, equal in meta.duplicates.items():
+        heading = f"Equal pictures {kind.replace('_', ' ')}"
+        made[heading] = f"{equal.num_images:,}, such as {', '.join(equal.first)}"
     made |= {
         "Digest of the data": meta.digest,
         "Commit": commit + (", with changes" if dirty == "true" else ""),
