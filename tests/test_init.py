@@ -18,10 +18,9 @@ from small import Project
 
 from resgrid.cli import main
 from resgrid.config import load_params
-from resgrid.data.detect import open_source
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
-from resgrid.data.sources import ImageFolder
+from resgrid.data.sources import ImageFolder, open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.scaffold import DatasetInfo, _params, init, inspect_dataset

@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 
 from resgrid.cli import main
 from resgrid.config import Digits, Preprocess, parse_params
-from resgrid.data.detect import open_source
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import draw, preprocess
+from resgrid.data.sources import open_source
 from resgrid.evaluation import score_file
 from resgrid.grid import expand
 from resgrid.models import build_model

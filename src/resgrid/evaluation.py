@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resgrid.data.dataset import Split
-from resgrid.data.detect import open_source
+from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.run_status import WEIGHTS, Run, Status, read_history, read_json, verify_weights

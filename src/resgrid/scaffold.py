@@ -25,12 +25,11 @@ from jinja2 import Environment, StrictUndefined
 import resgrid
 from resgrid.config import Resize, load_params
 from resgrid.data.cifar import Cifar
-from resgrid.data.dataset import SIDE
-from resgrid.data.detect import open_source
+from resgrid.data.dataset import SIDE, SPLITS
 from resgrid.data.fetch import digest
 from resgrid.data.pictures import BrokenPicture, Picture
 from resgrid.data.preprocess import draw
-from resgrid.data.sources import SPLITS, ImageFolder, by_reason, count_classes, read_pictures
+from resgrid.data.sources import ImageFolder, by_reason, count_classes, open_source, read_pictures
 from resgrid.dvc.pipeline import dvc
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from resgrid.data import archives
 from resgrid.data.cifar_pickle import load_pickle
-from resgrid.data.dataset import SIDE, Split
+from resgrid.data.dataset import SIDE, OnImage, Source, Split
 from resgrid.data.room import require_memory
-from resgrid.data.sources import OnImage, Source
 from resgrid.errors import ResgridError
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,11 @@ from resgrid.errors import ResgridError
 from resgrid.schema import Strict, Triple
 
 SIDE = 32  # pixels
+SPLITS = ("train", "test")
+ORDER = ("train", "validation", "test")
+
+OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
+
 FIX = "`dvc repro preprocess` makes it anew."
 
 
@@ -31,6 +35,36 @@ FIX = "`dvc repro preprocess` makes it anew."
 class Split:
     images: Tensor  # uint8 (N, 32, 32, 3), RGB
     labels: Tensor  # int64 (N,)
+
+
+class Source:
+    """Labelled images, read a split at a time."""
+
+    class_names: tuple[str, ...]  # in the order of the labels
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.splits: tuple[str, ...] = SPLITS
+        self.broken: dict[str, str] = {}  # pictures that cannot be read so far, and why
+
+    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+        """The images of one split; raises ResgridError if there is none or one is broken."""
+        if split not in self.splits:
+            raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
+        loaded = self.read(split, on_image)
+        self.report_reading()
+        return loaded
+
+    def read(self, split: str, on_image: OnImage | None = None) -> Split:
+        """The same, with black in place of a broken image."""
+        raise NotImplementedError
+
+    def report_reading(self) -> None:
+        """Log remarks on the images that were read; raises ResgridError that lists the broken ones."""
+
+    def image_names(self, split: str, count: int) -> list[str]:
+        """What to call each of a split's `count` images."""
+        return [f"{split} image {i}" for i in range(count)]
 
 
 class EqualImages(Strict):
@@ -92,11 +126,8 @@ def load_meta(folder: Path) -> Meta:
     path = folder / "meta.json"
     try:
         meta = Meta.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ResgridError(f"{path}: no such file. `dvc repro preprocess` makes it.") from None
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise ResgridError(f"{path}: cannot be read ({first}). {FIX}") from None
+        raise ResgridError(f"{path}: cannot be read ({str(error).splitlines()[0]}). {FIX}") from None
     if meta.digest != content_digest(meta.class_names, meta.split_digests):
         raise ResgridError(f"{path}: its digest is not that of its content. {FIX}")
     return meta
@@ -113,14 +144,8 @@ def load_split(folder: Path, split: str) -> Split:
     try:
         tensors = load_file(path)
         loaded = Split(images=tensors["images"], labels=tensors["labels"])
-    except FileNotFoundError:
-        raise ResgridError(f"{path}: no such file. {FIX}") from None
     except (OSError, SafetensorError, KeyError) as error:
-        raise ResgridError(f"{path}: the file is damaged ({error}). {FIX}") from None
+        raise ResgridError(f"{path}: cannot be read ({error}). {FIX}") from None
     if split_digest(loaded) != meta.split_digests[split]:
         raise ResgridError(f"{path}: the file is damaged (its digest is not the one in meta.json). {FIX}")
-    num_images = meta.num_images[split]
-    assert loaded.images.shape == (num_images, SIDE, SIDE, 3), loaded.images.shape
-    assert loaded.labels.shape == (num_images,), loaded.labels.shape
-    assert (loaded.images.dtype, loaded.labels.dtype) == (torch.uint8, torch.int64)
     return loaded

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from logging.handlers import BufferingHandler
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -89,7 +90,7 @@ def read_picture(file: IO[bytes], origin: str, resize: Resize) -> Picture:
     What only says something of the picture, such as a broken text or profile, does not stop it.
     Raises BrokenPicture, which names `origin`, for one that is broken or has more than 8 bits a channel.
     """
-    with _quiet_pillow() as messages:
+    with _quiet_pillow() as logged:
         try:
             try:
                 image, has_several_pages = _upright(file, origin)
@@ -109,13 +110,13 @@ def read_picture(file: IO[bytes], origin: str, resize: Resize) -> Picture:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(to_square(image.convert("RGB"), resize))
         except Exception as error:  # a broken file raises whatever its decoder came upon, of a dozen types
-            raise BrokenPicture(origin, _reason(file, error, messages)) from None
+            raise BrokenPicture(origin, _reason(file, error, logged)) from None
     if Remark.TRANSPARENT in remarks and (pixels == pixels[0, 0]).all():
         remarks.append(Remark.ONE_COLOUR)
     return Picture(pixels, image.size, tuple(remarks))
 
 
-def _reason(file: IO[bytes], error: Exception, messages: list[str]) -> str:
+def _reason(file: IO[bytes], error: Exception, logged: list[logging.LogRecord]) -> str:
     file.seek(0)
     kind = identify_bytes(file.read(START_BYTES))
     if not kind.is_picture:
@@ -123,34 +124,24 @@ def _reason(file: IO[bytes], error: Exception, messages: list[str]) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels: make it smaller"
     if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
-        return ": ".join(["cannot identify image file", *messages[-1:]])
+        return ": ".join(["cannot identify image file", *(record.getMessage() for record in logged[-1:])])
     return str(error).rstrip(". ") or type(error).__name__
 
 
-class _Messages(logging.Handler):
-    """Collects what is logged from WARNING on."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 @contextmanager
-def _quiet_pillow() -> Iterator[list[str]]:
+def _quiet_pillow() -> Iterator[list[logging.LogRecord]]:
     """Pictures up to MAX_PIXELS are read and none of Pillow's warnings shows; gives what it logs."""
     usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2  # it refuses above twice as much
-    messages, logger = _Messages(), logging.getLogger("PIL")
-    logger.addHandler(messages)
+    handler = BufferingHandler(capacity=1000)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("PIL").addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield messages.lines
+            yield handler.buffer
     finally:
         Image.MAX_IMAGE_PIXELS = usual
-        logger.removeHandler(messages)
+        logging.getLogger("PIL").removeHandler(handler)
 
 
 def _upright(file: IO[bytes], name: str) -> tuple[Image.Image, bool]:

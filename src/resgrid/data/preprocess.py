@@ -5,27 +5,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from resgrid import config
 from resgrid.data.cifar import Cifar
-from resgrid.data.dataset import SIDE, EqualImages, Meta, Split, content_digest, save, split_digest
-from resgrid.data.fetch import known_checksum, verify
-from resgrid.data.room import require_disk
-from resgrid.data.sources import (
+from resgrid.data.dataset import (
     ORDER,
-    Digits,
-    ImageFolder,
+    SIDE,
+    EqualImages,
+    Meta,
     OnImage,
     Source,
-    count_classes,
-    raw_path,
-    truncate,
+    Split,
+    content_digest,
+    save,
+    split_digest,
 )
+from resgrid.data.fetch import known_checksum, verify
+from resgrid.data.room import require_disk
+from resgrid.data.sources import Digits, ImageFolder, count_classes, raw_path, truncate
 from resgrid.errors import ResgridError
 
 TRAIN, VALIDATION, TEST, UNUSED = range(4)  # where an image goes, as in ORDER
@@ -111,24 +114,24 @@ def _arrange(
 
     Raises ResgridError for an image folder with equal images in two classes, unless they are to be skipped.
     """
-    sizes = [len(each.labels) for each in loaded.values()]
-    part = np.repeat([ORDER.index(split) for split in loaded], sizes)  # (N,), of all images: where they go
-    labels = np.concatenate([each.labels.numpy() for each in loaded.values()])
+    part = np.concatenate([np.full(len(each.labels), ORDER.index(split)) for split, each in loaded.items()])
     names = [name for split in loaded for name in source.image_names(split, len(loaded[split].labels))]
+    images = torch.cat([each.images for each in loaded.values()])
+    labels = torch.cat([each.labels for each in loaded.values()]).numpy()
+    loaded.clear()  # or the images would be in memory three times
     out = np.array([name in source.broken for name in names])
-    first = _first_equal(loaded.values(), out)
+    first = _first_equal(images.numpy(), out)
 
     duplicates = {}
-    if contradictions := np.flatnonzero(labels != labels[first]).tolist():
-        pairs = [f"{names[i]} = {names[first[i]]}" for i in contradictions]
-        in_two = np.isin(first, first[contradictions])
-        duplicates["across_classes"] = EqualImages(num_images=int(in_two.sum()), first=tuple(pairs[:3]))
-        told = f"{in_two.sum():,} images have equal ones in another class: {truncate(pairs)}."
+    if rows := np.flatnonzero(labels != labels[first]).tolist():
+        pairs = [f"{names[i]} = {names[first[i]]}" for i in rows]
+        duplicates["across_classes"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
+        told = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
         if not isinstance(data, config.ImageFolder):
             log.warning(told)
         elif data.on_broken == "skip":
-            log.warning(f"Left out: {told}")
-            out |= in_two
+            log.warning(f"Left out, both: {told}")
+            out |= np.isin(first, first[rows])
         else:
             raise ResgridError(
                 f"{source.path}: {told} Correct or remove them; data.on_broken: skip in params.yaml leaves "
@@ -153,9 +156,9 @@ def _arrange(
     if settings.validation_fraction > 0:
         part[draw_apart(settings.validation_fraction, settings.seed)] = VALIDATION
     if settings.training_fraction < 1:
-        rows = np.flatnonzero(part == TRAIN)
-        drawn = draw(labels[rows], source.class_names, settings.training_fraction, settings.seed)
-        part[rows[~drawn]] = UNUSED
+        train = np.flatnonzero(part == TRAIN)
+        drawn = draw(labels[train], source.class_names, settings.training_fraction, settings.seed)
+        part[train[~drawn]] = UNUSED
 
     if pairs := _across_splits(part, first, names):
         duplicates["across_splits"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
@@ -164,24 +167,18 @@ def _arrange(
             f"{truncate(pairs)}."
         )
     splits = {}
-    starts = dict(zip(loaded, np.cumsum([0, *sizes]), strict=False))
-    for code, split in enumerate(ORDER):
-        origin = split if split in loaded else "train"
-        held = loaded[origin]
-        mask = part[starts[origin] :][: len(held.labels)] == code
-        if not mask.any():
-            continue
-        splits[split] = held if mask.all() else Split(images=held.images[mask], labels=held.labels[mask])
+    for code in sorted(set(part.tolist()) - {UNUSED}):
+        split, mask = ORDER[code], torch.from_numpy(part == code)
+        splits[split] = Split(images=images[mask], labels=torch.from_numpy(labels)[mask])
         if left_out and (lost := set(range(len(source.class_names))) - set(splits[split].labels.tolist())):
             name = source.class_names[min(lost)]
             raise ResgridError(f"{source.path}: class {name!r} has no picture in {split} that can be used.")
     return splits, left_out, duplicates
 
 
-def _first_equal(splits: Iterable[Split], broken: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Index of the first image with the same pixels, (N,), over all splits; a broken one has its own."""
+def _first_equal(images: NDArray[np.uint8], broken: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """For each image the index of the first one with the same pixels, (N,); for a broken one its own."""
     seen: dict[bytes, int] = {}
-    images = (image for split in splits for image in split.images.numpy())
     digests = (hashlib.blake2b(image.data, digest_size=16).digest() for image in images)  # 0.3 s for 60,000
     return np.array([i if broken[i] else seen.setdefault(each, i) for i, each in enumerate(digests)])
 

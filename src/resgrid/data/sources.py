@@ -10,7 +10,7 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 
 from resgrid.config import Resize
 from resgrid.data import archives
-from resgrid.data.dataset import SIDE, Split
+from resgrid.data.cifar import Cifar, cifar_form
+from resgrid.data.dataset import ORDER, SIDE, SPLITS, OnImage, Source, Split, load_meta, load_split
 from resgrid.data.pictures import (
     BrokenPicture,
     Picture,
@@ -36,10 +37,6 @@ from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError, suggest
 from resgrid.filetype import START_BYTES
 
-OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
-
-SPLITS = ("train", "test")
-ORDER = ("train", "validation", "test")
 SPLIT_NAMES = {  # of folders, in lower case
     "train": "train", "training": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
@@ -50,36 +47,6 @@ LAYOUT = "an image folder holds train/<class>/<image> and test/<class>/<image>, 
 SHOWN = 20  # pictures that an error names for each reason
 
 log = logging.getLogger(__name__)
-
-
-class Source:
-    """Labelled images, read a split at a time."""
-
-    class_names: tuple[str, ...]  # in the order of the labels
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.splits: tuple[str, ...] = SPLITS
-        self.broken: dict[str, str] = {}  # pictures that cannot be read so far, and why
-
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        """The images of one split; raises ResgridError if there is none or one is broken."""
-        if split not in self.splits:
-            raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
-        loaded = self.read(split, on_image)
-        self.report_reading()
-        return loaded
-
-    def read(self, split: str, on_image: OnImage | None = None) -> Split:
-        """The same, with black in place of a broken image."""
-        raise NotImplementedError
-
-    def report_reading(self) -> None:
-        """Log remarks on the images that were read; raises ResgridError that lists the broken ones."""
-
-    def image_names(self, split: str, count: int) -> list[str]:
-        """What to call each of a split's `count` images."""
-        return [f"{split} image {i}" for i in range(count)]
 
 
 def raw_path(path: Path) -> Path:
@@ -358,3 +325,31 @@ class Digits(Source):
         large = [np.asarray(to_square(Image.fromarray(image), "stretch")) for image in grey.astype(np.uint8)]
         images = np.stack(large)[..., None].repeat(3, axis=3)  # (N, 32, 32) -> (N, 32, 32, 3)
         return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
+
+
+# --- what stands at a path -----
+
+
+def open_source(path: Path, resize: Resize, needs: Sequence[str] = ()) -> Source:
+    """What stands at `path`, by its content: CIFAR batches or an image folder, in a folder or an archive, the
+    folder that `download` made of one, or the processed form.
+
+    Raises ResgridError if it is none of them, or an image folder without a split of `needs`.
+    """
+    if (path / "meta.json").is_file():
+        return Processed(path)
+    path = raw_path(path)
+    if cifar_form(archives.names(path)):
+        return Cifar(path)
+    return ImageFolder(path, resize, needs=needs)
+
+
+class Processed(Source):
+    """What `preprocess` made."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.class_names = load_meta(path).class_names
+
+    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+        return load_split(self.path, split)
