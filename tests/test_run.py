@@ -376,5 +376,7 @@ def test_a_weights_file_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_data_is_named(tmp_path):
-    with pytest.raises(ResgridError, match=r"meta\.json: no such file.*dvc repro preprocess"):
+    with pytest.raises(
+        ResgridError, match=r"meta\.json: cannot be read .*No such file.*dvc repro preprocess"
+    ):
         train(cell(), tmp_path / "nowhere", tmp_path / "run")

@@ -106,9 +106,7 @@ class ImageFolder(Source):
         super().__init__(path)
         self._resize, self._on_broken = resize, on_broken
         self._remarks: dict[Remark, list[str]] = {}
-        splits, notes = _find_images(path)
-        for note in notes:
-            log.info(note)
+        splits = _find_images(path)
         if "validation" in splits and "test" not in splits and not test_fraction:
             splits["test"] = splits.pop("validation")
             log.info("There is no test split: the validation images stand for it.")
@@ -120,11 +118,9 @@ class ImageFolder(Source):
             if split not in splits and not (split == "test" and test_fraction):
                 draws = split == "test" and "train" in splits
                 way = " Add it, or have data.test_fraction of each class drawn for it." if draws else ""
-                raise ResgridError(
-                    " ".join([f"{path}: there is no image in {split}/: {LAYOUT}.{way}", *notes])
-                )
+                raise ResgridError(f"{path}: there is no image in {split}/: {LAYOUT}.{way}")
         if not splits:
-            raise ResgridError(" ".join([f"{path}: there are no images: {LAYOUT}.", *notes]))
+            raise ResgridError(f"{path}: there are no images: {LAYOUT}.")
         _require_same_classes(path, {split: set(images.values()) for split, images in splits.items()})
         self.class_names = tuple(sorted({name for images in splits.values() for name in images.values()}))
         if len(self.class_names) < 2:
@@ -187,8 +183,8 @@ def read_pictures(
             yield name, error
 
 
-def _find_images(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """By split: name -> class, of every picture; and sentences on what was passed over or may surprise."""
+def _find_images(path: Path) -> dict[str, dict[str, str]]:
+    """By split: name -> class, of every picture. Logs what is passed over or may surprise."""
     names = archives.names(path)
     suffixes = picture_suffixes()
     passed: dict[str, list[str]] = {}
@@ -209,19 +205,17 @@ def _find_images(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     splits, outside, nested = _arrange(path, pictures)
     if outside:
         passed["pictures outside of the splits and classes"] = outside
-    notes = []
     if passed:
         kinds = "; ".join(f"{len(each):,} {kind} ({truncate(each)})" for kind, each in passed.items())
-        notes.append(f"Passed over: {kinds}.")
-    if nested:
-        notes.append(
-            f"{len(nested):,} pictures in folders within a class belong to that class ({truncate(nested)})."
-        )
-    if escaped := [name for name in names if isinstance(name, archives.Escaped)]:
-        notes.append(
-            f"{len(escaped):,} names are not UTF-8 and are written with % signs ({truncate(escaped)})."
-        )
-    return splits, notes
+        log.info(f"Passed over: {kinds}.")
+    escaped = [name for name in names if isinstance(name, archives.Escaped)]
+    for what, some in (
+        ("pictures in folders within a class belong to that class", nested),
+        ("names are not UTF-8 and are written with % signs", escaped),
+    ):
+        if some:
+            log.info(f"{len(some):,} {what} ({truncate(some)}).")
+    return splits
 
 
 def _arrange(path: Path, pictures: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
@@ -231,9 +225,8 @@ def _arrange(path: Path, pictures: Iterable[str]) -> tuple[dict[str, dict[str, s
     classes are the topmost folders that lie side by side. All that lies below a class belongs to it.
     """
     parts = {name: tuple(name.split("/")) for name in pictures}
-    class_at = {
-        name: at for name, each in parts.items() if (at := _below_split(each))
-    }  # its place in the path
+    # where the class's folder stands in a picture's path
+    class_at = {name: at for name, each in parts.items() if (at := _below_split(each))}
     roots = {parts[name][: at - 1] for name, at in class_at.items()}
     if len(roots) > 1:
         several = truncate(sorted({"/".join(parts[name][:at]) for name, at in class_at.items()}))
@@ -327,7 +320,7 @@ class Digits(Source):
         return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
 
 
-# --- what stands at a path -----
+# --- what stands at a path ---------------------------------------------------------------------------
 
 
 def open_source(path: Path, resize: Resize, needs: Sequence[str] = ()) -> Source:
