@@ -25,9 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resgrid.cli import main
-from resgrid.convert import CIFAR10_CLASSES
-from resgrid.convert.keras import import_keras
-from resgrid.convert.pytorch import import_torch
+from resgrid.convert import CIFAR10_CLASSES, import_weights
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
 from resgrid.models.classifier import Classifier
@@ -179,7 +177,7 @@ def test_names_of_the_written_files_are_those_of_the_published_one(reference_dat
 def test_keras_weights_compute_the_same_here(architecture: str, listed_by_name: bool, tmp_path: Path) -> None:
     model = _random_model(architecture)
     source = _keras_file(tmp_path / "keras.h5", architecture, model, listed_by_name)
-    info = import_keras(source, architecture, tmp_path / "out.safetensors")
+    info = import_weights(source, architecture, tmp_path / "out.safetensors")
     assert info.class_names == CIFAR10_CLASSES
     assert info.mean == pytest.approx((0.47336, 0.47336, 0.47336), abs=1e-5)
     assert info.std == pytest.approx((0.25157, 0.25157, 0.25157), abs=1e-5)
@@ -192,7 +190,7 @@ def test_a_whole_saved_keras_model_is_read_too(tmp_path: Path) -> None:
         _write_keras(file.create_group("model_weights"), _resnet_layers(3), model, listed_by_name=False)
         file["optimizer_weights/SGD/iter:0"] = np.int64(5)
         file.create_group("model_weights/top_level_model_weights").attrs["weight_names"] = np.zeros(0)
-    import_keras(tmp_path / "model.h5", "resnet20", tmp_path / "out")
+    import_weights(tmp_path / "model.h5", "resnet20", tmp_path / "out")
     _computes_the_same(tmp_path / "out", model)
 
 
@@ -200,7 +198,7 @@ def test_layer_numbers_may_go_on_from_an_earlier_model(tmp_path: Path) -> None:
     model = _random_model("resnet20")  # sequential_9, sequential_10, sequential_11; conv2d_9 and conv2d_10
     with h5py.File(tmp_path / "later.h5", "w") as file:
         _write_keras(file, _resnet_layers(3, first=9), model, listed_by_name=True)
-    import_keras(tmp_path / "later.h5", "resnet20", tmp_path / "out")
+    import_weights(tmp_path / "later.h5", "resnet20", tmp_path / "out")
     _computes_the_same(tmp_path / "out", model)
 
 
@@ -208,14 +206,14 @@ def test_a_flat_vgg16_is_read_too(tmp_path: Path) -> None:
     model = _random_model("vgg16")
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         _write_keras(file, _flat_vgg16_layers(), model, listed_by_name=True)
-    import_keras(tmp_path / "flat.h5", "vgg16", tmp_path / "out")
+    import_weights(tmp_path / "flat.h5", "vgg16", tmp_path / "out")
     _computes_the_same(tmp_path / "out", model)
 
 
 def test_other_classes_and_statistics_are_kept(tmp_path: Path) -> None:
     model = _random_model("resnet20", 3)
     source = _keras_file(tmp_path / "keras.h5", "resnet20", model)
-    import_keras(source, "resnet20", tmp_path / "out", ["a", "b", "c"], ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    import_weights(source, "resnet20", tmp_path / "out", ["a", "b", "c"], ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     _computes_the_same(tmp_path / "out", model)
     info = load_model(tmp_path / "out")[1]
     assert (info.class_names, info.mean, info.std) == (("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -269,7 +267,7 @@ def _naive_resnet(file: h5py.File, images: NDArray[Any], units: int) -> NDArray[
 
 def test_resnet20_equals_a_naive_one_on_keras_arrays(tmp_path: Path) -> None:
     source = _keras_file(tmp_path / "keras.h5", "resnet20", _random_model("resnet20"))
-    import_keras(source, "resnet20", tmp_path / "out")
+    import_weights(source, "resnet20", tmp_path / "out")
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
     with h5py.File(source) as file:
         expected = _naive_resnet(file, images, units=3)
@@ -289,7 +287,7 @@ def _test_images(reference_data: Path) -> tuple[Tensor, Tensor]:
 
 
 def test_the_published_resnet20_scores_as_its_authors_say(reference_data: Path, tmp_path: Path) -> None:
-    info = import_keras(reference_data / "keras-resnet20.h5", "resnet20", tmp_path / "out")
+    info = import_weights(reference_data / "keras-resnet20.h5", "resnet20", tmp_path / "out")
     model, _ = load_model(tmp_path / "out")
     images, labels = _test_images(reference_data)
     images = (images - torch.tensor(info.mean).view(3, 1, 1)) / torch.tensor(info.std).view(3, 1, 1)
@@ -338,7 +336,7 @@ def test_keras_3_weights_compute_the_same_here(architecture: str, suffix: str, t
         with zipfile.ZipFile(source, "w") as archive:
             archive.writestr("config.json", "{}")
             archive.write(tmp_path / "model.weights.h5", "model.weights.h5")
-    import_keras(source, architecture, tmp_path / "out")
+    import_weights(source, architecture, tmp_path / "out")
     _computes_the_same(tmp_path / "out", model)
 
 
@@ -353,7 +351,7 @@ def keras20(tmp_path: Path) -> Path:
 def _keras_refused(source: Path, message: str, architecture: str = "resnet20", **kwargs: Any) -> None:
     out = source.parent / "out"
     with pytest.raises(ResgridError, match=message) as error:
-        import_keras(source, architecture, out, **kwargs)
+        import_weights(source, architecture, out, **kwargs)
     assert str(source) in str(error.value)
     assert not out.exists()
 
@@ -364,19 +362,24 @@ def test_a_missing_keras_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_not_hdf5_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("not HDF5")
-    _keras_refused(tmp_path / "text.h5", "this is a text file, not a Keras file")
+    _keras_refused(
+        tmp_path / "text.h5", r"text\.h5: cannot be read as a PyTorch file \(.+\)\. If it is whole"
+    )
 
 
 @pytest.mark.parametrize("kept", [100, 5_000, 500_000])
 def test_a_cut_keras_file_is_refused(keras20: Path, kept: int) -> None:
     keras20.write_bytes(keras20.read_bytes()[:kept])
-    _keras_refused(keras20, "is cut or damaged .* Copy or save it again")
+    _keras_refused(keras20, r"cannot be read as a Keras \(HDF5\) file \(.+\)\. Copy or save it again")
 
 
 def test_hdf5_of_something_else_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["measurements"] = np.arange(10)
-    _keras_refused(tmp_path / "other.h5", "holds no layers as Keras writes them")
+    _keras_refused(
+        tmp_path / "other.h5",
+        "holds 0 convolutions or dense layers and 0 batch norms, where resnet20 has 20 and 19",
+    )
 
 
 def test_keras_weights_of_another_depth_are_refused_by_their_number_of_layers(keras20: Path) -> None:
@@ -385,7 +388,7 @@ def test_keras_weights_of_another_depth_are_refused_by_their_number_of_layers(ke
 
 
 def test_keras_weights_for_a_wide_resnet_are_refused(keras20: Path) -> None:
-    _keras_refused(keras20, "the Keras original has no resnet10", "resnet10")
+    _keras_refused(keras20, r"where resnet10 has 13 and 12\.", "resnet10")
 
 
 def test_another_number_of_classes_is_refused(keras20: Path) -> None:
@@ -397,7 +400,7 @@ def test_another_number_of_classes_is_refused(keras20: Path) -> None:
 
 def test_impossible_statistics_are_refused(keras20: Path) -> None:
     with pytest.raises(ResgridError, match=r"std\.1: Input should be greater than 0"):
-        import_keras(keras20, "resnet20", keras20.parent / "out", None, ((0.5,) * 3, (0.5, 0.0, 0.5)))
+        import_weights(keras20, "resnet20", keras20.parent / "out", None, ((0.5,) * 3, (0.5, 0.0, 0.5)))
 
 
 def test_a_missing_array_is_refused(keras20: Path) -> None:
@@ -427,7 +430,7 @@ def test_chunks_larger_than_their_array_are_refused(keras20: Path) -> None:
     with h5py.File(keras20, "a") as file:
         del file[STEM]
         file.create_dataset(STEM, (3, 3, 3, 16), "f4", chunks=(3, 3, 3, 2**20), maxshape=(3, 3, 3, None))
-    _keras_refused(keras20, r"has chunks \(3, 3, 3, 1048576\), larger than itself")
+    _keras_refused(keras20, "conv2d/kernel:0 is no plain array of floats")
 
 
 @pytest.mark.parametrize("dtype", [h5py.string_dtype(), h5py.vlen_dtype("f4"), "i8", "c8"])
@@ -435,14 +438,14 @@ def test_an_array_of_no_floats_is_refused(keras20: Path, dtype: Any) -> None:
     with h5py.File(keras20, "a") as file:
         del file[STEM]
         file.create_dataset(STEM, (3, 3, 3, 16), dtype)
-    _keras_refused(keras20, "but weights are floats")
+    _keras_refused(keras20, "is no plain array of floats|holds 19 convolutions")
 
 
 def test_an_array_without_a_shape_is_refused(keras20: Path) -> None:
     with h5py.File(keras20, "a") as file:
         del file[STEM]
         file[STEM] = h5py.Empty("f4")
-    _keras_refused(keras20, "neither a group nor an array")
+    _keras_refused(keras20, "holds 19 convolutions")
 
 
 @pytest.mark.parametrize("link", [h5py.ExternalLink("/etc/hosts", "/x"), h5py.SoftLink("/conv2d_1")])
@@ -452,7 +455,11 @@ def test_links_are_not_followed(keras20: Path, link: Any, place: str) -> None:
         if place in file:
             del file[place]
         file[place] = link
-    _keras_refused(keras20, "is a link, perhaps out of the file")
+    if place == "model_weights":  # beside all that is needed
+        import_weights(keras20, "resnet20", keras20.parent / "out")
+        _computes_the_same(keras20.parent / "out", _random_model("resnet20"))
+    else:
+        _keras_refused(keras20, "holds 19 convolutions")
 
 
 def test_values_in_another_file_are_not_read(keras20: Path) -> None:
@@ -461,7 +468,7 @@ def test_values_in_another_file_are_not_read(keras20: Path) -> None:
     with h5py.File(keras20, "a") as file:
         del file[STEM]
         file.create_dataset(STEM, (3, 3, 3, 16), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
-    _keras_refused(keras20, "has its values in another file")
+    _keras_refused(keras20, "is no plain array of floats")
 
 
 def test_virtual_arrays_are_not_read(keras20: Path) -> None:
@@ -470,19 +477,21 @@ def test_virtual_arrays_are_not_read(keras20: Path) -> None:
         layout = h5py.VirtualLayout((3, 3, 3, 16), "f4")
         layout[...] = h5py.VirtualSource("elsewhere.h5", "x", (3, 3, 3, 16))
         file.create_virtual_dataset(STEM, layout)
-    _keras_refused(keras20, "has its values in another file")
+    _keras_refused(keras20, "is no plain array of floats")
 
 
-def test_groups_in_a_circle_are_refused(keras20: Path) -> None:
+def test_groups_in_a_circle_are_read_once(keras20: Path) -> None:
     with h5py.File(keras20, "a") as file:
         file["sequential/again"] = file["sequential"]
-    _keras_refused(keras20, "leads in a circle")
+    model = _random_model("resnet20")
+    import_weights(keras20, "resnet20", keras20.parent / "out")
+    _computes_the_same(keras20.parent / "out", model)
 
 
 def test_an_unknown_kind_of_array_is_refused(keras20: Path) -> None:
     with h5py.File(keras20, "a") as file:
         file["conv2d/conv2d/depthwise_kernel:0"] = np.zeros((3, 3, 3, 1), np.float32)
-    _keras_refused(keras20, "holds 'depthwise_kernel'")
+    _keras_refused(keras20, "holds /conv2d/conv2d/depthwise_kernel:0, which no layer")
 
 
 # --- PyTorch: an independent wide ResNet with the customary names ---------------------------------
@@ -559,7 +568,7 @@ def test_customary_torch_weights_compute_the_same_here(
 ) -> None:
     model = _customary(blocks)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    info = import_torch(tmp_path / "w.pt", architecture, tmp_path / "out")
+    info = import_weights(tmp_path / "w.pt", architecture, tmp_path / "out")
     assert info.mean == (0.4914, 0.4822, 0.4465)
     assert info.std == (0.2023, 0.1994, 0.2010)
     assert info.class_names[3] == "cat"
@@ -572,13 +581,13 @@ def test_wrapped_and_prefixed_torch_weights_are_found(
 ) -> None:
     state = {f"module.{name}": tensor for name, tensor in customary.state_dict().items()}
     torch.save({key: state, "acc": 91.0, "epoch": 200}, tmp_path / "w.pt")
-    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    import_weights(tmp_path / "w.pt", "resnet10", tmp_path / "out")
     _scores_alike(tmp_path / "out", customary)
 
 
 def test_customary_names_are_told_in_any_order(customary: CustomaryResNet, tmp_path: Path) -> None:
     torch.save(dict(sorted(customary.state_dict().items())), tmp_path / "w.pt")
-    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    import_weights(tmp_path / "w.pt", "resnet10", tmp_path / "out")
     _scores_alike(tmp_path / "out", customary)
 
 
@@ -588,7 +597,7 @@ def test_other_names_are_told_by_order_and_shape(customary: CustomaryResNet, tmp
         for number, (name, tensor) in enumerate(customary.state_dict().items())
     )
     torch.save(state, tmp_path / "w.pt")
-    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    import_weights(tmp_path / "w.pt", "resnet10", tmp_path / "out")
     _scores_alike(tmp_path / "out", customary)
 
 
@@ -596,7 +605,7 @@ def test_other_names_are_told_by_order_and_shape(customary: CustomaryResNet, tmp
 def test_our_own_names_are_read_for_every_family(architecture: str, tmp_path: Path) -> None:
     model = _random_model(architecture, 4)
     torch.save(model.half().state_dict(), tmp_path / "w.pt")
-    import_torch(tmp_path / "w.pt", architecture, tmp_path / "out", class_names=("a", "b", "c", "d"))
+    import_weights(tmp_path / "w.pt", architecture, tmp_path / "out", class_names=("a", "b", "c", "d"))
     _scores_alike(tmp_path / "out", model.float())
 
 
@@ -679,13 +688,13 @@ def test_weights_are_found_in_whatever_a_checkpoint_puts_around_them(
 ) -> None:
     model = _random_model("resnet20")
     torch.save(_checkpoint(form, model), tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-    import_torch(tmp_path / "w.pt", "resnet20", tmp_path / "out")
+    import_weights(tmp_path / "w.pt", "resnet20", tmp_path / "out")
     _scores_alike(tmp_path / "out", model)
 
 
 def test_a_bare_safetensors_file_is_read(customary: CustomaryResNet, tmp_path: Path) -> None:
     save_file(customary.state_dict(), tmp_path / "model.safetensors")
-    import_torch(tmp_path / "model.safetensors", "resnet10", tmp_path / "out")
+    import_weights(tmp_path / "model.safetensors", "resnet10", tmp_path / "out")
     _scores_alike(tmp_path / "out", customary)
 
 
@@ -696,14 +705,12 @@ def test_of_several_sets_of_weights_one_is_chosen_by_its_key(
     other = {name: tensor + 1 for name, tensor in state.items()}
     torch.save({"state_dict": state, "ema": {"model": other}}, tmp_path / "w.pt")
     _torch_refused(tmp_path / "w.pt", r"2 sets of weights .* differ: state_dict, ema\.model\. .*--key")
-    said: list[str] = []
-    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out", key="state_dict", say=said.append)
+    import_weights(tmp_path / "w.pt", "resnet10", tmp_path / "out", key="state_dict")
     _scores_alike(tmp_path / "out", customary)
-    assert said == ["Taken: the 62 tensors below state_dict."]
     (tmp_path / "out").unlink()
-    _torch_refused(tmp_path / "w.pt", "no tensor below --key best", key="best")
+    _torch_refused(tmp_path / "w.pt", "no tensor of weights below --key best", key="best")
     torch.save({"a": state, "b": state}, tmp_path / "w.pt")  # the same twice is no question
-    import_torch(tmp_path / "w.pt", "resnet10", tmp_path / "out")
+    import_weights(tmp_path / "w.pt", "resnet10", tmp_path / "out")
 
 
 def test_a_resnet_that_normalises_after_its_convolutions_is_told_from_ours(tmp_path: Path) -> None:
@@ -723,7 +730,7 @@ def test_a_resnet_that_normalises_after_its_convolutions_is_told_from_ours(tmp_p
     _torch_refused(
         tmp_path / "w.th", "not those of resnet20 but of resnet20v1: --model resnet20v1", "resnet20"
     )
-    import_torch(tmp_path / "w.th", "resnet20v1", tmp_path / "out")
+    import_weights(tmp_path / "w.th", "resnet20v1", tmp_path / "out")
 
 
 def _norm(name: str, width: int) -> dict[str, Tensor]:
@@ -738,11 +745,11 @@ def test_an_import_says_what_it_checked_and_assumed_and_scores_at_once(
 ) -> None:
     torch.save(build_model("resnet20", 4).state_dict(), tmp_path / "w.pt")
     out = tmp_path / "out.safetensors"
-    command = ["import-torch", str(tmp_path / "w.pt"), "--model", "resnet20", "--out", str(out)]
+    command = ["import", str(tmp_path / "w.pt"), "--model", "resnet20", "--out", str(out)]
     command += ["--class-names", "ant", "bee", "cow", "dog"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "Checked: the names, shapes and types of its 97 tensors. No file of weights says how" in said
+    assert "Checked: the names, shapes and types of its tensors. No file of weights says how" in said
     assert "deviation (0.2023, 0.1994, 0.201), which is assumed: --normalization" in said
     assert "resgrid score" in said
     assert main([*command, "--normalization", "imagenet", "--data", str(cifar_archive)]) == 0
@@ -768,15 +775,43 @@ def test_a_reader_of_weights_files_says_what_it_was_given_and_who_reads_that(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "w.pt")
+    _keras_file(tmp_path / "keras.h5", "resnet20", build_model("resnet20", 10))
     save_file({"a": torch.zeros(3)}, tmp_path / "bare.safetensors")
     for name, said in (
-        ("w.pt", "this is a PyTorch file, not a weights file of ResGrid. `resgrid import-torch` makes"),
-        ("bare.safetensors", "metadata have no 'resgrid', .*`resgrid import-torch` makes a weights file"),
+        ("w.pt", "cannot be read as a weights file of ResGrid: it is a PyTorch file: `resgrid import` makes"),
+        (
+            "keras.h5",
+            "cannot be read as a weights file of ResGrid: it is a Keras .HDF5. file: `resgrid import`",
+        ),
+        ("bare.safetensors", "metadata have no 'resgrid', .*`resgrid import` makes a weights file"),
     ):
         file = str(tmp_path / name)
         arguments = [file, "--data", str(tmp_path)] if command == "score" else ["x.png", "--model", file]
         assert main([command, *arguments]) == 1
         assert re.search(said, capsys.readouterr().err)
+
+
+# --- weights that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("form", ["keras", "torch", "twice in torch", "safetensors"])
+def test_a_number_that_is_not_finite_is_refused_with_its_tensor(
+    form: str, value: float, tmp_path: Path
+) -> None:
+    model = _random_model("resnet20")
+    model.get_parameter("base.stage2.1.norm2.bias")[3:4].data.fill_(value)
+    source = tmp_path / "w"
+    if form == "keras":
+        _keras_file(source, "resnet20", model)
+    elif form == "safetensors":
+        save_file(model.state_dict(), source)
+    else:
+        state = model.state_dict()
+        torch.save(state if form == "torch" else {"a": state, "b": dict(state)}, source)
+    with pytest.raises(ResgridError, match=r"w: base\.stage2\.1\.norm2\.bias holds a NaN or an infinity"):
+        import_weights(source, "resnet20", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- PyTorch files that are refused ---------------------------------------------------------------
@@ -785,7 +820,7 @@ def test_a_reader_of_weights_files_says_what_it_was_given_and_who_reads_that(
 def _torch_refused(source: Path, message: str, architecture: str = "resnet10", **kwargs: Any) -> None:
     out = source.parent / "out"
     with pytest.raises(ResgridError, match=message) as error:
-        import_torch(source, architecture, out, **kwargs)
+        import_weights(source, architecture, out, **kwargs)
     assert str(source) in str(error.value)
     assert not out.exists()
 
@@ -803,7 +838,8 @@ def test_a_pickle_that_runs_a_program_is_refused_unrun(zipped: bool, tmp_path: P
     target = tmp_path / "ran"
     torch.save({"a": Malice(target)}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
     _torch_refused(
-        tmp_path / "w.pt", r"it asks for posix\.system.*torch\.save\(model\.state_dict\(\), FILE\)"
+        tmp_path / "w.pt",
+        r"GLOBAL posix\.system whose .* is blocked.*torch\.save\(model\.state_dict\(\), FILE\)",
     )
     assert not target.exists()
 
@@ -821,41 +857,45 @@ def test_a_missing_torch_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "an empty file, not a PyTorch file. Copy or fetch it again"),
-        (b"text", "a text file"),
-        (b"<!DOCTYPE html><html>Not found</html>", "a web page, .*in place of the file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer .*`git lfs pull`"),
-        (b"PK\x03\x04 not a zip", "a zip archive .* cut or damaged"),
-        (b"\x80\x02.", "a pickle, .*torch.save"),
-        (b"\x89HDF\r\n\x1a\n", "an HDF5 file, .*import-keras"),
-        (b"\x93NUMPY\x01\x00", "a NumPy array"),
-        (b"\x00\x00\x00\x1cTFL3", "a TensorFlow Lite model"),
+        (b"", ": it is an empty file: copy or fetch it again"),
+        (b"text", r" \(.*opcode"),
+        (b"<!DOCTYPE html><html>Not found</html>", ": it is a web page, .*in place of the file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            ": it is a Git LFS pointer .*`git lfs pull`",
+        ),
+        (b"PK\x03\x04 not a zip", r" \(PytorchStreamReader failed .*not a ZIP archive"),
+        (b"\x80\x02.", r" \(pickle exhausted"),
+        (b"\x93NUMPY\x01\x00", r" \(expected 77 bytes"),
+        (b"\x00\x00\x00\x1cTFL3", r" \(.*opcode"),
     ],
 )
-def test_what_is_no_torch_file_is_named_for_what_it_is(content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_torch_file_is_named_or_refused_in_torchs_words(
+    content: bytes, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "w.pt").write_bytes(content)
-    _torch_refused(tmp_path / "w.pt", f"this is {said}")
+    _torch_refused(tmp_path / "w.pt", f"cannot be read as a PyTorch file{said}")
 
 
-def test_torchscript_and_packed_arrays_are_told_from_checkpoints(tmp_path: Path) -> None:
+def test_torchscript_and_packed_arrays_are_no_checkpoints(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         for name in ("model/data.pkl", "model/constants.pkl", "model/code/__torch__.py"):
             archive.writestr(name, b"")
-    _torch_refused(tmp_path / "w.pt", r"a TorchScript program, .*torch\.jit\.load\(FILE\)\.state_dict\(\)")
+    _torch_refused(tmp_path / "w.pt", r"cannot be read as a PyTorch file \(.+\)\. If it is whole")
     np.savez(tmp_path / "w.npz", a=np.zeros(3))
-    _torch_refused(tmp_path / "w.npz", "an archive of NumPy arrays")
+    _torch_refused(tmp_path / "w.npz", r"cannot be read as a PyTorch file \(.+\)\. If it is whole")
 
 
 def test_a_cut_torch_file_is_refused(customary: CustomaryResNet, tmp_path: Path) -> None:
     torch.save(customary.state_dict(), tmp_path / "w.pt")
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:1_000_000])
-    _torch_refused(tmp_path / "w.pt", "cut or damaged")
+    _torch_refused(tmp_path / "w.pt", r"\(PytorchStreamReader failed .*central directory")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": torch.tensor(3.0)}, {"a": np.zeros(3)}])
 def test_what_holds_no_weights_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", "there is no tensor of weights in it")
+    _torch_refused(tmp_path / "w.pt", "there is no tensor of weights")
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
@@ -870,7 +910,7 @@ def test_what_holds_no_weights_is_refused(content: Any, tmp_path: Path) -> None:
 def test_what_is_no_weight_is_refused(change: Any, customary: CustomaryResNet, tmp_path: Path) -> None:
     state = customary.state_dict()
     torch.save({**state, "conv1.weight": change(state["conv1.weight"])}, tmp_path / "w.pt")
-    _torch_refused(tmp_path / "w.pt", r"'base\.stem\.weight' is no dense tensor of floats")
+    _torch_refused(tmp_path / "w.pt", r"base\.stem\.weight is no dense tensor of floats")
 
 
 def test_torch_weights_of_another_model_or_other_classes_are_refused_by_a_tensor(

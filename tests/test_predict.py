@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -134,10 +132,10 @@ def test_files_are_prepared_as_the_training_images_were_so_that_the_accuracy_is_
     inside: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """359 pictures: more than a batch, and whether each is right is what `evaluate` counted."""
-    assert main(["predict", "pictures", "--model", str(inside.weights), "--csv", "--top", "1"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert main(["predict", "pictures", "--model", str(inside.weights), "--json", "--top", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)
     assert [Path(row["file"]).name for row in rows] == sorted(p.name for p in inside.pictures.iterdir())
-    right = sum(Path(row["file"]).name[0] == row["class"] for row in rows)
+    right = sum(Path(row["file"]).name[0] == row["top"][0]["class"] for row in rows)
     assert len(rows) == 359
     assert right / 359 == read_json(inside.weights.parent / "run.json")["test_accuracy"]
     assert right > 300
@@ -198,7 +196,7 @@ def test_a_broken_file_is_named_and_the_next_ones_go_on(
     assert "a.png cannot be read as an image" in rows[0]["error"]
     assert rows[1]["top"] == rows[4]["top"]
     assert output.err == (
-        "resgrid: 3 of 5 pictures could not be read.\nresgrid: passed over: 1 × a text file.\n"
+        "resgrid: 3 of 5 pictures could not be read.\nresgrid: passed over: 1 × a file that Pillow cannot identify as a picture.\n"
     )
 
     assert main(["predict", *paths, "--model", "resnet20-adam-0"]) == 1
@@ -240,11 +238,11 @@ def test_pictures_of_a_folder_are_known_by_content_and_others_are_counted(
     assert main(["predict", str(tmp_path), "--model", str(inside.weights)]) == 1
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 3
-    assert "c.heic cannot be read as an image (it is a HEIC picture. Pillow does not read HEIC" in output.err
+    assert "c.heic cannot be read as an image (it is a HEIC picture, which Pillow does not read" in output.err
     assert "gone.png: a link that leads nowhere (to nowhere)." in output.err
     assert (
         "resgrid: passed over: 1 × a link to a folder, 1 × a hidden file, "
-        "1 × a file of Windows or an old Office document.\n"
+        "1 × a file that Pillow cannot identify as a picture.\n"
     ) in output.err
 
 
@@ -299,7 +297,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
     [
         (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
-        (["--model", "params.yaml"], "this is a text file, not a weights file"),
+        (["--model", "params.yaml"], "cannot be read as a weights file of ResGrid"),
         (["--top", "0"], "argument --top: 0: there must be at least one"),
     ],
 )

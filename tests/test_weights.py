@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from resgrid.cli import main
 from resgrid.errors import ResgridError
 from resgrid.models import build_model
 from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights
@@ -80,11 +81,27 @@ def test_a_training_step_changes_the_bytes(saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() != saved.read_bytes()
 
 
-def test_weights_that_diverged_can_be_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("command", ["predict", "score", "export"])
+def test_a_number_that_is_not_finite_is_refused_with_its_tensor(
+    command: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = build_model("resnet20", 3)
-    torch.nn.init.constant_(model.get_parameter("base.stem.weight"), float("nan"))
+    torch.nn.init.constant_(model.get_parameter("base.stem.weight"), value)
     save_weights(tmp_path / "w", model, INFO)
-    assert load_weights(tmp_path / "w")[1]["base.stem.weight"].isnan().all()
+    file = str(tmp_path / "w")
+    arguments = {
+        "predict": [str(tmp_path), "--model", file, "--json"],
+        "score": [file, "--data", str(tmp_path)],
+        "export": [file, "--format", "pt2", "--out", str(tmp_path / "out")],
+    }
+    assert main([command, *arguments[command]]) == 1
+    output = capsys.readouterr()
+    assert output.err == (
+        f"resgrid: {file}: base.stem.weight holds a NaN or an infinity. Its training diverged: take earlier weights.\n"
+    )
+    assert output.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_nothing_but_the_file_is_left_behind(saved: Path) -> None:
@@ -119,7 +136,7 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path / "none.safetensors", "there is no such file")
-    _refused(tmp_path, "this is a folder, not a weights file")
+    _refused(tmp_path, "this is a folder")
 
 
 @pytest.mark.parametrize(
@@ -127,13 +144,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 )
 def test_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(content)
-    _refused(tmp_path / "w", "this is an? .*, not a weights file of ResGrid")
+    _refused(tmp_path / "w", "cannot be read as a weights file of ResGrid")
 
 
 @pytest.mark.parametrize("kept", [4, 100, 50_000, -1])
 def test_a_cut_file_is_refused(kept: int, saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
-    _refused(saved, "no whole safetensors file|not a weights file of ResGrid")
+    _refused(saved, r"cannot be read as a weights file of ResGrid \(.+\)\. Copy or train it again")
 
 
 def test_a_file_without_our_metadata_is_refused(saved: Path) -> None:

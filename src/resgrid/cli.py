@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from resgrid import __version__
 from resgrid.commands import grid, models, stages
@@ -90,15 +90,6 @@ _unraisable_before = sys.unraisablehook
 
 
 class _Parser(argparse.ArgumentParser):
-    completed: ClassVar[dict[str, object]] = {}  # "path" and "cell", in shtab's terms
-
-    def add_argument(self, *names: Any, **keywords: Any) -> argparse.Action:
-        action = super().add_argument(*names, **keywords)
-        kind = "path" if keywords.get("type") is Path else names[0].removesuffix("s")
-        if kind in self.completed:
-            action.complete = self.completed[kind]  # type: ignore[attr-defined]
-        return action
-
     def error(self, message: str) -> NoReturn:
         raise ResgridError(f"{message}. `{self.prog} --help` shows what it takes.")
 
@@ -135,7 +126,7 @@ def _parser() -> _Root:
         parser.texts[name] = text
         return sub
 
-    def json_flag(sub: argparse._ActionsContainer) -> None:
+    def json_flag(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     sub = command(
@@ -250,9 +241,7 @@ def _parser() -> _Root:
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER")
     _model_option(sub, "--model", default="champion")
     sub.add_argument("--top", type=_count, default=3, help="classes of each picture (default: %(default)s)")
-    form = sub.add_mutually_exclusive_group()
-    json_flag(form)
-    form.add_argument("--csv", action="store_true", help="print CSV: a row a class, or one with an error")
+    json_flag(sub)
     _device_option(sub)
     sub = command(
         "export", models.export, "Write a trained model for other programs, and check that it agrees"
@@ -261,9 +250,8 @@ def _parser() -> _Root:
     sub.add_argument(
         "--format",
         required=True,
-        choices=("onnx", "pt2", "pt", "safetensors"),
-        help="onnx and pt2 (torch.export): programs from RGB images on the 0-1 scale to probabilities; "
-        "pt: a plain state dict; safetensors: a weights file",
+        choices=("onnx", "pt2"),
+        help="a program from RGB images on the 0-1 scale to probabilities; pt2 is torch.export's",
     )
     sub.add_argument("--out", type=Path, help="the file to write (default: CELL.FORMAT in this folder)")
     sub = command("init", models.init, "Make a pipeline's folder for images of your own")
@@ -278,43 +266,34 @@ def _parser() -> _Root:
 
     sub = command("summary", models.summary, "Print an architecture's table of layers and parameters")
     sub.add_argument("model", help=f"{', '.join(ARCHITECTURES)}, or the name of one of your own")
-    sub.add_argument("--num-classes", type=_count, default=10, help="(default: %(default)s)")
     json_flag(sub)
 
-    for kind, files, assumed in (
-        ("keras", "a Keras file (.h5, .keras, .weights.h5)", "keras"),
-        ("torch", "a PyTorch checkpoint or a safetensors file", "kuangliu"),
-    ):
-        sub = command(f"import-{kind}", models.import_weights, f"Make a weights file of {files}")
-        sub.add_argument("file", type=Path, help=files)
-        sub.add_argument("--model", required=True, choices=tuple(ARCHITECTURES), help="its architecture")
-        sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
+    sub = command("import", models.import_weights, "Make a weights file of Keras's or PyTorch's weights")
+    sub.add_argument("file", type=Path, help="of Keras (.h5, .keras, .weights.h5) or PyTorch, or safetensors")
+    sub.add_argument("--model", required=True, choices=tuple(ARCHITECTURES), help="its architecture")
+    sub.add_argument("--out", required=True, type=Path, help="the weights file to write (.safetensors)")
+    sub.add_argument(
+        "--class-names", nargs="+", metavar="NAME", help="in the order of its outputs (default: CIFAR-10's)"
+    )
+    sub.add_argument(
+        "--normalization",
+        choices=tuple(NORMALIZATIONS),
+        help="of the images it was trained on (default: keras for a file of Keras, kuangliu for others)",
+    )
+    for name in ("mean", "std"):
         sub.add_argument(
-            "--class-names",
-            nargs="+",
-            metavar="NAME",
-            help="in the order of its outputs (default: CIFAR-10's)",
+            f"--{name}",
+            nargs=3,
+            type=float,
+            metavar=("R", "G", "B"),
+            help="of the same, in place of a name, on the 0-1 scale",
         )
-        sub.add_argument(
-            "--normalization",
-            choices=tuple(NORMALIZATIONS),
-            help=f"of the images it was trained on (default: {assumed})",
-        )
-        for name in ("mean", "std"):
-            sub.add_argument(
-                f"--{name}",
-                nargs=3,
-                type=float,
-                metavar=("R", "G", "B"),
-                help="of the same, in place of a name, on the 0-1 scale",
-            )
-        if kind == "torch":
-            sub.add_argument(
-                "--key", help="which of several sets of weights in the file, such as state_dict_ema"
-            )
-        sub.add_argument("--data", type=Path, help="labelled images to score it on at once, as for `score`")
-        _device_option(sub)
-        sub.set_defaults(kind=kind, split="test", json=False)
+    sub.add_argument(
+        "--key", help="which of several sets of weights in a PyTorch file, such as state_dict_ema"
+    )
+    sub.add_argument("--data", type=Path, help="labelled images to score it on at once, as for `score`")
+    _device_option(sub)
+    sub.set_defaults(split="test", json=False)
 
     sub = command("score", models.score, "Score a weights file on labelled images, in fp32")
     sub.add_argument("file", type=Path, help="a weights file (.safetensors)")
@@ -330,8 +309,6 @@ def _parser() -> _Root:
 
     sub = command("doctor", grid.doctor, "Say what this machine offers and what stands in the way")
     json_flag(sub)
-    sub = command("completion", _completion, "Print a shell's completion of these commands")
-    sub.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
     return parser
 
 
@@ -344,10 +321,3 @@ def _model_option(sub: argparse.ArgumentParser, name: str, **keywords: Any) -> N
 
 def _device_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: $RESGRID_DEVICE, else auto)")
-
-
-def _completion(options: argparse.Namespace) -> None:
-    import shtab
-
-    _Parser.completed = {"path": shtab.FILE, "cell": shtab.cmd("resgrid cells 2>/dev/null")}
-    print(shtab.complete(_parser(), options.shell))

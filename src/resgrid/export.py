@@ -1,8 +1,7 @@
-"""Trained weights in the formats of other programs: what `resgrid export` does.
+"""Trained models for other programs: what `resgrid export` does.
 
-`onnx` and `pt2` are whole programs: RGB images (N, 3, 32, 32) on the 0–1 scale to probabilities (N, classes),
-normalisation included. `pt` is the plain state dict, as PyTorch projects ship it, and `safetensors` a weights
-file; both want the architecture's code, and images that are normalised.
+What it writes is a whole program: RGB images (N, 3, 32, 32) on the 0–1 scale to probabilities (N, classes),
+normalisation included. Weights alone are in the cell's weights file, which safetensors reads.
 """
 
 from __future__ import annotations
@@ -22,41 +21,31 @@ from resgrid.data.dataset import SIDE, load_split
 from resgrid.errors import ResgridError
 from resgrid.predict import Predictor
 from resgrid.project import write_whole
-from resgrid.weights import METADATA_KEY, WeightsInfo, save_weights
+from resgrid.weights import METADATA_KEY, WeightsInfo
 
-Format = Literal["onnx", "pt2", "pt", "safetensors"]
 TOLERANCE = 1e-4  # of a probability, between two programs that sum in another order
 EXAMPLE = (2, 3, 32, 32)  # of one image it would fix the number
 ANY_NUMBER = ({0: torch.export.Dim.DYNAMIC},)  # of images
 
 
 def export(
-    model: nn.Module, info: WeightsInfo, form: Format, out: Path, images: NDArray[np.uint8]
-) -> float | None:
+    model: nn.Module, info: WeightsInfo, form: Literal["onnx", "pt2"], out: Path, images: NDArray[np.uint8]
+) -> float:
     """Write `model`, as `load_model` gives it, to `out`, whole or not at all.
 
-    A program is run on `images` (N, 32, 32, 3), and compared with the model in PyTorch. Returns
-    the largest difference of a probability, or None for the formats that are weights and no program.
-    Raises ResgridError for a difference of more than TOLERANCE, OSError for a file that cannot be written.
+    It is run on `images` (N, 32, 32, 3), and compared with the model in PyTorch; returns the largest
+    difference of a probability. Raises ResgridError for one of more than TOLERANCE, OSError for a file that
+    cannot be written.
     """
     predictor = Predictor(model, info)
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # (N, 3, 32, 32)
-    difference = None
-    if form == "safetensors":
-        save_weights(out, model, info)
-        return None
     if form == "onnx":
         content = _onnx(predictor, info)
-        difference = _difference(_run_onnx(content, scaled), predictor(scaled), out)
-    elif form == "pt2":
-        content = _pt2(predictor, info)
-        difference = _difference(
-            torch.export.load(io.BytesIO(content)).module()(scaled), predictor(scaled), out
-        )
+        probabilities = _run_onnx(content, scaled)
     else:
-        state = io.BytesIO()
-        torch.save(model.state_dict(), state)
-        content = state.getvalue()
+        content = _pt2(predictor, info)
+        probabilities = torch.export.load(io.BytesIO(content)).module()(scaled)
+    difference = _difference(probabilities, predictor(scaled), out)
     write_whole(out, content)
     return difference
 

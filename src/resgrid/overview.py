@@ -28,9 +28,8 @@ COMMANDS = {
     "Your own images and weights": {
         "init": "resgrid init pets --data ~/pictures/pets",
         "score": "resgrid score mine.safetensors --data ~/cifar-10-python.tar.gz",
-        "summary": "resgrid summary vgg16 --num-classes 100",
-        "import-torch": "resgrid import-torch checkpoint.pt --model resnet18 --out mine.safetensors",
-        "import-keras": "resgrid import-keras model.keras --model resnet20 --out mine.safetensors",
+        "summary": "resgrid summary vgg16",
+        "import": "resgrid import checkpoint.pt --model resnet18 --out mine.safetensors",
     },
     "Stages, which `dvc repro` runs": {
         "download": "resgrid download",
@@ -42,7 +41,6 @@ COMMANDS = {
         "train-list": "resgrid train-list 'resnet20-*' --slots 6 --time-limit 540 --pack out/results",
         "take-in": "resgrid take-in out/results.000 out/results.001",
     },
-    "In your shell": {"completion": "resgrid completion zsh > ~/.zfunc/_resgrid"},
 }
 EXAMPLES = {name: example for group in COMMANDS.values() for name, example in group.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resgrid.config import OwnArchitecture, Resize
 from resgrid.errors import ResgridError
-from resgrid.filetype import SAFETENSORS, identify, refuse
+from resgrid.filetype import first_bytes, unreadable
 from resgrid.models import build_model
 from resgrid.models.classifier import Classifier
 from resgrid.project import write_whole
@@ -54,24 +54,20 @@ def load_weights(path: Path, pipeline: Path = Path()) -> tuple[WeightsInfo, dict
     `pipeline` is the folder that has the architecture, if it is one of a person's own.
 
     Raises ResgridError: for a file that is missing, cut, not safetensors, without this project's metadata,
-    or with other tensors than its architecture has.
+    with other tensors than its architecture has, or with a number that is not finite.
     """
-    kind = identify(path)
-    if kind is not SAFETENSORS:
-        raise refuse(path, kind, "a weights file of ResGrid")
+    first_bytes(path)  # of a folder or a pipe there are none
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copied, for what safetensors returns is a view of the mapped file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ResgridError(
-            f"{path}: this is no whole safetensors file ({error}). Copy or train it again."
-        ) from None
+        raise unreadable(path, "a weights file of ResGrid", error, "Copy or train it again.") from None
     if METADATA_KEY not in metadata:
         raise ResgridError(
             f"{path}: its metadata have no {METADATA_KEY!r}, so it names neither architecture nor classes. "
-            f"{SAFETENSORS.advice}"
+            "`resgrid import` makes a weights file of it."
         )
     try:
         info = WeightsInfo.model_validate_json(metadata[METADATA_KEY])
@@ -85,16 +81,17 @@ def load_weights(path: Path, pipeline: Path = Path()) -> tuple[WeightsInfo, dict
         if tensor.dtype != torch.float32:
             raise ResgridError(f"{path}: {name} is {tensor.dtype}, but weights files hold torch.float32.")
     check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, info, pipeline)
+    check_finite(path, tensors)
     return info, tensors
 
 
 def load_model(path: Path, pipeline: Path = Path()) -> tuple[Classifier, WeightsInfo]:
     """The model of a weights file, on the CPU, in eval mode; raises ResgridError as `load_weights` does."""
     info, tensors = load_weights(path, pipeline)
-    return filled(info, tensors, pipeline), info
+    return load_into_model(info, tensors, pipeline), info
 
 
-def filled(info: WeightsInfo, tensors: Mapping[str, Tensor], pipeline: Path = Path()) -> Classifier:
+def load_into_model(info: WeightsInfo, tensors: Mapping[str, Tensor], pipeline: Path = Path()) -> Classifier:
     """The model of `info`, in eval mode, with these tensors as its own."""
     with torch.device("meta"):  # draws no weights, only to overwrite them
         model = build_model(info.architecture, len(info.class_names), pipeline=pipeline)
@@ -129,6 +126,15 @@ def check_shapes(
         if tuple(shapes[name]) != shape:
             raise ResgridError(
                 f"{source}: {name} has the shape {tuple(shapes[name])}, where {model} has {shape}. {fix}"
+            )
+
+
+def check_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ResgridError, which names the tensor, for a NaN or an infinity: nothing computes with those."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ResgridError(
+                f"{source}: {name} holds a NaN or an infinity. Its training diverged: take earlier weights."
             )
 
 

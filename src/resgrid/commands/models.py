@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +19,6 @@ from resgrid.schema import Triple
 if TYPE_CHECKING:
     from torch import nn
 
-    from resgrid.predict import Prediction
     from resgrid.training.engine import Scores
     from resgrid.weights import WeightsInfo
 
@@ -34,18 +31,13 @@ def predict(options: argparse.Namespace) -> int:
     files = find_pictures(options.pictures, passed_over)
     model, info, name = _model(options.model)
     device = choose_device(options.device)
-    if not (options.json or options.csv):
+    if not options.json:
         print(f"{name}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    if options.csv:
-        writer.writerow(("file", "rank", "class", "probability", "error"))
     count = failed = 0
     for count, each in enumerate(predict(model, info, files, device, options.top), start=1):
         failed += each.error is not None
         if options.json:
             print("[\n" if count == 1 else ",\n", json.dumps(each.as_dict()), sep="", end="")
-        elif options.csv:
-            writer.writerows(_csv_rows(each))
         elif each.error:
             print(f"resgrid: {each.error}", file=sys.stderr)
         else:
@@ -68,12 +60,6 @@ def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
     return *load_model(weights), told
 
 
-def _csv_rows(each: Prediction) -> list[tuple[object, ...]]:
-    if each.error:
-        return [(each.file, "", "", "", each.error)]
-    return [(each.file, rank, name, value, "") for rank, (name, value) in enumerate(each.top, start=1)]
-
-
 def export(options: argparse.Namespace) -> None:
     from resgrid.data.sources import truncate
     from resgrid.export import export, images_to_compare
@@ -83,15 +69,12 @@ def export(options: argparse.Namespace) -> None:
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
     difference = export(model, info, options.format, out, images)
-    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {told}")
-    if difference is not None:
-        print(
-            "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
-            f"(N, {len(info.class_names)}), in the order {truncate(info.class_names)}."
-        )
-        print(
-            f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
-        )
+    print(
+        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {told}\n"
+        "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
+        f"(N, {len(info.class_names)}), in the order {truncate(info.class_names)}.\n"
+        f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
+    )
 
 
 def init(options: argparse.Namespace) -> None:
@@ -103,28 +86,22 @@ def init(options: argparse.Namespace) -> None:
 def summary(options: argparse.Namespace) -> None:
     from resgrid.summary import summarize
 
-    summary = summarize(options.model, options.num_classes)
+    summary = summarize(options.model)
     print(json.dumps(summary.as_dict(), indent=2) if options.json else summary.table())
 
 
 def import_weights(options: argparse.Namespace) -> None:
     """Convert; say what was checked, what had to be assumed, and how to find out whether that is right."""
-    from resgrid.convert.keras import import_keras
-    from resgrid.convert.pytorch import import_torch
-    from resgrid.weights import load_weights
+    from resgrid.convert import import_weights
 
     given = _normalization(options)
-    arguments = (options.file, options.model, options.out, options.class_names)
-    if options.kind == "keras":
-        import_keras(*arguments, given or NORMALIZATIONS["keras"])
-    else:
-        import_torch(*arguments, given or NORMALIZATIONS["kuangliu"], options.key, print)
-    info, tensors = load_weights(options.out)
+    info = import_weights(options.file, options.model, options.out, options.class_names, given, options.key)
+    mean, std = (f"({', '.join(f'{value:.4g}' for value in values)})" for values in (info.mean, info.std))
     print(
         f"{options.out}: {info.architecture} from {options.file}\n"
-        f"Checked: the names, shapes and types of its {len(tensors)} tensors. No file of weights says how "
-        "the network computes with them, in which order its classes are, or what normalised its images.\n"
-        f"Images will be normalised by mean {_figures(info.mean)} and deviation {_figures(info.std)}"
+        "Checked: the names, shapes and types of its tensors. No file of weights says how the network "
+        "computes with them, in which order its classes are, or what normalised its images.\n"
+        f"Images will be normalised by mean {mean} and deviation {std}"
         f"{'' if given else ', which is assumed: --normalization or --mean and --std name others'}."
     )
     if options.data is None:
@@ -144,10 +121,6 @@ def _normalization(options: argparse.Namespace) -> tuple[Triple, Triple] | None:
     if given:
         return given[0], given[1]
     return NORMALIZATIONS[options.normalization] if options.normalization else None
-
-
-def _figures(values: Sequence[float]) -> str:
-    return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
 def score(options: argparse.Namespace) -> None:

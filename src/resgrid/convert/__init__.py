@@ -1,39 +1,54 @@
-"""Weights of other programs as weights files of this project: Keras's files, and PyTorch's checkpoints.
+"""Weights of other programs as weights files of this project: Keras's, PyTorch's, bare safetensors.
 
-Both formats can do harm: an HDF5 file can point at other files and declare arrays of any size, and a pickle
-can run a program. So shapes are checked before a value is read, and nothing but arrays is read: every other
-object of a checkpoint becomes an inert placeholder.
+HDF5 can point at other files and declare arrays of any size, and a pickle can run a program. So shapes are
+checked before a value is read, and of a pickle nothing but arrays is read: all else becomes a stand-in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
+from resgrid.config import NORMALIZATIONS
+from resgrid.convert.keras import read_keras
+from resgrid.convert.pytorch import read_torch
 from resgrid.errors import ResgridError
+from resgrid.filetype import first_bytes, is_keras
 from resgrid.schema import Triple
-from resgrid.weights import WeightsInfo
+from resgrid.weights import WeightsInfo, check_finite, load_into_model, save_weights
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 
-OF_KERAS = ("cifar_resnet", "vgg")  # the families of its original
 
-
-def described(
-    architecture: str, class_names: Sequence[str] | None, normalization: tuple[Triple, Triple]
+def import_weights(
+    source: Path,
+    architecture: str,
+    out: Path,
+    class_names: Sequence[str] | None = None,
+    normalization: tuple[Triple, Triple] | None = None,
+    key: str | None = None,
 ) -> WeightsInfo:
-    """What the weights file will say of itself; without `class_names` they are CIFAR-10's.
+    """Make a weights file of `source`, whose content tells who wrote it; returns what `out` says of itself.
 
-    Raises ResgridError: for impossible figures.
+    Without `class_names` they are CIFAR-10's. `normalization` is mean and deviation of the training; without,
+    Keras's or PyTorch's original's. `key` picks one of several sets of weights in a PyTorch file.
+
+    Raises ResgridError: for a file that is missing, cut, of another kind or of another model, and for weights
+    that are not finite.
     """
+    from_keras = is_keras(first_bytes(source))
+    mean, std = normalization or NORMALIZATIONS["keras" if from_keras else "kuangliu"]
     names = CIFAR10_CLASSES if class_names is None else tuple(class_names)
-    mean, std = normalization
     try:
-        return WeightsInfo(architecture=architecture, class_names=names, mean=mean, std=std)
+        info = WeightsInfo(architecture=architecture, class_names=names, mean=mean, std=std)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise ResgridError(f"{key}: {problem['msg']} (it is {problem['input']!r})") from None
+        raise ResgridError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    tensors = read_keras(source, info) if from_keras else read_torch(source, info, key)
+    check_finite(source, tensors)
+    save_weights(out, load_into_model(info, tensors), info)
+    return info

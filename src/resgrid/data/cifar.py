@@ -98,9 +98,8 @@ class Cifar(Source):
         num_classes = len(self.class_names)
         for label in labels:
             if type(label) is not int or not 0 <= label < num_classes:
-                raise ResgridError(
-                    f"{origin}: a label must be 0 to {num_classes - 1}, not {str(label)[:40]}."
-                )
+                shown = label if type(label) is int else f"a {type(label).__name__}"
+                raise ResgridError(f"{origin}: a label must be 0 to {num_classes - 1}, not {shown}.")
         images = rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # red, green, blue planes -> NHWC
         return np.ascontiguousarray(images), np.array(labels, np.int64)
 

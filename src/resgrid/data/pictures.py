@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from resgrid.config import Resize
 from resgrid.data.dataset import SIDE
 from resgrid.errors import ResgridError
-from resgrid.filetype import START_BYTES, identify_bytes
+from resgrid.filetype import START_BYTES, confusion
 
 UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow formats that need another program
 UNREAD_SUFFIXES = (".heic", ".heif")  # of pictures that Pillow does not read: better named than passed over
@@ -118,9 +118,8 @@ def read_picture(file: IO[bytes], origin: str, resize: Resize) -> Picture:
 
 def _reason(file: IO[bytes], error: Exception, logged: list[logging.LogRecord]) -> str:
     file.seek(0)
-    kind = identify_bytes(file.read(START_BYTES))
-    if not kind.is_picture:
-        return f"it is {kind.name}. {kind.advice}".rstrip(". ")
+    if known := confusion(file.read(START_BYTES)):
+        return f"it is {known}"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels: make it smaller"
     if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
