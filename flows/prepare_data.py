@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from tasks.grid import grid_run
-from tasks.order import DATA_STAGES
+from tasks.spec import DATA_STAGES
 
 
 @flow(name="prepare-data", persist_result=False)

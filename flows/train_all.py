@@ -10,8 +10,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from resgrid import mps
 from tasks.grid import EVALUATE, HERE, grid_run, sync
-from tasks.order import DATA_STAGES
 from tasks.slots import Slot
+from tasks.spec import DATA_STAGES
 
 
 @flow(name="train-all", task_runner=ThreadPoolTaskRunner(max_workers=1024), persist_result=False)  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def train_all(
         free: SimpleQueue[Slot] = SimpleQueue()
         for slot in grid.slots:  # shares of this machine, or places in the queue of a pool
             free.put(slot)
-        with mps.shared((slot.card for slot in grid.slots), grid.say):
+        with mps.shared(slot.card for slot in grid.slots):
             for cell in queue:
                 grid.submit(cell, free.get(), then=free.put)
             grid.wait()

@@ -25,18 +25,18 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from resgrid import watch
+from resgrid.dvc import remote
 from resgrid.dvc.ask import Busy
 from resgrid.dvc.ask import remote as dvc_remote
-from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, Stopped, acquire, repair, reproduce, run_logged
 from resgrid.errors import ResgridError
 from resgrid.grid import choose
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import amount, duration
 from resgrid.stage_record import Fault, State
-from tasks.order import DATA_STAGES, Order
 from tasks.plan import Plan, Step, expect, longest_first, make_plan, makespan, slots_for
-from tasks.pool import MAX_UNTAKEN, Pool
+from tasks.pool import Pool
 from tasks.publish import (
     CUT,
     FAILED,
@@ -51,6 +51,7 @@ from tasks.publish import (
     save,
 )
 from tasks.slots import Slot, whole_machine
+from tasks.spec import DATA_STAGES, DEVICES, RunSpec
 
 EVALUATE = "evaluate"  # after them
 HERE = "here"  # where cells train: on this machine; anything else names a work pool
@@ -166,8 +167,8 @@ class Grid:
 
     def choose(self, patterns: list[str] | None) -> None:
         """Plan, and see which cells are meant."""
-        if self.device not in (None, "cpu", "cuda", "mps"):
-            raise ResgridError(f"device={self.device}: must be cpu, cuda or mps, or not given.")
+        if self.device not in (None, *DEVICES):
+            raise ResgridError(f"device={self.device}: must be {', '.join(DEVICES)}, or not given.")
         if self.where != HERE:
             self._check_pool()
         elif self.device:
@@ -222,7 +223,7 @@ class Grid:
             cells = [step.cell for step in steps if step.cell]
             self.slots = slots_for(self.pipeline, self.plan.params, cells, self.num_slots)
         elif todo:
-            self._open_pool()
+            self._open_pool(len(todo))
         place = f"in the work pool {self.where}" if self.pool else _said(self.slots)
         self.say(f"{len(todo)} of {len(chosen)} cells to train, {place}")
         self.show()
@@ -273,7 +274,7 @@ class Grid:
         status = CUT
         try:
             if self.pool and step.cell:
-                outcome = self.pool.train(step, say, partial(self._follow, title))
+                outcome = self.pool.train(title, step.stage, partial(self._follow, title))
             else:
                 self._follow(title, True)
                 outcome = reproduce(
@@ -319,8 +320,6 @@ class Grid:
             self.running[title] = time.time()
         else:
             self.running.pop(title, None)
-        if self.pool and is_running:
-            self._free(title)
         self._set(title, RUNNING if is_running else WAITING)
 
     def show(self) -> None:
@@ -393,14 +392,13 @@ class Grid:
             )
         dvc_remote(self.pipeline)
 
-    def _open_pool(self) -> None:
-        """Let the workers of a pool train the cells: these get the data, and the cells a queue."""
-        order = Order.of(self.pipeline, self.device)
-        push = [*DVC_COMMAND, "push", "--run-cache", *DATA_STAGES]
-        run_logged(self.pipeline, "push-data", push, {}, self.stop)
+    def _open_pool(self, num_cells: int) -> None:
+        """Let the workers of a pool train the cells: these get the data, and each cell a run at once."""
+        spec = RunSpec.of(self.pipeline, self.device)
+        remote.push(self.pipeline, ["--run-cache", *DATA_STAGES], self.stop)
         client = self._exits.enter_context(get_client(sync_client=True))
-        self.pool = Pool(client, self.where, self.pipeline, order, self.env, self.say, self.stop)
-        self.slots = [Slot(self.where, whole_machine().threads)] * MAX_UNTAKEN
+        self.pool = Pool(client, self.where, self.pipeline, spec, self.env, self.stop)
+        self.slots = [Slot(self.where, whole_machine().threads)] * num_cells
 
 
 def _said(slots: list[Slot]) -> str:

@@ -2,33 +2,33 @@
 
 All of them listen on loopback alone and keep their state in the project's `.resgrid`.
 
-What Prefect does with a worker that is told to end, read in the sources of 3.8.8 and tried with it and 3.9.1:
+How Prefect ends a worker, read in its sources and tried with 3.9.1:
 
-- SIGTERM makes a process worker send itself SIGINT, which cancels its event loop. That kills each flow run's
-  process with SIGKILL at once (`anyio.Process.aclose`): the flow cannot end its children, and its state stays
-  "Running" for good. So runs are cancelled through the server first, while the worker still lives: it then
-  sends each flow's process SIGTERM, waits up to 30 s, looks every 3 s, and records the run as cancelled.
+- SIGTERM cancels a process worker's event loop, which kills each flow run's process at once: the flow cannot
+  end its children, and its state stays "Running" for good. So runs are cancelled through the server first,
+  while the worker still lives; it then sends each flow SIGTERM and records the run as cancelled.
 - A worker that inherited SIGINT as ignored, as whatever a shell starts with `&` does, ignores its own signal
   and never ends. A handler, unlike "ignore", is not inherited: `up` has one set before it starts anything.
-- Left alone, a process worker starts a supervisor that becomes the flow's process: a second import of
-  Prefect, 2 s for each run. A `command` among the job variables (see prefect.yaml) does without. The flow's
-  process is then of the worker's group, so the group's SIGTERM reaches it even if the server is gone.
+
+Neither `flow.serve()`, still there 20 s after SIGTERM, nor honcho, which ends the server together with the
+worker, replaces this supervisor.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import psutil
@@ -39,16 +39,14 @@ from resgrid.config import load_params
 from resgrid.errors import ResgridError
 from resgrid.stage_record import read_state, write_state
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
-
 HOST = "127.0.0.1"
 POOL = "resgrid"
 START_SECONDS = 180.0  # a server takes 6 s, and 25 s where others keep the processors busy
 CANCEL_SECONDS = 7.0  # for flows to end their children; with what follows, all training is over within 10 s
 GRACE_SECONDS = {"worker": 2.0, "mlflow": 5.0, "prefect": 8.0}  # between SIGTERM and SIGKILL, in this order
 POLL_SECONDS = 0.2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,37 @@ def running(root: Path) -> Addresses | None:
     return Addresses(state["prefect"], state["mlflow"])
 
 
-def _state(root: Path) -> Path:
-    return root / ".resgrid/services.json"
+def environment(root: Path, **more: str) -> dict[str, str]:
+    """Of every service of the project in `root`, and so of the flows and trainers that a worker starts."""
+    (root / ".resgrid/prefect").mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
+    return os.environ | {
+        # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_HOME": str(root / ".resgrid/prefect"),
+        "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # of runs that are still pending as well
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+        **more,
+    }
+
+
+def _local_environment(root: Path, prefect: str) -> dict[str, str]:
+    """That of the services of this machine, with Prefect at the address `prefect`."""
+    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
+    direct = ",".join(name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name)
+    return environment(
+        root,
+        # Before whatever else has a module called tasks or flows.
+        PYTHONPATH=os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
+        PYTHONUNBUFFERED="1",
+        PREFECT_API_URL=f"{prefect}/api",
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+        PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
+        NO_PROXY=direct,
+        no_proxy=direct,
+    )
 
 
 def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
@@ -83,25 +110,8 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     for folder in ("logs", "locks"):
         (root / ".resgrid" / folder).mkdir(parents=True, exist_ok=True)
-    with _alone(root), _signals() as stop:
-        services = _Services(root, stop)
-        try:
-            services.start(prefect_port, mlflow_port)
-            services.follow()
-        except _Told:
-            _say("\nStopping: the worker, then MLflow, then Prefect (once more Ctrl-C kills them)")
-        finally:
-            services.end()
-    _say("All ended.")
-    return 0
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Raises ResgridError if another process is at this for the same project."""
-    lock = FileLock(root / ".resgrid/locks/services.lock")
     try:
-        lock.acquire(timeout=0)
+        only_one = FileLock(root / ".resgrid/locks/services.lock").acquire(timeout=0)
     except Timeout:
         others = running(root)
         where = f": Prefect {others.prefect}, MLflow {others.mlflow}" if others else ""
@@ -109,129 +119,87 @@ def _alone(root: Path) -> Iterator[None]:
             f"the services of this project run already{where}. Use those, or end them with Ctrl-C where they "
             "were started."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    stop = threading.Event()
+    stop_on_signals(stop)
+    with only_one:
+        services = _Services(root, stop)
+        try:
+            services.start(prefect_port, mlflow_port)
+            while True:
+                services.pause()
+        except ShutdownRequested:
+            log.info("\nStopping: the worker, then MLflow, then Prefect")
+        finally:
+            services.end()
+    log.info("All ended.")
+    return 0
 
 
-class _Told(Exception):
+class ShutdownRequested(Exception):
     """A signal asked for the end."""
 
 
-class _Stop:
-    """Counts the signals that ask for the end."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self.count += 1
-
-    def pause(self) -> None:
-        """Sleep a little; raises _Told if the end was asked for."""
-        if not self.count:
-            time.sleep(POLL_SECONDS)
-        if self.count:
-            raise _Told
+def stop_on_signals(stop: threading.Event) -> None:
+    """Have signals set `stop`: SIGINT even where it was ignored (see above), SIGHUP not there (`nohup`)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: stop.set())
 
 
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """SIGINT is taken even where it was ignored (see above), SIGHUP only where it was not (`nohup`)."""
-    stop = _Stop()
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class _Child:
-    """One service, the leader of a process group of its own, writing to a log of its own."""
-
-    name: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    def check(self) -> None:
-        """Raises ResgridError if it has ended, which no service should."""
-        if (code := self.process.poll()) is not None:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            self.fail(f"{self.name} ended by itself ({how})")
-
-    def fail(self, what: str) -> NoReturn:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-12:]
-        shown = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
-        raise ResgridError(f"{what}. The end of its log:\n{shown}\n    All of it: {self.log}")
-
-
-@dataclass
 class _Services:
-    root: Path
-    stop: _Stop
-    children: dict[str, _Child] = field(default_factory=dict)  # in the order of their start
-    env: dict[str, str] = field(default_factory=dict)
-    prefect: str = ""
-    mlflow: str = ""
-    settled: bool = False  # the server is ours and answers, and its runs are none but ours
+    """The children of one `up`; each leads a process group of its own and writes to a log of its own."""
+
+    def __init__(self, root: Path, stop: threading.Event) -> None:
+        self.root, self.stop = root, stop
+        self.children: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
+        self.env: dict[str, str] = {}
+        self.prefect = self.mlflow = ""
 
     def start(self, prefect_port: int, mlflow_port: int) -> None:
-        """Start everything and wait until each answers. Raises ResgridError, or _Told when stopped."""
+        """Start everything and wait until each answers. Raises ResgridError, or ShutdownRequested."""
+        from resgrid import tracking
+
         began = time.monotonic()
 
-        def up_now(name: str, what: str) -> None:
-            _say(f"{name:12} {what}   ({time.monotonic() - began:.0f} s)")
+        def log_up(name: str, what: str) -> None:
+            log.info("%-12s %s   (%.0f s)", name, what, time.monotonic() - began)
 
-        end_left_over(self.root)
+        _end_left_over(self.root)
         port = _free_port("Prefect", prefect_port)
         self.prefect = f"http://{HOST}:{port}"
-        given_url = os.environ.get("PREFECT_API_URL", "")
-        self.env = _environment(self.root, self.prefect)
+        given_url = os.environ.get("PREFECT_API_URL", f"{self.prefect}/api")
+        self.env = _local_environment(self.root, self.prefect)
         os.environ.update(self.env)  # before Prefect is imported here
-        self._spawn("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+        self._spawn("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(port))
         self._start_mlflow(mlflow_port, port)
-        self._until("prefect", lambda: _answers(f"{self.prefect}/api/health"))
-        up_now("Prefect", self.prefect)
+        self._wait_for("prefect", lambda: _answers(f"{self.prefect}/api/health"))
+        log_up("Prefect", self.prefect)
+        from tasks import server
 
-        with self._asking() as client:
-            from resgrid import tracking
-            from tasks.pool import make_pool
-
-            make_pool(client, POOL)
-            if num := settle(client, "The services ended while it ran."):
-                _say(
-                    f"{num} flow run{'s' * (num > 1)} of an earlier time had no end: now recorded as crashed"
-                )
-            self.settled = True
-            deploy = self._spawn("deploy", ["prefect", "--no-prompt", "deploy", "--all"])
+        with server.prefect_client(f"{self.prefect}/api") as client:
+            server.make_pool(client, POOL)
+            if num := server.finalize_orphans(client, POOL, "The services ended while it ran."):
+                log.info("Flow runs of an earlier time that had no end, now recorded as crashed: %d", num)
             self._spawn(
-                "worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+                "worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL
             )
-            self._until("mlflow", lambda: _answers(f"{self.mlflow}/health"))
-            up_now("MLflow", f"{self.mlflow}/#/experiments?{tracking.WORK}")  # not its home page
-            while deploy.process.poll() is None:
-                self.stop.pause()
-            if deploy.process.returncode:
-                deploy.fail("`prefect deploy` failed")
-            del self.children["deploy"]
+            with self._log("deploy").open("wb") as out:
+                deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+                options: dict[str, Any] = {"stdout": out, "stderr": out, "start_new_session": True}
+                if subprocess.run(deploy, cwd=self.root, env=self.env, check=False, **options).returncode:
+                    self._fail("deploy", "`prefect deploy` failed")
+            self._wait_for("mlflow", lambda: _answers(f"{self.mlflow}/health"))
+            log_up("MLflow", f"{self.mlflow}/#/experiments?{tracking.WORK}")  # not its home page
             names = ", ".join(sorted(each.name for each in client.read_deployments()))
         self._write()
-        up_now("Deployments", names)
-        _say(
+        log_up("Deployments", names)
+        log.info(
             "\nNow, in another terminal in this folder, after `source .venv/bin/activate`:"
             "\n  prefect deployment run train-all -p pipeline=examples/digits --watch"
             "\nWithout -p it trains the grid of this folder's own params.yaml. Ctrl-C here ends all of it."
         )
-        if given_url and given_url.rstrip("/") != f"{self.prefect}/api":
-            _say(
-                f"Mind that PREFECT_API_URL is {given_url} here: `prefect` in this terminal asks that server."
-            )
+        if given_url.rstrip("/") != f"{self.prefect}/api":
+            log.info("PREFECT_API_URL is %s here: `prefect` in this terminal asks that server.", given_url)
 
     def _start_mlflow(self, port: int, taken: int) -> None:
         """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server."""
@@ -249,140 +217,96 @@ class _Services:
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
         self.env = SETTINGS | self.env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._spawn("mlflow", server(uri, port))
+        self._spawn("mlflow", *server(uri, port))
 
-    def follow(self) -> NoReturn:
-        """Until a child ends by itself (ResgridError) or the end is asked for (_Told)."""
-        while True:
-            for child in self.children.values():
-                child.check()
-            self.stop.pause()
+    def pause(self) -> None:
+        """Sleep a little. Raises ResgridError if a child has ended by itself, and ShutdownRequested."""
+        for name, process in self.children.items():
+            if (code := process.poll()) is not None:
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+                self._fail(name, f"{name} ended by itself ({how})")
+        if self.stop.wait(POLL_SECONDS):
+            raise ShutdownRequested
 
     def end(self) -> None:
         """End everything: flow runs, the worker, MLflow, Prefect; nothing is left when this returns."""
-        self._end("deploy", 0.0)
-        with suppress(*_silent()):  # the server is gone: the worker's own signal has to do
-            if self.settled:
-                with self._asking() as client:
-                    self._cancel_runs(client)
-                    self._end("worker", GRACE_SECONDS["worker"])
-                    settle(client, "The services were stopped while it ran.")
-        for name, grace_seconds in GRACE_SECONDS.items():
-            self._end(name, grace_seconds)
+        if "worker" in self.children:
+            from tasks import server
+
+            why = "The services were stopped while it ran."
+            with suppress(*server.AWAY, ResgridError), server.prefect_client(f"{self.prefect}/api") as client:
+                if self.children["worker"].poll() is None:
+                    server.cancel_runs(client, POOL, why, CANCEL_SECONDS)
+                self._end("worker")
+                server.finalize_orphans(client, POOL, why)
+        for name in GRACE_SECONDS:
+            self._end(name)
         _state(self.root).unlink(missing_ok=True)
 
-    def _cancel_runs(self, client: SyncPrefectClient) -> None:
-        from prefect.states import Cancelling
+    def _end(self, name: str) -> None:
+        if (process := self.children.pop(name, None)) is not None:
+            end_group(process, GRACE_SECONDS[name])
 
-        if "worker" not in self.children or self.children["worker"].process.poll() is not None:
-            return
-        for run in _active(client):
-            why = "The services were stopped while it ran."
-            client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
-        deadline = time.monotonic() + CANCEL_SECONDS
-        while _active(client) and time.monotonic() < deadline and self.stop.count < 2:
-            time.sleep(POLL_SECONDS)
-
-    def _end(self, name: str, grace_seconds: float) -> None:
-        """End a child with all of its process group."""
-        if (child := self.children.pop(name, None)) is None:
-            return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + grace_seconds
-        while child.process.poll() is None and time.monotonic() < deadline and self.stop.count < 2:
-            time.sleep(0.05)
-        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
-            os.killpg(child.process.pid, signal.SIGKILL)
-        child.process.wait()
-
-    def _spawn(self, name: str, arguments: list[str]) -> _Child:
-        log = self.root / f".resgrid/logs/{name}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
+    def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with self._log(name).open("wb") as out:
+            self.children[name] = subprocess.Popen(
                 [sys.executable, "-m", *arguments], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.children[name] = _Child(name, log, process)
         self._write()
         return self.children[name]
 
     def _write(self) -> None:
         """services.json: for `running`, and for the next start, should this one be killed."""
         children = {}
-        for name, child in self.children.items():
-            with suppress(ProcessLookupError):  # it ended by itself, which `check` will say
-                children[name] = watch.describe(child.process.pid)
+        for name, process in self.children.items():
+            with suppress(ProcessLookupError):  # it ended by itself, which `pause` will say
+                children[name] = watch.describe(process.pid)
         by = watch.describe(os.getpid())
         content = {"by": by, "prefect": self.prefect, "mlflow": self.mlflow, "children": children}
         write_state(_state(self.root), content)
 
-    def _until(self, name: str, answers: Callable[[], bool]) -> None:
+    def _wait_for(self, name: str, answers: Callable[[], bool]) -> None:
         """Wait for a server of ours, if there is one of that name."""
         deadline = time.monotonic() + START_SECONDS
         while name in self.children and not answers():
-            self.children[name].check()
+            self.pause()
             if time.monotonic() > deadline:
-                self.children[name].fail(f"{name} did not answer within {START_SECONDS:.0f} seconds")
-            self.stop.pause()
+                self._fail(name, f"{name} did not answer within {START_SECONDS:.0f} seconds")
 
-    @contextmanager
-    def _asking(self) -> Iterator[SyncPrefectClient]:
-        """A client of our Prefect server; raises ResgridError for what it refuses."""
-        from prefect.client.orchestration import get_client
-        from prefect.exceptions import PrefectHTTPStatusError
+    def _log(self, name: str) -> Path:
+        return self.root / f".resgrid/logs/{name}.log"
 
-        try:
-            with get_client(sync_client=True) as client:
-                yield client
-        except PrefectHTTPStatusError as error:
-            raise ResgridError(
-                f"{self.prefect}: Prefect's server refuses a request: {str(error).splitlines()[0]}. If "
-                "PREFECT_SERVER_API_AUTH_STRING is set, set PREFECT_API_AUTH_STRING to the same."
-            ) from None
+    def _fail(self, name: str, what: str) -> NoReturn:
+        lines = self._log(name).read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-12:]
+        tail = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
+        raise ResgridError(f"{what}. The end of its log:\n{tail}\n    All of it: {self._log(name)}")
 
 
-def environment(root: Path, **more: str) -> dict[str, str]:
-    """Of every service of the project in `root`, and so of the flows and trainers that a worker starts."""
-    (root / ".resgrid/prefect").mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
-    return os.environ | {
-        # `python`, `dvc` and `resgrid` are this environment's, whether or not it is activated.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PREFECT_HOME": str(root / ".resgrid/prefect"),
-        "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # of runs that are still pending as well
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DVC_NO_ANALYTICS": "1",
-        **more,
-    }
+def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """End a process with all of its group: SIGTERM, and SIGKILL `grace_seconds` later."""
+    # PermissionError: macOS's answer for a group of zombies.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace_seconds)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def _environment(root: Path, prefect: str) -> dict[str, str]:
-    """Of those of this machine, with Prefect at the address `prefect`."""
-    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
-    names = [name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name]
-    return environment(
-        root,
-        # Before whatever else has a module called tasks or flows.
-        PYTHONPATH=os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
-        PYTHONUNBUFFERED="1",
-        PREFECT_API_URL=f"{prefect}/api",
-        PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
-        PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
-        NO_PROXY=",".join(names),
-        no_proxy=",".join(names),
-    )
+def _state(root: Path) -> Path:
+    return root / ".resgrid/services.json"
 
 
 def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
-    """`wanted`, or the next port that nobody holds; says so. Raises ResgridError if there is none."""
+    """`wanted`, or the next port that nobody holds, which is logged. Raises ResgridError if there is none."""
     if not 0 < wanted < 65536:
         raise ResgridError(f"{what}: {wanted} is no port; 1024 to 65535 are.")
     for port in range(wanted, min(wanted + 50, 65536)):
         if port != taken and _is_free(port):
             if port != wanted:
-                _say(f"Port {wanted} is taken: {what} takes {port}")
+                log.info("Port %d is taken: %s takes %d", wanted, what, port)
             return port
     raise ResgridError(
         f"{what}: port {wanted} and the 49 after it are taken. Name another one; see `resgrid up --help`."
@@ -399,58 +323,6 @@ def _is_free(port: int) -> bool:
     return False
 
 
-def end_left_over(root: Path) -> None:
-    """End the services of an `up` that was killed and could not end them itself, with their flows."""
-    state: Any = read_state(_state(root)) or {}
-    left = {name: each for name, each in state.get("children", {}).items() if watch.alive(each)}
-    if not left:
-        return
-    _say(f"Ending what an earlier start left running: {', '.join(left)}")
-    processes = []
-    for each in left.values():
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(each.partition(":")[0]))
-            processes += [process, *process.children(recursive=True)]
-    for grace_seconds, end in ((5.0, psutil.Process.terminate), (5.0, psutil.Process.kill)):
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                end(process)
-        _, processes = psutil.wait_procs(processes, grace_seconds)
-
-
-# --- what the server knows ---------------------------------------------------------------------------
-
-
-def settle(client: SyncPrefectClient, why: str) -> int:
-    """End the flow runs of our pool that nobody has ended, once no worker of ours lives; how many there were.
-
-    A run that was being cancelled becomes cancelled, any other crashed.
-    """
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter
-    from prefect.states import Cancelled, Crashed
-
-    runs = _active(client)
-    for run in runs:
-        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
-        unended = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
-        for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unended):
-            client.set_task_run_state(task.id, Crashed(message=why), force=True)
-        was_cancelled = run.state is not None and run.state.is_cancelling()
-        end = Cancelled if was_cancelled else Crashed
-        client.set_flow_run_state(run.id, end(message=why), force=True)
-    return len(runs)
-
-
-def _active(client: SyncPrefectClient) -> list[FlowRun]:
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter, WorkPoolFilterName
-
-    types = ["RUNNING", "PENDING", "CANCELLING"]
-    return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": types}}}),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
-    )
-
-
 def _answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=10.0, trust_env=False).is_success
@@ -458,12 +330,20 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _silent() -> tuple[type[Exception], ...]:
-    """What asking a server raises that is gone."""
-    from prefect.exceptions import PrefectException
-
-    return (httpx.HTTPError, PrefectException, OSError, ResgridError)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _end_left_over(root: Path) -> None:
+    """End the services of an `up` that was killed and could not end them itself, with their flows."""
+    state: Any = read_state(_state(root)) or {}
+    left = {name: each for name, each in state.get("children", {}).items() if watch.alive(each)}
+    if not left:
+        return
+    log.info("Ending what an earlier start left running: %s", ", ".join(left))
+    processes = []
+    for each in left.values():
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(each.partition(":")[0]))
+            processes += [process, *process.children(recursive=True)]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                end(process)
+        _, processes = psutil.wait_procs(processes, 5.0)

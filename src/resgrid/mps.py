@@ -7,13 +7,14 @@ checkpoints.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +28,8 @@ DEFAULT_PIPES = Path("/tmp/nvidia-mps")  # where clients look for a daemon witho
 SWITCH = "RESGRID_MPS"
 START_SECONDS, QUIT_SECONDS = 5.0, 20.0
 MAX_SHARING = 8  # cells on one card
+
+log = logging.getLogger(__name__)
 
 
 def gain(sharing: int) -> float:
@@ -52,12 +55,12 @@ def available() -> bool:
 
 
 @contextmanager
-def shared(cards: Iterable[str | None], say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
+def shared(cards: Iterable[str | None]) -> Iterator[dict[str, str]]:
     """`daemon` where several slots, whose `cards` these are, share one; in this process's environment too."""
     if max(Counter(card for card in cards if card is not None).values(), default=0) < 2:
         yield {}
         return
-    with daemon(say) as variables:
+    with daemon() as variables:
         os.environ.update(variables)
         try:
             yield variables
@@ -67,11 +70,11 @@ def shared(cards: Iterable[str | None], say: Callable[[str], object] = print) ->
 
 
 @contextmanager
-def daemon(say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
+def daemon() -> Iterator[dict[str, str]]:
     """Start a daemon in a folder of its own, and end it; yields the variables by which clients find it.
 
     They are none, and nothing is started, where there is no MPS, RESGRID_MPS is `never`, or a daemon runs
-    already. A daemon that does not start is told and done without.
+    already. Where the daemon does not start, that is logged, and cells do without it.
     """
     if not available() or running():
         yield {}
@@ -79,8 +82,8 @@ def daemon(say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
     # Not in the project: the path of a socket has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="resgrid-mps-", ignore_cleanup_errors=True) as folder:
         variables = {PIPES: folder, LOGS: folder}
-        environment, told = os.environ | variables, Path(folder, "start")
-        with told.open("w") as file:  # not a pipe, which the daemon would keep open
+        environment, output = os.environ | variables, Path(folder, "start")
+        with output.open("w") as file:  # not a pipe, which the daemon would keep open
             done = subprocess.run(
                 [CONTROL, "-d"],
                 env=environment,
@@ -90,14 +93,14 @@ def daemon(say: Callable[[str], object] = print) -> Iterator[dict[str, str]]:
                 check=False,
             )
         if done.returncode:
-            why = told.read_text().strip() or f"{CONTROL} -d ended with {done.returncode}"
-            say(f"MPS does not start, so cells take turns on their card: {why}")
+            why = output.read_text().strip() or f"{CONTROL} -d ended with {done.returncode}"
+            log.warning("MPS does not start, so cells take turns on their card: %s", why)
             yield {}
             return
         deadline = time.monotonic() + START_SECONDS
         while not Path(folder, "control").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        say(f"Cells share their card under MPS, whose daemon ends with them ({SWITCH}=never switches it off)")
+        log.info("Cells share their card under MPS, which ends with them (%s=never: without it)", SWITCH)
         try:
             yield variables
         finally:

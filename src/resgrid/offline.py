@@ -59,7 +59,7 @@ def train_list(cells: Sequence[Cell], root: Path, slots: int, seconds: float, pa
         print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
 
     on_card = (os.environ.get("RESGRID_DEVICE") or "auto").startswith(("auto", "cuda"))
-    with mps.daemon(say) if slots > 1 and on_card else nullcontext(dict[str, str]()) as variables:
+    with mps.daemon() if slots > 1 and on_card else nullcontext(dict[str, str]()) as variables:
         try:
             while (waiting or running) and time.monotonic() - began < seconds:
                 while waiting and len(running) < slots:

@@ -1,0 +1,173 @@
+"""What ResGrid asks of Prefect's server besides running flows: pools, queues, automations, lost runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    FlowRunFilter,
+    TaskRunFilter,
+    WorkPoolFilter,
+    WorkQueueFilter,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectAlreadyExists, PrefectException
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Cancelling, Crashed
+
+from resgrid.errors import ResgridError
+from tasks.spec import QUEUE
+
+WATCHED = "resgrid-watched"  # the tag of deployments in pools of processes, where silence means an end
+AUTOMATIONS = "ResGrid's cells: "  # how the names of ours begin
+BEAT_SECONDS = 30  # between two signs of life: the least that Prefect allows
+SILENCE_SECONDS = 60  # without one, a run is set to Crashed
+START_SECONDS = 90  # likewise, from a worker's taking of a run to its first sign of life
+FORMER_SECONDS = 24 * 3600.0  # without a worker's look, after which a queue may go
+PAGE = 200  # flow runs in one answer of the server
+
+ACTIVE = ("SCHEDULED", "PENDING", "RUNNING")  # types of the states of runs that a cell may join
+TAKEN = ("PENDING", "RUNNING", "CANCELLING")  # by a worker
+AWAY = (httpx.HTTPError, PrefectException, OSError)  # what asking a server raises that is away
+
+
+@contextmanager
+def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server at `url`, an API's address; raises ResgridError if it cannot be used."""
+    from resgrid.tracking import shown
+
+    try:
+        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch()
+            yield client
+    except (*AWAY, RuntimeError) as error:
+        raise ResgridError(
+            f"{shown(url)}: Prefect's server cannot be used: {type(error).__name__}. If it was started "
+            "with a user:password, set PREFECT_API_AUTH_STRING to that."
+        ) from error
+
+
+def make_pool(client: SyncPrefectClient, name: str, queues: Collection[str] = ()) -> None:
+    """Make a work pool of processes and its queues, unless they are there, the pool of whatever type."""
+    with suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+    for queue in queues:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_queue(queue, work_pool_name=name)
+
+
+def watch_runs(client: SyncPrefectClient) -> None:
+    """Have the server set runs to Crashed whose heartbeats stop: two automations, made once.
+
+    A worker that dies before the flow begins leaves its run Pending, or Submitting, which follows at once and
+    so is no sign of life. One that dies in the moment of the beginning leaves it Running without a heartbeat.
+    """
+
+    def events(*names: str) -> set[str]:
+        return {f"prefect.flow-run.{name}" for name in names}
+
+    for former in (f"no heartbeat for {SILENCE_SECONDS} s", f"taken, but not begun for {START_SECONDS} s"):
+        for automation in client.read_automations_by_name(AUTOMATIONS + former):
+            client.delete_automation(automation.id)  # it sets a state of a name of its own
+    ended = events("Completed", "Failed", "Crashed", "Cancelled")
+    for name, after, expect, seconds in (
+        ("no heartbeat", events("Running", "heartbeat"), events("heartbeat"), SILENCE_SECONDS),
+        ("taken, not begun", events("Pending"), events("Running"), START_SECONDS),
+    ):
+        title = f"{AUTOMATIONS}Crashed after {seconds} s, {name}"
+        if client.read_automations_by_name(title):
+            continue
+        trigger = EventTrigger(
+            after=after,
+            expect=expect | ended,
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={
+                "prefect.resource.role": "tag",
+                "prefect.resource.id": f"prefect.tag.{WATCHED}",
+            },
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        )
+        message = f"No sign of life for {seconds} s: its worker is gone, or cut off."
+        action = ChangeFlowRunState(state=StateType.CRASHED, message=message)
+        client.create_automation(AutomationCore(name=title, trigger=trigger, actions=[action]))
+
+
+def cancel_runs(client: SyncPrefectClient, pool: str, why: str, seconds: float) -> None:
+    """Have a pool's workers cancel what they are at; wait for that `seconds` at most."""
+    for run in read_runs(client, TAKEN, pool=pool):
+        client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
+    deadline = time.monotonic() + seconds
+    while read_runs(client, TAKEN, pool=pool) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def finalize_orphans(client: SyncPrefectClient, pool: str, why: str) -> int:
+    """End the flow runs of a pool that nobody has ended, once it has no worker; return their number.
+
+    A run that was being cancelled becomes cancelled, any other crashed.
+    """
+    runs = read_runs(client, TAKEN, pool=pool)
+    for run in runs:
+        of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+        active = TaskRunFilter.model_validate({"state": {"type": {"any_": TAKEN}}})
+        for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=active):
+            client.set_task_run_state(task.id, Crashed(message=why), force=True)
+        end = Cancelled if run.state is not None and run.state.is_cancelling() else Crashed
+        client.set_flow_run_state(run.id, end(message=why), force=True)
+    return len(runs)
+
+
+def delete_former_queues(client: SyncPrefectClient, current: str, dry_run: bool) -> list[str]:
+    """Delete the empty queues of other digests than `current` that no worker asks; return their names."""
+    names = []
+    for pool in client.read_work_pools():
+        for queue in client.read_work_queues(work_pool_name=pool.name):
+            asked = queue.last_polled or queue.created or datetime.now(UTC)
+            is_quiet = datetime.now(UTC) - asked > timedelta(seconds=FORMER_SECONDS)
+            is_former = QUEUE.fullmatch(queue.name) and not queue.name.startswith(current)
+            if is_former and is_quiet and not read_runs(client, ACTIVE, pool=pool.name, queues=[queue.name]):
+                names.append(queue.name)
+                if not dry_run:
+                    client.delete_work_queue_by_id(queue.id)
+    return names
+
+
+def read_runs(
+    client: SyncPrefectClient,
+    types: Collection[str],
+    *,
+    tag: str = "",
+    pool: str = "",
+    queues: Collection[str] = (),
+    deployment: UUID | None = None,
+) -> list[FlowRun]:
+    """The flow runs in a state of these types, as far as they match what is given besides."""
+    of_runs: dict[str, object] = {"state": {"type": {"any_": types}}}
+    if tag:
+        of_runs["tags"] = {"all_": [tag]}
+    filters: dict[str, Any] = {"flow_run_filter": FlowRunFilter.model_validate(of_runs)}
+    if pool:
+        filters["work_pool_filter"] = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
+    if queues:
+        filters["work_queue_filter"] = WorkQueueFilter.model_validate({"name": {"any_": list(queues)}})
+    if deployment:
+        filters["deployment_filter"] = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
+    runs: list[FlowRun] = []
+    while page := client.read_flow_runs(**filters, limit=PAGE, offset=len(runs)):
+        runs += page
+        if len(page) < PAGE:
+            break
+    return runs
