@@ -33,7 +33,7 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import Outcome, StageFailed, Stopped
 from resgrid.errors import ResgridError
 from resgrid.stage_record import Fault
-from tasks.server import ACTIVE, AWAY, WATCHED, make_pool, read_runs, watch_runs
+from tasks.server import ACTIVE, AWAY, WATCHED, make_pool, named, read_runs, watch_runs
 from tasks.spec import DATA_STAGES, DEVICES, RunSpec
 
 FLOW = "train-cell"
@@ -251,7 +251,12 @@ def _deploy(client: SyncPrefectClient, name: str) -> UUID:
         job_variables=base.job_variables,
         work_pool_name=name,
     )
-    former = read_runs(client, ("SCHEDULED",), deployment=deployment, queues=FORMER_QUEUES)
+    former = read_runs(
+        client,
+        ["SCHEDULED"],
+        deployments={"id": {"any_": [str(deployment)]}},
+        work_pool_queues=named(*FORMER_QUEUES),
+    )
     for run in former:
         why = "Placed by an earlier version, in a queue that no worker asks any more."
         client.set_flow_run_state(run.id, Cancelled(message=why), force=True)

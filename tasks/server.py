@@ -7,19 +7,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import httpx
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    FlowRunFilter,
-    TaskRunFilter,
-    WorkPoolFilter,
-    WorkQueueFilter,
-)
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectAlreadyExists, PrefectException
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -51,8 +44,9 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
             client.raise_for_api_version_mismatch()
             yield client
     except (*AWAY, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {shown(str(error)).splitlines()[0]}" if str(error) else repr(error)
         raise ResgridError(
-            f"{shown(url)}: Prefect's server cannot be used: {type(error).__name__}. If it was started "
+            f"{shown(url)}: Prefect's server cannot be used: {reason}. If it was started "
             "with a user:password, set PREFECT_API_AUTH_STRING to that."
         ) from error
 
@@ -107,10 +101,10 @@ def watch_runs(client: SyncPrefectClient) -> None:
 
 def cancel_runs(client: SyncPrefectClient, pool: str, why: str, seconds: float) -> None:
     """Have a pool's workers cancel what they are at; wait for that `seconds` at most."""
-    for run in read_runs(client, TAKEN, pool=pool):
+    for run in read_runs(client, TAKEN, work_pools=named(pool)):
         client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
     deadline = time.monotonic() + seconds
-    while read_runs(client, TAKEN, pool=pool) and time.monotonic() < deadline:
+    while read_runs(client, TAKEN, work_pools=named(pool)) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
@@ -119,7 +113,7 @@ def finalize_orphans(client: SyncPrefectClient, pool: str, why: str) -> int:
 
     A run that was being cancelled becomes cancelled, any other crashed.
     """
-    runs = read_runs(client, TAKEN, pool=pool)
+    runs = read_runs(client, TAKEN, work_pools=named(pool))
     for run in runs:
         of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
         active = TaskRunFilter.model_validate({"state": {"type": {"any_": TAKEN}}})
@@ -138,7 +132,8 @@ def delete_former_queues(client: SyncPrefectClient, current: str, dry_run: bool)
             asked = queue.last_polled or queue.created or datetime.now(UTC)
             is_quiet = datetime.now(UTC) - asked > timedelta(seconds=FORMER_SECONDS)
             is_former = QUEUE.fullmatch(queue.name) and not queue.name.startswith(current)
-            if is_former and is_quiet and not read_runs(client, ACTIVE, pool=pool.name, queues=[queue.name]):
+            of_queue: dict[str, Any] = {"work_pools": named(pool.name), "work_pool_queues": named(queue.name)}
+            if is_former and is_quiet and not read_runs(client, ACTIVE, **of_queue):
                 names.append(queue.name)
                 if not dry_run:
                     client.delete_work_queue_by_id(queue.id)
@@ -146,28 +141,21 @@ def delete_former_queues(client: SyncPrefectClient, current: str, dry_run: bool)
 
 
 def read_runs(
-    client: SyncPrefectClient,
-    types: Collection[str],
-    *,
-    tag: str = "",
-    pool: str = "",
-    queues: Collection[str] = (),
-    deployment: UUID | None = None,
+    client: SyncPrefectClient, types: Collection[str], *, tag: str = "", **filters: object
 ) -> list[FlowRun]:
-    """The flow runs in a state of these types, as far as they match what is given besides."""
+    """The flow runs in a state of these types that match the REST interface's other `filters`."""
     of_runs: dict[str, object] = {"state": {"type": {"any_": types}}}
     if tag:
         of_runs["tags"] = {"all_": [tag]}
-    filters: dict[str, Any] = {"flow_run_filter": FlowRunFilter.model_validate(of_runs)}
-    if pool:
-        filters["work_pool_filter"] = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
-    if queues:
-        filters["work_queue_filter"] = WorkQueueFilter.model_validate({"name": {"any_": list(queues)}})
-    if deployment:
-        filters["deployment_filter"] = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
     runs: list[FlowRun] = []
-    while page := client.read_flow_runs(**filters, limit=PAGE, offset=len(runs)):
-        runs += page
+    while True:
+        content = {"flow_runs": of_runs, **filters, "limit": PAGE, "offset": len(runs)}
+        page = client.request("POST", "/flow_runs/filter", json=content).json()
+        runs += [FlowRun.model_validate(run) for run in page]
         if len(page) < PAGE:
-            break
-    return runs
+            return runs
+
+
+def named(*names: str) -> dict[str, object]:
+    """The filter for pools or queues of these names."""
+    return {"name": {"any_": names}}

@@ -2,16 +2,13 @@
 
 All of them listen on loopback alone and keep their state in the project's `.resgrid`.
 
-How Prefect ends a worker, read in its sources and tried with 3.9.1:
+How Prefect ends a worker, tried with 3.9.1: SIGTERM kills each flow run's process at once, so that it cannot
+end its children, and its state stays "Running". So runs are cancelled through the server first, while the
+worker still lives. A worker that inherited SIGINT as ignored, as a shell's `&` has it, never ends; a handler,
+unlike "ignore", is not inherited, so `up` sets one before it starts anything.
 
-- SIGTERM cancels a process worker's event loop, which kills each flow run's process at once: the flow cannot
-  end its children, and its state stays "Running" for good. So runs are cancelled through the server first,
-  while the worker still lives; it then sends each flow SIGTERM and records the run as cancelled.
-- A worker that inherited SIGINT as ignored, as whatever a shell starts with `&` does, ignores its own signal
-  and never ends. A handler, unlike "ignore", is not inherited: `up` has one set before it starts anything.
-
-Neither `flow.serve()`, still there 20 s after SIGTERM, nor honcho, which ends the server together with the
-worker, replaces this supervisor.
+`flow.serve()`, still there 20 s after SIGTERM, and honcho, which ends the server together with the worker, do
+not replace this supervisor.
 """
 
 from __future__ import annotations
@@ -41,9 +38,11 @@ from resgrid.stage_record import read_state, write_state
 
 HOST = "127.0.0.1"
 POOL = "resgrid"
+STATE = ".resgrid/services.json"
 START_SECONDS = 180.0  # a server takes 6 s, and 25 s where others keep the processors busy
 CANCEL_SECONDS = 7.0  # for flows to end their children; with what follows, all training is over within 10 s
-GRACE_SECONDS = {"worker": 2.0, "mlflow": 5.0, "prefect": 8.0}  # between SIGTERM and SIGKILL, in this order
+# Between SIGTERM and SIGKILL, in this order.
+GRACE_SECONDS = {"deploy": 0.0, "worker": 2.0, "mlflow": 5.0, "prefect": 8.0}
 POLL_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Addresses:
 
 def running(root: Path) -> Addresses | None:
     """The services that `up` keeps running for the project in `root`, if it does."""
-    state: Any = read_state(_state(root))
+    state: Any = read_state(root / STATE)
     if not state or not watch.alive(state["by"]):
         return None
     return Addresses(state["prefect"], state["mlflow"])
@@ -73,7 +72,7 @@ def environment(root: Path, **more: str) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_HOME": str(root / ".resgrid/prefect"),
         "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # of runs that are still pending as well
-        "DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",  # Prefect's server, too
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DVC_NO_ANALYTICS": "1",
         **more,
@@ -90,7 +89,6 @@ def _local_environment(root: Path, prefect: str) -> dict[str, str]:
         PYTHONPATH=os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
         PYTHONUNBUFFERED="1",
         PREFECT_API_URL=f"{prefect}/api",
-        PREFECT_SERVER_ANALYTICS_ENABLED="false",
         PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
         PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
         NO_PROXY=direct,
@@ -101,9 +99,8 @@ def _local_environment(root: Path, prefect: str) -> dict[str, str]:
 def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
     """Run the services of the project in `root` until SIGINT, SIGTERM or SIGHUP, then end all of them.
 
-    A port that is taken gives way to the next free one. Returns 0, also if stopped while starting.
-    Raises ResgridError if they run already, if one of them does not start, or if one ends by itself; the
-    others are ended then as well.
+    A port that is taken gives way to the next free one. Raises ResgridError if they run already, and if one
+    of them does not start or ends by itself; the others are ended then as well.
     """
     root = root.resolve()
     if not (root / "prefect.yaml").is_file():
@@ -119,8 +116,7 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
             f"the services of this project run already{where}. Use those, or end them with Ctrl-C where they "
             "were started."
         ) from None
-    stop = threading.Event()
-    stop_on_signals(stop)
+    stop = watch.stop_on_signals()
     with only_one:
         services = _Services(root, stop)
         try:
@@ -139,13 +135,6 @@ class ShutdownRequested(Exception):
     """A signal asked for the end."""
 
 
-def stop_on_signals(stop: threading.Event) -> None:
-    """Have signals set `stop`: SIGINT even where it was ignored (see above), SIGHUP not there (`nohup`)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: stop.set())
-
-
 class _Services:
     """The children of one `up`; each leads a process group of its own and writes to a log of its own."""
 
@@ -159,11 +148,6 @@ class _Services:
         """Start everything and wait until each answers. Raises ResgridError, or ShutdownRequested."""
         from resgrid import tracking
 
-        began = time.monotonic()
-
-        def log_up(name: str, what: str) -> None:
-            log.info("%-12s %s   (%.0f s)", name, what, time.monotonic() - began)
-
         _end_left_over(self.root)
         port = _free_port("Prefect", prefect_port)
         self.prefect = f"http://{HOST}:{port}"
@@ -173,32 +157,28 @@ class _Services:
         self._spawn("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(port))
         self._start_mlflow(mlflow_port, port)
         self._wait_for("prefect", lambda: _answers(f"{self.prefect}/api/health"))
-        log_up("Prefect", self.prefect)
+        log.info("Prefect      %s", self.prefect)
         from tasks import server
 
         with server.prefect_client(f"{self.prefect}/api") as client:
             server.make_pool(client, POOL)
             if num := server.finalize_orphans(client, POOL, "The services ended while it ran."):
                 log.info("Flow runs of an earlier time that had no end, now recorded as crashed: %d", num)
-            self._spawn(
-                "worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL
-            )
-            with self._log("deploy").open("wb") as out:
-                deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-                options: dict[str, Any] = {"stdout": out, "stderr": out, "start_new_session": True}
-                if subprocess.run(deploy, cwd=self.root, env=self.env, check=False, **options).returncode:
-                    self._fail("deploy", "`prefect deploy` failed")
+            worker = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+            self._spawn("worker", *worker)
+            if self._spawn("deploy", "prefect", "--no-prompt", "deploy", "--all").wait():
+                self._fail("deploy", "`prefect deploy` failed")
+            del self.children["deploy"]
             self._wait_for("mlflow", lambda: _answers(f"{self.mlflow}/health"))
-            log_up("MLflow", f"{self.mlflow}/#/experiments?{tracking.WORK}")  # not its home page
-            names = ", ".join(sorted(each.name for each in client.read_deployments()))
+            log.info("MLflow       %s/#/experiments?%s", self.mlflow, tracking.WORK)  # not its home page
+            log.info("Deployments  %s", ", ".join(sorted(each.name for each in client.read_deployments())))
         self._write()
-        log_up("Deployments", names)
         log.info(
             "\nNow, in another terminal in this folder, after `source .venv/bin/activate`:"
             "\n  prefect deployment run train-all -p pipeline=examples/digits --watch"
             "\nWithout -p it trains the grid of this folder's own params.yaml. Ctrl-C here ends all of it."
         )
-        if given_url.rstrip("/") != f"{self.prefect}/api":
+        if given_url != f"{self.prefect}/api":
             log.info("PREFECT_API_URL is %s here: `prefect` in this terminal asks that server.", given_url)
 
     def _start_mlflow(self, port: int, taken: int) -> None:
@@ -237,15 +217,12 @@ class _Services:
             with suppress(*server.AWAY, ResgridError), server.prefect_client(f"{self.prefect}/api") as client:
                 if self.children["worker"].poll() is None:
                     server.cancel_runs(client, POOL, why, CANCEL_SECONDS)
-                self._end("worker")
+                watch.end_group(self.children["worker"], GRACE_SECONDS["worker"])
                 server.finalize_orphans(client, POOL, why)
-        for name in GRACE_SECONDS:
-            self._end(name)
-        _state(self.root).unlink(missing_ok=True)
-
-    def _end(self, name: str) -> None:
-        if (process := self.children.pop(name, None)) is not None:
-            end_group(process, GRACE_SECONDS[name])
+        for name, grace_seconds in GRACE_SECONDS.items():
+            if name in self.children:
+                watch.end_group(self.children[name], grace_seconds)
+        (self.root / STATE).unlink(missing_ok=True)
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with self._log(name).open("wb") as out:
@@ -264,7 +241,7 @@ class _Services:
                 children[name] = watch.describe(process.pid)
         by = watch.describe(os.getpid())
         content = {"by": by, "prefect": self.prefect, "mlflow": self.mlflow, "children": children}
-        write_state(_state(self.root), content)
+        write_state(self.root / STATE, content)
 
     def _wait_for(self, name: str, answers: Callable[[], bool]) -> None:
         """Wait for a server of ours, if there is one of that name."""
@@ -283,44 +260,20 @@ class _Services:
         raise ResgridError(f"{what}. The end of its log:\n{tail}\n    All of it: {self._log(name)}")
 
 
-def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """End a process with all of its group: SIGTERM, and SIGKILL `grace_seconds` later."""
-    # PermissionError: macOS's answer for a group of zombies.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(grace_seconds)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _state(root: Path) -> Path:
-    return root / ".resgrid/services.json"
-
-
 def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
     """`wanted`, or the next port that nobody holds, which is logged. Raises ResgridError if there is none."""
-    if not 0 < wanted < 65536:
-        raise ResgridError(f"{what}: {wanted} is no port; 1024 to 65535 are.")
     for port in range(wanted, min(wanted + 50, 65536)):
-        if port != taken and _is_free(port):
+        # Asked first: macOS lets one bind 127.0.0.1 where another program (AirPlay, on 5000) has them all.
+        with suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
+            continue
+        # As the servers do, with SO_REUSEADDR: connections that were closed a minute ago do not count.
+        with suppress(OSError), socket.create_server((HOST, port)):
+            if port == taken:
+                continue
             if port != wanted:
                 log.info("Port %d is taken: %s takes %d", wanted, what, port)
             return port
-    raise ResgridError(
-        f"{what}: port {wanted} and the 49 after it are taken. Name another one; see `resgrid up --help`."
-    )
-
-
-def _is_free(port: int) -> bool:
-    # Asked first: macOS lets one bind 127.0.0.1 where another program (AirPlay, on 5000) has all addresses.
-    with suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
-        return False
-    # As the servers do, with SO_REUSEADDR: connections that were closed a minute ago do not count.
-    with suppress(OSError), socket.create_server((HOST, port)):
-        return True
-    return False
+    raise ResgridError(f"{what}: no port from {wanted} on is free. Name another: `resgrid up --help`.")
 
 
 def _answers(url: str) -> bool:
@@ -332,11 +285,10 @@ def _answers(url: str) -> bool:
 
 def _end_left_over(root: Path) -> None:
     """End the services of an `up` that was killed and could not end them itself, with their flows."""
-    state: Any = read_state(_state(root)) or {}
+    state: Any = read_state(root / STATE) or {}
     left = {name: each for name, each in state.get("children", {}).items() if watch.alive(each)}
-    if not left:
-        return
-    log.info("Ending what an earlier start left running: %s", ", ".join(left))
+    if left:
+        log.info("Ending what an earlier start left running: %s", ", ".join(left))
     processes = []
     for each in left.values():
         with suppress(psutil.NoSuchProcess):

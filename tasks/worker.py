@@ -38,7 +38,7 @@ from resgrid.stage_record import Fault
 from tasks.grid import PAUSE_SECONDS, RETRIES, can_pass, end_with_worker
 from tasks.publish import flow_environment
 from tasks.server import BEAT_SECONDS, make_pool, prefect_client
-from tasks.services import POOL, end_group, environment, running, stop_on_signals
+from tasks.services import POOL, environment, running
 from tasks.slots import Slot, cards, share
 from tasks.spec import DATA_STAGES, RunSpec, checkout, difference, recorded_data
 
@@ -61,6 +61,8 @@ def train_for(cell: str, folder: str, spec: RunSpec) -> State:
     """
     pipeline = Pipeline.find(folder)
     end_with_worker()
+    for name in ("resgrid", "tasks"):  # which PREFECT_LOGGING_EXTRA_LOGGERS shows on the flow's page
+        logging.getLogger(name).setLevel(logging.INFO)
     if spec.device and not os.environ.get("RESGRID_DEVICE", "").startswith(spec.device):
         os.environ["RESGRID_DEVICE"] = spec.device  # of this process: by it the slots are cut as well
     began = time.monotonic()
@@ -159,17 +161,11 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     is_coordinator = pool == POOL  # it runs train-all itself, whatever its files
     commit, digest = ("", "") if is_coordinator else checkout(pipeline)
     queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices())]
-    log.info("Worker      %s, in %s%s", name, root, f", at commit {commit[:10]}" if commit else "")
-    log.info(
-        "Slots       %d, with %d threads each: %s",
-        len(shares), shares[0].threads, ", ".join(slot.name for slot in shares),
-    )  # fmt: skip
-    log.info("Cells from  the work pool %s at %s", pool, tracking.shown(env["PREFECT_API_URL"]))
-    log.info("            (queues %s)", ", ".join(queues))
-    log.info(
-        "Results to  MLflow at %s and the DVC remote %s",
-        tracking.shown(env["MLFLOW_TRACKING_URI"]), storage,
-    )  # fmt: skip
+    log.info("Worker      %s, in %s, with %d slots of %d threads", name, root, len(shares), shares[0].threads)
+    log.info("Cells from  the queues %s of the work pool %s", ", ".join(queues), pool)
+    log.info("            at %s", tracking.shown(env["PREFECT_API_URL"]))
+    log.info("Results to  the DVC remote %s", storage)
+    log.info("            and MLflow at %s", tracking.shown(env["MLFLOW_TRACKING_URI"]))
     log.info("Ctrl-C ends it: the cells that it trains then go to other workers.\n")
     env |= {SLOTS: str(len(shares)), watch.VARIABLE: watch.describe(os.getpid())}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
@@ -182,8 +178,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         if subprocess.run(deploy, cwd=root, env=env, check=False).returncode:
             raise ResgridError(f"{root / 'prefect.yaml'}: its deployments cannot be registered; see above.")
-    stop = threading.Event()
-    stop_on_signals(stop)
+    stop = watch.stop_on_signals()
     process = None
     with ExitStack() as shared_cards:
         try:
@@ -250,4 +245,4 @@ def _leave(process: subprocess.Popen[bytes]) -> None:
                     asked.add(flow.pid)
                     flow.terminate()
             time.sleep(0.1)
-    end_group(process, 2.0)
+    watch.end_group(process, 2.0)

@@ -44,7 +44,7 @@ def test_an_unsupported_python_is_a_problem_and_the_exit_status_tells(monkeypatc
 def test_a_port_that_is_taken_is_told(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        monkeypatch.setenv("RESGRID_MLFLOW_PORT", str(port))
+        monkeypatch.setattr(doctor, "PORTS", {"MLflow": port})
         assert findings()[f"Port {port}"].value == "MLflow's: taken"
 
 

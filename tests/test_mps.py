@@ -43,14 +43,13 @@ def executable(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_cells_that_share_a_card_have_a_daemon_in_a_folder_of_its_own_which_ends_with_them(calls):
-    said: list[str] = []
-    with mps.shared(TWO, said.append) as variables:
+def test_cells_that_share_a_card_have_a_daemon_in_a_folder_of_its_own_which_ends_with_them(calls, caplog):
+    caplog.set_level("INFO")
+    with mps.shared(TWO) as variables:
         folder = variables["CUDA_MPS_PIPE_DIRECTORY"]
         assert calls.read_text() == f"started in {folder}, log in {folder}\n"
         assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == folder  # so whatever is started here is a client
-        assert len(said) == 1
-        assert "RESGRID_MPS=never" in said[0]
+        assert "RESGRID_MPS=never" in caplog.text
     assert calls.read_text().endswith(f"quit in {folder}\n")
     assert not Path(folder).exists()
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
@@ -93,12 +92,11 @@ def test_it_is_switched_off_by_the_environment(calls, monkeypatch):
         pass
 
 
-def test_a_daemon_that_does_not_start_is_told_and_done_without(calls, monkeypatch, tmp_path):
+def test_a_daemon_that_does_not_start_is_logged_and_done_without(calls, monkeypatch, tmp_path, caplog):
     executable(tmp_path, "#!/bin/sh\necho 'no such device' >&2\nexit 1\n", monkeypatch)
-    said: list[str] = []
-    with mps.shared(TWO, said.append) as variables:
+    with mps.shared(TWO) as variables:
         assert variables == {}
-    assert said == ["MPS does not start, so cells take turns on their card: no such device"]
+    assert caplog.messages == ["MPS does not start, so cells take turns on their card: no such device"]
 
 
 def test_without_mps_a_card_has_one_cell_at_a_time_unless_told(calls, monkeypatch):

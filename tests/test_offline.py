@@ -1,4 +1,4 @@
-"""A machine with torch and five packages more: cells are trained there, packed, and taken in here."""
+"""A machine with torch and five packages more: cells are trained there, copied, and taken in here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from small import Project, digits
 from resgrid import offline
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
-from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 
 CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
@@ -65,12 +64,12 @@ def node(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Node:
 
 
 @pytest.fixture(scope="module")
-def packed(node: Node) -> list[Path]:
-    """Both cells, trained on the machine side by side."""
-    code, out, err = node.run("train-list", *CELLS, "--slots", "2", "--pack", "out/results")
+def trained(node: Node) -> Path:
+    """The machine's folder: both cells, trained side by side."""
+    code, out, err = node.run("train", *CELLS, "--slots", "2")
     assert code == 0, out + err
     assert out.splitlines()[-1] == "2 of 2 cells are trained."
-    return sorted((node.folder / "out").iterdir())
+    return node.folder
 
 
 def test_the_machine_has_no_mlflow_no_dvc_no_prefect_and_no_second_torch(node):
@@ -81,24 +80,28 @@ def test_the_machine_has_no_mlflow_no_dvc_no_prefect_and_no_second_torch(node):
     assert (node.folder / "packages/torch").is_symlink()
 
 
-def test_a_training_says_in_one_line_that_it_is_not_logged(node, packed):
+def test_a_training_says_in_one_line_that_it_is_not_logged(node, trained):
     log = (node.folder / ".resgrid/logs/train@resnet20-sgd-0.log").read_text()
     assert log.count("resgrid: resnet20-sgd-0 is not logged while it trains: mlflow is not installed\n") == 1
     assert "Traceback" not in log
 
 
-def test_results_are_taken_in_and_dvc_has_nothing_to_train(project, packed, tmp_path):
+@pytest.mark.parametrize("inside", ["", "runs"])
+def test_results_in_a_copied_project_or_its_runs_are_taken_in_and_dvc_has_nothing_to_train(
+    inside, project, trained, tmp_path
+):
     here = project.copy(tmp_path / "here")
-    done = here.run("resgrid", "take-in", *map(str, packed))
+    copied = shutil.copytree(trained, tmp_path / "copied", ignore=shutil.ignore_patterns("packages"))
+    done = here.run("resgrid", "take-in", str(copied / inside))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Recorded in dvc.lock: resnet20-adam-0, resnet20-sgd-0.\n`resgrid sync`")
     assert not here.stale() & {f"train@{cell}" for cell in CELLS}
 
 
-def test_a_result_of_other_params_is_refused_and_nothing_is_touched(project, packed, tmp_path):
+def test_a_result_of_other_params_is_refused_and_nothing_is_touched(project, trained, tmp_path):
     here = project.copy(tmp_path / "here")
     here.set("recipes.resnet20.epochs=7")
-    done = here.run("resgrid", "take-in", *map(str, packed))
+    done = here.run("resgrid", "take-in", str(trained))
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"resgrid: refused: {cell}: trained with epochs 1 → 7 (params.yaml now)" for cell in sorted(CELLS)
@@ -112,10 +115,10 @@ def test_a_result_of_other_params_is_refused_and_nothing_is_touched(project, pac
     [
         ("data_digest", "trained on other data than sha256:"),
         ("code_digest", "trained by other code in models/, training/ or data/batches.py"),
-        ("weights_sha256", "its weights are damaged: bring the pack once more"),
+        ("weights_sha256", "its weights are damaged: copy the folder once more"),
     ],
 )
-def test_a_result_of_other_data_or_code_and_a_damaged_one_are_refused(key, why, node, packed, tmp_path):
+def test_a_result_of_other_data_or_code_and_a_damaged_one_are_refused(key, why, node, trained, tmp_path):
     cell = find_cell(load_params(node.folder / "params.yaml"), CELLS[0])
     digest = load_meta(node.folder / "data/processed").digest
     run = shutil.copytree(node.folder / "runs" / cell.id, tmp_path / cell.id)
@@ -124,26 +127,24 @@ def test_a_result_of_other_data_or_code_and_a_damaged_one_are_refused(key, why, 
     (run / "run.json").write_text(json.dumps(record | {key: "sha256:0"}))
     assert str(offline.refusal(run, cell, digest)).startswith(why)
     (run / "history.csv").unlink()
-    assert offline.refusal(run, cell, digest) == "its history.csv is missing: bring all parts of the pack"
+    assert offline.refusal(run, cell, digest) == "its history.csv is missing: copy the folder once more"
 
 
-def test_a_training_that_is_cut_off_travels_as_its_checkpoint_and_goes_on_elsewhere(
-    project, node, packed, tmp_path
-):
+def test_a_training_that_is_interrupted_travels_as_its_checkpoint_and_goes_on_elsewhere(project, tmp_path):
     long = project.copy(tmp_path / "long")
     long.set("recipes.resnet20.epochs=1000")
     there = Node(long, tmp_path / "there")
-    process = there.resgrid("train-list", "resnet20-sgd-0", "--pack", "results")
+    process = there.resgrid("train", "resnet20-sgd-*")
     kept = there.folder / ".resgrid/checkpoints"
     deadline = time.monotonic() + 300
     while not list(kept.glob("*.1")) and time.monotonic() < deadline:  # two epochs
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert "resnet20-sgd-0: cut off" in out, out + err
-    done = long.run("resgrid", "take-in", *map(str, there.folder.glob("results.*")))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "resnet20-sgd-0: its checkpoint, from which the same training goes on\n"
+    assert "resnet20-sgd-0: interrupted" in err, out + err
+    for said in ("resnet20-sgd-0: its checkpoint, from which the same training goes on\n", ""):
+        done = long.run("resgrid", "take-in", str(there.folder))  # the second time it is here already
+        assert (done.returncode, done.stderr) == (0, said)
     training = subprocess.Popen(
         [str(Path(sys.executable).with_name("resgrid")), "train", "resnet20-sgd-0"],
         cwd=long.root, env=os.environ | {"RESGRID_THREADS": "1", "RESGRID_DEVICE": "cpu"}, stderr=subprocess.PIPE, text=True,
@@ -159,11 +160,31 @@ def test_a_training_that_is_cut_off_travels_as_its_checkpoint_and_goes_on_elsewh
     assert "goes on after epoch" in said[-1], said
 
 
-def test_at_the_time_limit_what_runs_is_ended(node, packed):
-    code, out, err = node.run("train-list", "*-adam-*", "--time-limit", "0.5")
+def test_at_the_time_limit_what_runs_is_ended(node, trained):
+    code, out, err = node.run("train", "*-adam-*", "--hours", "0.0002")
     assert code == 1, err
-    assert "resnet20-adam-0: cut off; the same command goes on from its last checkpoint" in out
+    assert "resnet20-adam-0: interrupted; the same command goes on from its last checkpoint" in err
     assert out.splitlines()[-1] == "0 of 1 cells are trained."
+
+
+def test_a_cell_that_cannot_be_trained_is_reported_with_its_reason_and_the_others_go_on(node, trained):
+    meta = node.folder / "data/processed/meta.json"
+    content = meta.read_text()
+    meta.write_text("{")
+    try:
+        code, out, err = node.run("train", *CELLS, "--slots", "2")
+    finally:
+        meta.write_text(content)
+    assert code == 1
+    assert err.count("failed: ") == 2
+    assert str(Path("data/processed/meta.json")) in err
+    assert out.splitlines()[-1] == "0 of 2 cells are trained."
+
+
+def test_a_folder_without_results_is_refused(project, tmp_path):
+    done = project.run("resgrid", "take-in", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"resgrid: {tmp_path}: holds no results")
 
 
 def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
@@ -172,23 +193,6 @@ def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node
 
 
 def test_a_pattern_that_matches_no_cell_is_refused(node):
-    code, _, err = node.run("train-list", "resnet21-*")
+    code, _, err = node.run("train", "resnet21-*")
     assert code == 1
     assert err.startswith("resgrid: no cell is called 'resnet21-*'")
-
-
-def test_a_pack_is_cut_into_parts_and_a_lacking_one_is_noticed(node, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "PART_BYTES", 300_000)
-    monkeypatch.chdir(node.folder)
-    cell = find_cell(load_params(), CELLS[0])
-    parts = offline.write_pack(tmp_path / "p", [cell], node.folder)
-    assert [part.name for part in parts] == [f"p.{number:03}" for number in range(len(parts))]
-    assert len(parts) > 2
-    assert max(part.stat().st_size for part in parts) == 300_000
-    offline._unpack(parts, tmp_path / "out")
-    for path in (node.folder / "runs" / cell.id).iterdir():
-        assert (tmp_path / "out/runs" / cell.id / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(ResgridError, match="damaged or lacks a part"):
-        offline._unpack(parts[:-1], tmp_path / "less")
-    again = offline.write_pack(tmp_path / "p", [], node.folder)  # smaller: the surplus goes
-    assert sorted(tmp_path.glob("p.*")) == again

@@ -28,7 +28,7 @@ from resgrid import tracking
 from resgrid.errors import ResgridError
 from tasks import services
 from tasks.prefect_plugin import DEPLOYMENTS, _complete
-from tasks.worker import _make_queues
+from tasks.server import prefect_client
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 240  # 15 on two idle cores
@@ -37,7 +37,9 @@ UP = """
 import sys
 from pathlib import Path
 from resgrid.errors import ResgridError
+from resgrid.progress import show_messages
 from tasks.services import up
+show_messages()
 try:
     sys.exit(up(Path.cwd(), prefect_port=int(sys.argv[1]), mlflow_port=int(sys.argv[2])))
 except ResgridError as error:
@@ -293,7 +295,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_crashed(restarted):
     assert "Ending what an earlier start left running: prefect, worker\n" in restarted.said
-    assert "1 flow run of an earlier time had no end: now recorded as crashed" in restarted.said
+    assert "Flow runs of an earlier time that had no end, now recorded as crashed: 1" in restarted.said
     assert not restarted.child.is_running()
     assert restarted.states() == {("CRASHED", "The services ended while it ran.")}
 
@@ -346,8 +348,11 @@ def test_a_server_that_wants_a_password_says_so_at_once():
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         began = time.monotonic()
-        with pytest.raises(ResgridError, match=r"401.* Set PREFECT_API_AUTH_STRING"):
-            _make_queues("pool", [], {"PREFECT_API_URL": f"{address}/api"})
+        with (
+            pytest.raises(ResgridError, match=r"401.* set PREFECT_API_AUTH_STRING"),
+            prefect_client(f"{address}/api"),
+        ):
+            pass
         assert time.monotonic() - began < 5
         server.shutdown()
 
@@ -355,7 +360,7 @@ def test_a_server_that_wants_a_password_says_so_at_once():
 def test_no_proxy_keeps_what_it_has_in_either_spelling(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "one.example, both.example")
     monkeypatch.setenv("no_proxy", "two.example,both.example")
-    environment = services._environment(tmp_path, "http://127.0.0.1:1")
+    environment = services._local_environment(tmp_path, "http://127.0.0.1:1")
     expected = "one.example,both.example,two.example,127.0.0.1,localhost"
     assert environment["NO_PROXY"] == environment["no_proxy"] == expected
 

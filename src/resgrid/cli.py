@@ -9,7 +9,6 @@ import argparse
 import errno
 import importlib.util
 import io
-import math
 import os
 import signal
 import sys
@@ -149,33 +148,26 @@ def _parser() -> _Root:
     command(
         "preprocess", stages.preprocess, "Make one compact file a split from the raw images (a DVC stage)"
     )
-    sub = command("train", stages.train, "Train one cell (a DVC stage)")
-    sub.add_argument("cell", help="a cell's id, such as resnet20-adam-0; `resgrid cells` lists them")
+    sub = command("train", stages.train, "Train one cell (a DVC stage), or several side by side")
+    sub.add_argument(
+        "cells",
+        nargs="+",
+        metavar="CELL",
+        help="ids, such as resnet20-adam-0, or patterns such as 'resnet20-*', in order; "
+        "`resgrid cells` lists them",
+    )
+    sub.add_argument("--slots", type=_count, help="cells at once (default: 1)")
+    sub.add_argument(
+        "--hours", type=float, help="then what runs is ended, to go on later (default: until all are done)"
+    )
     sub.add_argument(
         "--afresh",
         action="store_true",
         help="anew from the first epoch, though an earlier start was cut off",
     )
     _device_option(sub)
-    sub = command(
-        "train-list", stages.train_list, "Train cells side by side where there is torch and little else"
-    )
-    sub.add_argument(
-        "cells", nargs="+", metavar="CELL", help="ids or patterns such as 'resnet20-*', in order"
-    )
-    sub.add_argument("--slots", type=_count, default=1, help="cells at once (default: %(default)s)")
-    sub.add_argument(
-        "--time-limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="then what runs is ended, to go on later",
-    )
-    sub.add_argument(
-        "--pack", type=Path, metavar="FILE", help="write what comes of it to FILE.000, FILE.001 …"
-    )
-    sub = command("take-in", stages.take_in, "Take results of `resgrid train-list --pack` into this pipeline")
-    sub.add_argument("parts", nargs="+", type=Path, metavar="FILE", help="all parts: FILE.000, FILE.001 …")
+    sub = command("take-in", stages.take_in, "Take results from a copied project into this pipeline")
+    sub.add_argument("folder", type=Path, help="the copied project's folder, or its runs/")
     sub = command(
         "evaluate", stages.evaluate, "Score every trained cell afresh and compare them (a DVC stage)"
     )
@@ -208,23 +200,13 @@ def _parser() -> _Root:
     sub.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C leaves it")
     json_flag(sub)
     sub = command("up", grid.up, "Start Prefect, MLflow and a worker on this machine; Ctrl-C ends them")
-    for service, port in (("prefect", "4200"), ("mlflow", "5000")):
-        variable = f"RESGRID_{service.upper()}_PORT"
+    for service, port in (("prefect", 4200), ("mlflow", 5000)):
         sub.add_argument(
             f"--{service}-port",
             type=int,
-            default=os.environ.get(variable, port),
-            help=f"on 127.0.0.1; the next free one if it is taken (default: ${variable}, else {port})",
+            default=port,
+            help="on 127.0.0.1; the next free one if it is taken (default: %(default)s)",
         )
-
-    sub = command("notify", grid.notify, "Be told when a grid has ended or a cell has failed")
-    sub.add_argument(
-        "url",
-        nargs="?",
-        help="a webhook (Slack, Discord, any that takes JSON), or an address as Apprise writes it, such as "
-        "mailtos://user:password@gmail.com",
-    )
-    sub.add_argument("--remove", action="store_true", help="be told no more")
 
     sub = command("worker", grid.worker, "Train cells of a work pool on this machine; Ctrl-C ends it")
     sub.add_argument(

@@ -23,7 +23,7 @@ from resgrid.project import available_memory, git_state, num_cores, project_root
 
 PYTHON = ((3, 11), (3, 15))  # from, and below which
 DISK_BYTES = 10e9  # the environment takes 7 GB, the grid on CIFAR-10 about 3
-PORTS = {"Prefect": ("RESGRID_PREFECT_PORT", 4200), "MLflow": ("RESGRID_MLFLOW_PORT", 5000)}
+PORTS = {"Prefect": 4200, "MLflow": 5000}  # of `make up`, unless it is given others
 PACKAGES = ("torch", "torchvision", "dvc", "prefect", "mlflow")
 SETTINGS = re.compile(r"RESGRID_|MLFLOW_TRACKING_URI$|PREFECT_API_URL$|(https?|no|all)_proxy$", re.IGNORECASE)
 CHECKOUT = Path(__file__).parents[2]
@@ -122,9 +122,8 @@ def _devices() -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[Finding]:
-    for service, (variable, default) in PORTS.items():
-        port = os.environ.get(variable, default)
-        free = not _answers("127.0.0.1", int(port))
+    for service, port in PORTS.items():
+        free = not _answers("127.0.0.1", port)
         value = f"{service}'s: {'free' if free else 'taken'}"
         yield _check(
             free, f"Port {port}", value, "by `make up`, if it runs; otherwise that takes the next free one"

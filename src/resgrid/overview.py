@@ -13,8 +13,6 @@ COMMANDS = {
     "While it runs": {
         "up": "resgrid up --prefect-port 4300 --mlflow-port 5100",
         "status": "resgrid status --watch --pipeline examples/digits",
-        "notify": "resgrid notify https://hooks.slack.com/services/T000/B000/XXXX\n"
-        "resgrid notify 'mailtos://me:app-password@gmail.com'\nresgrid notify --remove",
         "worker": "resgrid worker --pool pool --slots 4",
     },
     "Results": {
@@ -34,12 +32,11 @@ COMMANDS = {
     "Stages, which `dvc repro` runs": {
         "download": "resgrid download",
         "preprocess": "resgrid preprocess",
-        "train": "resgrid train resnet20-sgd-0 --afresh",
+        "train": "resgrid train resnet20-sgd-0 --afresh\nresgrid train 'resnet20-*' --slots 6 --hours 8",
         "evaluate": "resgrid evaluate",
     },
     "On a machine with torch alone": {
-        "train-list": "resgrid train-list 'resnet20-*' --slots 6 --time-limit 540 --pack out/results",
-        "take-in": "resgrid take-in out/results.000 out/results.001",
+        "take-in": "resgrid take-in ~/from-the-cluster/resgrid",
     },
 }
 EXAMPLES = {name: example for group in COMMANDS.values() for name, example in group.items()}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from resgrid.errors import ResgridError
@@ -47,6 +48,30 @@ def watch(watched: str | None = None, poll_seconds: float = 1.0, grace_seconds: 
         alive(watched)  # refuses a malformed value here, where somebody sees it
         settings = (watched, poll_seconds, grace_seconds)
         threading.Thread(target=_wait, args=settings, name="watch", daemon=True).start()
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that signals set: SIGINT even where it was ignored, SIGHUP only where it was not (`nohup`).
+
+    A process that a shell starts with `&` has SIGINT ignored, and hands that on to those that it starts.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: stop.set())
+    return stop
+
+
+def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """End a process with all of its group: SIGTERM, and SIGKILL `grace_seconds` later."""
+    # PermissionError: macOS's answer for a group of zombies.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace_seconds)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _wait(watched: str, poll_seconds: float, grace_seconds: float) -> None:

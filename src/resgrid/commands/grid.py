@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +124,7 @@ def gc(options: argparse.Namespace) -> None:
     found = leftovers.find_leftovers(root, pipeline, expand(params), digest, cache)
     if not options.dry_run:
         leftovers.delete(each.path for each in found)
+    queues = _former_queues(root, options.dry_run)
     taken = leftovers.usage(root, pipeline, cache)
     if options.json:
         content = {
@@ -129,12 +132,15 @@ def gc(options: argparse.Namespace) -> None:
             "leftovers": [
                 {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
             ],
+            "queues": queues,
             "bytes": taken,
         }
         print(json.dumps(content, indent=2))
         return
     for each in found:
         print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
+    for queue in queues:
+        print(f"{'':9}  Prefect's queue {queue}: of a former checkout, empty, and no worker asks it")
     total = amount(sum(each.num_bytes for each in found), "B")
     print(
         f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
@@ -142,6 +148,23 @@ def gc(options: argparse.Namespace) -> None:
     for place, num_bytes in taken.items():
         print(f"{amount(num_bytes, 'B'):>9}  {place}")
     print("`dvc gc --workspace` empties DVC's cache of what no current result is made of.")
+
+
+def _former_queues(root: Path, dry_run: bool) -> list[str]:
+    """Delete empty queues of former checkouts where a Prefect server is named or runs; return their names."""
+    from tasks.services import running
+
+    services = running(root)
+    url = os.environ.get("PREFECT_API_URL") or (f"{services.prefect}/api" if services else "")
+    if not url:
+        return []
+    from resgrid.dvc.pipeline import Pipeline
+    from tasks.server import delete_former_queues, prefect_client
+    from tasks.spec import checkout
+
+    with suppress(ResgridError), prefect_client(url) as client:  # no server answers, or files are changed
+        return delete_former_queues(client, checkout(Pipeline.find(Path()))[1], dry_run)
+    return []
 
 
 def ui(options: argparse.Namespace) -> None:
@@ -188,14 +211,6 @@ def up(options: argparse.Namespace) -> int:
     from tasks.services import up
 
     return up(Path.cwd(), prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
-
-
-def notify(options: argparse.Namespace) -> None:
-    from tasks.notify import notify, remove
-
-    if bool(options.url) == options.remove:
-        raise ResgridError("notify: give either an address to send to, or --remove.")
-    print(remove(Path.cwd()) if options.remove else notify(Path.cwd(), options.url))
 
 
 def worker(options: argparse.Namespace) -> int:

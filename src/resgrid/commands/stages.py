@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -64,13 +65,21 @@ def preprocess(options: argparse.Namespace) -> None:
         announce(params, meta.num_images["train"])
 
 
+def train(options: argparse.Namespace) -> int | None:
+    is_one = len(options.cells) == 1 and not any(mark in options.cells[0] for mark in "*?[")
+    if not is_one or options.slots or options.hours is not None:
+        return _train_side_by_side(options)
+    _train_one(options)
+    return None
+
+
 @recorded()
-def train(options: argparse.Namespace) -> None:
+def _train_one(options: argparse.Namespace) -> None:
     _refuse_if_recording()
     from resgrid import provenance
 
     params = load_params()
-    cell = find_cell(params, options.cell)
+    cell = find_cell(params, options.cells[0])
     provenance.check_lock(Path())
     provenance.check_code(Path())
 
@@ -151,25 +160,31 @@ def _is_busy() -> bool:
     return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * cores  # one training is 1.0
 
 
-def train_list(options: argparse.Namespace) -> int:
+def _train_side_by_side(options: argparse.Namespace) -> int:
     from resgrid.grid import choose
-    from resgrid.offline import train_list
-    from resgrid.tracking import project_root
+    from resgrid.offline import train_side_by_side
+    from resgrid.project import project_root
 
     cells = choose(load_params(), options.cells)
-    missing = train_list(cells, project_root(), options.slots, options.time_limit, options.pack)
+    seconds = math.inf if options.hours is None else 3600 * options.hours
+    passed_on = ["--afresh"] if options.afresh else []
+    passed_on += ["--device", options.device] if options.device else []
+    missing = train_side_by_side(cells, project_root(), options.slots or 1, seconds, passed_on)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are trained.")
     return 1 if missing else 0
 
 
 def take_in(options: argparse.Namespace) -> int:
     from resgrid.data.dataset import load_meta
+    from resgrid.dvc.pipeline import dvc
     from resgrid.offline import take_in
-    from resgrid.tracking import project_root
+    from resgrid.project import project_root
 
-    taken, refused = take_in(options.parts, load_params(), load_meta(PROCESSED).digest, project_root())
+    digest = load_meta(PROCESSED).digest
+    taken, refused = take_in(options.folder.resolve(), load_params(), digest, project_root())
     if taken:
-        print(f"Recorded in dvc.lock: {', '.join(taken)}.")
+        dvc(Path(), "commit", "--force", *(cell.stage for cell in taken))
+        print(f"Recorded in dvc.lock: {', '.join(cell.id for cell in taken)}.")
         print("`resgrid sync` gives them their runs in MLflow, `dvc repro -s evaluate` compares them.")
     for line in refused:
         print(f"resgrid: refused: {line}", file=sys.stderr)
