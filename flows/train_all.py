@@ -44,7 +44,7 @@ def train_all(
             for cell in queue:
                 grid.submit(cell, free.get(), then=free.put)
             grid.wait()
-        for cell in grid.crowded:  # too little memory beside others
+        for cell in grid.oom_cells:  # too little memory beside others
             grid.run(cell, grid.slots[0])
         grid.run(EVALUATE)  # what there is, whether or not cells failed
         sync(grid, return_state=True)  # after it, for the comparison goes to MLflow as well

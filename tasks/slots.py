@@ -14,16 +14,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from resgrid import mps
 from resgrid.errors import ResgridError
+from resgrid.project import available_memory, num_cores
 
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container, as Docker and Kubernetes set it
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
@@ -92,7 +88,7 @@ def share(
         return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
     if slots is None:
         # Metal's one queue gains little from sharing, and its memory is the machine's.
-        room = 1 if _on_metal() else psutil.virtual_memory().available // CPU_BYTES
+        room = 1 if _on_metal() else (available_memory() or CPU_BYTES * cores) // CPU_BYTES
         slots = max(1, min(cores, num_cells, room))
     return [Slot(f"cpu {i + 1}/{slots}", max(1, cores // slots)) for i in range(slots)]
 
@@ -124,18 +120,6 @@ def _on_cards(
     return [
         Slot(f"cuda:{name} {turn + 1}/{sharing[name]}", threads, name, sharing[name]) for turn, name in turns
     ]
-
-
-def num_cores() -> int:
-    """Cores that this process may use; torch, too, takes one thread a physical core.
-
-    In a container that is as many as its limit of CPU time is worth, for threads beyond it only wait.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no Linux, or no limit, which reads `max 100000`
-        microseconds, period = CPU_LIMIT.read_text().split()
-        allowed = min(allowed, int(microseconds) // int(period))
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def cards() -> list[Card]:

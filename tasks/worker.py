@@ -107,7 +107,7 @@ def _train(cell: str, pipeline: Pipeline, spec: RunSpec, slot: Slot) -> None:
     if (data := recorded_data(pipeline)) != spec.data:
         raise Mismatch(f"the data here are {data}, the grid's {spec.data}")
     env = {**flow_environment(), **slot.env}
-    reproduce(pipeline, stage, env, pull=True, stop=stop, slot=slot.name)
+    reproduce(pipeline, stage, env, pull=True, stop=stop)
     _compare(pipeline, spec)  # or a result of other code would go out
     # All outputs that are recorded here before the run cache, of which DVC pushes all: an entry whose
     # outputs are not there would be in the way of another worker's.

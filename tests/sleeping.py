@@ -60,8 +60,7 @@ set -e
 fault=null
 leave() {
   mkdir -p .resgrid/state
-  printf '{"stage": "%s", "by": "%s", "started": %s, "ended": %s, "status": "%s", "fault": %s, "why": "%s",
-    "slot": "%s"}' "$DVC_STAGE" "$by" "$started" "$1" "$2" "$fault" "$why" "$RESGRID_SLOT" > .resgrid/state/$$
+  printf '{"stage": "%s", "by": "%s", "started": %s, "ended": %s, "status": "%s", "fault": %s, "why": "%s"}' "$DVC_STAGE" "$by" "$started" "$1" "$2" "$fault" "$why" > .resgrid/state/$$
   mv .resgrid/state/$$ ".resgrid/state/$DVC_STAGE.json"
 }
 ended() {

@@ -104,6 +104,40 @@ def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(
     assert len(project.runs()) == runs
 
 
+def test_in_a_shallow_clone_an_experiment_trains_nothing_and_says_what_to_do(
+    project: Project, tmp_path: Path
+) -> None:
+    """DVC would train it, end with 0, and record nothing."""
+    clone = Project(tmp_path / "clone")
+    done = project.run("git", "clone", "-q", "--depth", "1", f"file://{project.root}", str(clone.root))
+    assert done.returncode == 0, done.stderr
+    (clone.root / ".dvc/config.local").write_text(f"[cache]\n    dir = {project.root}/.dvc/cache\n")
+    assert clone.run("dvc", "checkout").returncode == 0
+    for command in (["git", "config", "user.name", "t"], ["git", "config", "user.email", "t@t.invalid"]):
+        assert clone.run(*command).returncode == 0
+    done = clone.run("dvc", "exp", "run", "--temp", "-S", "tuning.resnet20.sgd.lr=0.02", STAGE)
+    assert done.returncode != 0
+    assert "git fetch --unshallow" in done.stdout + done.stderr
+    assert not (clone.root / "mlflow.db").exists()  # nothing began to train
+
+
+def test_a_folder_of_results_that_is_a_link_is_refused_before_anything_trains(
+    project: Project, tmp_path: Path
+) -> None:
+    """DVC would refuse its outputs after the training."""
+    (project.root / "runs").rename(tmp_path / "other disk")
+    (project.root / "runs").symlink_to(tmp_path / "other disk")
+    project.set("tuning.resnet20.sgd.lr=0.02")
+    trained = (tmp_path / "other disk" / CELL / "run.json").read_text()
+    for command in (["dvc", "repro", "--single-item", STAGE], ["resgrid", "plan"]):
+        done = project.run(*command)
+        assert done.returncode != 0
+        assert "runs: is a link to" in done.stdout + done.stderr
+        assert "cache.type symlink" in done.stdout + done.stderr
+    record = tmp_path / "other disk" / CELL / "run.json"
+    assert not record.exists() or record.read_text() == trained
+
+
 @pytest.mark.long
 def test_queued_experiments_are_kept_apart_and_none_runs_other_code_than_dvc_records(
     project: Project,

@@ -97,7 +97,7 @@ def rwlock(repository: Sleeping) -> dict:
 def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale, caplog):
     pipeline = Pipeline.find(stale.root)
     caplog.set_level(logging.INFO, "resgrid")
-    first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"}, slot="cpu 1/2")
+    first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"})
     assert (first.ran, stale.trained()) == (True, [CELL])
     assert (stale.root / "trained").read_text().split()[2] == "3"
     assert caplog.messages == [f"Running stage '{STAGE}':", f"> sh work.sh {CELL} runs/{CELL}", f"{CELL} begins",

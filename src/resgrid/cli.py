@@ -175,10 +175,6 @@ def _parser() -> _Root:
 
     sub = command("compare", grid.compare, "Show the comparison that `evaluate` made")
     json_flag(sub)
-    sub = command("cost", grid.cost, "Estimate how long the grid would take on this machine")
-    sub.add_argument("--images", type=_count, help="training images (those of the data unless given)")
-    json_flag(sub)
-    _device_option(sub)
     sub = command("sync", grid.sync, "Give every current cell its complete run in MLflow")
     json_flag(sub)
     sub = command("gc", grid.gc, "Delete what interrupted and former work has left; tell what the rest takes")
@@ -187,15 +183,16 @@ def _parser() -> _Root:
     sub = command("ui", grid.ui, "Open MLflow's pages on the pipeline's store (syncs first)")
     sub.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
 
-    sub = command(
-        "plan", grid.plan, "Say what would run and why, how long it should take, and the disk it needs"
-    )
+    sub = command("plan", grid.plan, "Say what would run and why, and how long it should take")
     sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
     sub.add_argument(
         "--slots", type=_count, help="cells at once (default: as many as the machine is good for)"
     )
+    sub.add_argument(
+        "--measure", action="store_true", help="time a training step of each architecture that would train"
+    )
     json_flag(sub)
-    sub = command("status", grid.status, "Show a running grid; --watch: with curves, until it ends")
+    sub = command("status", grid.status, "Show the state of every cell; --watch: until what runs has ended")
     sub.add_argument("--pipeline", type=Path, default=Path(), help="its folder (default: this one)")
     sub.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C leaves it")
     json_flag(sub)

@@ -1,37 +1,103 @@
-"""How long a grid will take on this machine: from a training step of each architecture, timed now."""
+"""How long cells take on this machine: by what others took here before, or by training steps timed now.
+
+The only estimate of time: `resgrid plan`, `resgrid status`, train-all's progress and what is said before a
+download all come from here.
+"""
 
 from __future__ import annotations
 
-import sys
+import json
+import logging
 import time
-from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-
-import torch
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from resgrid import mps
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
-from resgrid.models import build_model
 from resgrid.progress import duration
-from resgrid.training.device import choose_device, choose_execution
-from resgrid.training.engine import Totals, make_step
-from resgrid.training.optimizers import build_optimizer
 
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+# GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
+# They put the architectures in order, and carry a measured speed over to one that has not been measured; one
+# that is not here comes first, and its time is unknown until a cell of it has been trained.
+GFLOP = {
+    "resnet20": 0.24, "resnet32": 0.41, "resnet44": 0.58, "resnet56": 0.75, "resnet110": 1.52,
+    "resnet10": 1.52, "resnet18": 3.33, "resnet26": 5.14,
+    "vgg16": 1.88, "resnet20v1": 0.24,
+}  # fmt: skip
+# Images/s grow with the threads to this power: 1,572 with two against 958.5 with one (ResNet-20).
+THREADS_POWER = 0.71
 TIMED_BATCH = 32  # images: enough for a figure within a third or so, and a second at most a step on a laptop
 
 
-def estimate(params: Params, num_train: int, device: torch.device) -> dict[str, float]:
-    """Seconds of training for each cell of `params` with `num_train` images, without scoring and start-up."""
-    per_image: dict[str, float] = {}
+def timings(cells: Iterable[Cell], pipeline: Path) -> list[tuple[Cell, dict[str, Any]]]:
+    """The timing.json of each cell that has one, of whatever training."""
+    found = []
+    for cell in cells:
+        with suppress(OSError, ValueError):
+            timing = json.loads((pipeline / "runs" / cell.id / "timing.json").read_text(encoding="utf-8"))
+            if isinstance(timing, dict) and timing.get("images_per_second"):
+                found.append((cell, timing))
+    return found
+
+
+def recorded_speeds(
+    cells: Iterable[Cell], pipeline: Path, threads: int, sharing: int | None
+) -> dict[str, float]:
+    """Images/s by architecture, by the timing of earlier trainings here on such a device.
+
+    With so many threads on a CPU, where `sharing` is None, or with so many cells that share a card.
+    """
+    speeds: dict[str, list[float]] = {}
+    for cell, timing in timings(cells, pipeline):
+        if (timing["device"] == "cuda") != (sharing is not None):
+            continue  # a card says nothing of a CPU
+        if sharing:
+            before = timing.get("sharing") or 1
+            scale = mps.gain(sharing) / sharing / (mps.gain(before) / before)
+        else:
+            scale = (threads / timing["threads"]) ** THREADS_POWER
+        speeds.setdefault(cell.architecture, []).append(timing["images_per_second"] * scale)
+    return {name: median(each) for name, each in speeds.items()}
+
+
+def measured_speeds(cells: Iterable[Cell], device: torch.device) -> dict[str, float]:
+    """Images/s by architecture, by a training step of each on `device` as it is now."""
+    first = {cell.architecture: cell for cell in reversed(list(cells))}
+    return {name: 1 / seconds_per_image(cell, device) for name, cell in first.items()}
+
+
+def estimate_durations(
+    cells: Iterable[Cell], num_images: int | None, speeds: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds of training with `num_images` images for each cell of which anything is known, by its id.
+
+    At the speed of its architecture, else at the GFLOP/s of the others.
+    """
+    known = [GFLOP[name] * speed for name, speed in speeds.items() if name in GFLOP]
     seconds = {}
-    for cell in expand(params):
-        if cell.architecture not in per_image:
-            per_image[cell.architecture] = seconds_per_image(cell, device)
-        seconds[cell.id] = per_image[cell.architecture] * num_train * cell.recipe.epochs
+    for cell in cells if num_images else ():
+        speed = speeds.get(cell.architecture)
+        if speed is None and known and cell.architecture in GFLOP:
+            speed = median(known) / GFLOP[cell.architecture]
+        if speed:
+            seconds[cell.id] = cell.recipe.epochs * (num_images or 0) / speed
     return seconds
+
+
+def work(cell: Cell) -> float:
+    """GFLOP an image x epochs, by which cells are put in order while their times are unknown."""
+    return GFLOP.get(cell.architecture, max(GFLOP.values())) * cell.recipe.epochs
 
 
 def seconds_per_image(cell: Cell, device: torch.device) -> float:
@@ -39,6 +105,13 @@ def seconds_per_image(cell: Cell, device: torch.device) -> float:
 
     On a GPU with the recipe's batch: a step of a few images takes as long there as one of many.
     """
+    import torch
+
+    from resgrid.models import build_model
+    from resgrid.training.device import choose_execution
+    from resgrid.training.engine import Totals, make_step
+    from resgrid.training.optimizers import build_optimizer
+
     model = build_model(cell.architecture, 10, cell.recipe.dropout).train()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = cell.recipe.batch_size if device.type == "cuda" else min(cell.recipe.batch_size, TIMED_BATCH)
@@ -60,31 +133,27 @@ def seconds_per_image(cell: Cell, device: torch.device) -> float:
 
 
 def announce(params: Params, num_train: int) -> None:
-    """Say on a machine without a GPU, before anything costly runs, what the grid would take."""
+    """Log on a machine without a GPU, before anything costly runs, what the grid would take."""
+    from resgrid.training.device import choose_device
+
     device = choose_device()
     with suppress(ResgridError):  # a precision that this CPU has not: the cells are for another machine
-        if device.type != "cpu":
-            return
-        print(sentence(estimate(params, num_train, device), device), file=sys.stderr, flush=True)
+        if device.type == "cpu":
+            cells = expand(params)
+            seconds = estimate_durations(cells, num_train, measured_speeds(cells, device))
+            log.info("%s", sentence(cells, seconds))
 
 
-def sentence(seconds: dict[str, float], device: torch.device) -> str:
-    """The estimate as one would say it, and what to do where it is long."""
+def sentence(cells: Sequence[Cell], seconds: Mapping[str, float]) -> str:
+    """The time of cells on this CPU as one would say it, and what to do where it is long."""
     total = sum(seconds.values())
-    threads = torch.get_num_threads()
-    where = f"CPU ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else "GPU"
-    text = f"The {len(seconds)} cells of this grid take about {duration(total)} of training on this {where}"
-    text += ", one after another"
-    if device.type == "cuda" and len(seconds) > 1 and mps.available():
-        at_once = min(len(seconds), mps.MAX_SHARING)
-        text += f"; {at_once} at a time under MPS, about {duration(total / mps.gain(at_once))}"
-    text += "; starting, scoring and comparing come on top." if total < 3600 else "."
+    text = f"The {len(cells)} cells of this grid take about {duration(total)} of training on this CPU, one "
+    text += "after another" + ("; starting, scoring and comparing come on top." if total < 3600 else ".")
     if total > 24 * 3600:
-        quickest = min(seconds, key=lambda cell: seconds[cell])
-        longest, _ = Counter(seconds).most_common(1)[0]
+        quickest, *_, longest = sorted(cells, key=lambda cell: seconds[cell.id])
         text += (
-            f"\nThat is from {duration(seconds[quickest])} ({quickest}) to {duration(seconds[longest])} "
-            f"({longest}) a cell. For a smaller grid, shorten the lists under `grid` in params.yaml, or its "
-            f"`epochs`; for one cell: dvc repro train@{quickest}."
+            f"\nThat is from {duration(seconds[quickest.id])} ({quickest.id}) to "
+            f"{duration(seconds[longest.id])} ({longest.id}) a cell. For a smaller grid, shorten the lists "
+            f"under `grid` in params.yaml, or its `epochs`; for one cell: dvc repro {quickest.stage}."
         )
     return text

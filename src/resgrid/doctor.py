@@ -118,7 +118,7 @@ def _devices() -> Iterator[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("GPU", "Apple's (mps)")
     else:
-        yield Finding("GPU", "none", "note", "cells train on the CPU: `resgrid cost` says how long")
+        yield Finding("GPU", "none", "note", "cells train on the CPU: `resgrid plan --measure` says how long")
 
 
 def _ports() -> Iterator[Finding]:

@@ -7,7 +7,6 @@ COMMANDS = {
         "cells": "resgrid cells --json",
         "set": "resgrid set tuning.resnet20.sgd.lr=0.05\nresgrid set 'recipes.*.epochs=10' --dry-run",
         "plan": "resgrid plan --pipeline examples/digits",
-        "cost": "resgrid cost --images 50000",
         "doctor": "resgrid doctor --json",
     },
     "While it runs": {

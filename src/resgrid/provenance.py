@@ -97,14 +97,37 @@ def experiment() -> Experiment | None:
     return Experiment(os.environ.get("DVC_EXP_NAME", "experiment"), Path(root).resolve())
 
 
-def check_lock(pipeline: Path) -> None:
-    """Raises ResgridError in an experiment whose commit has no dvc.lock: applied, it would lose the others'.
+def check_links(pipeline: Path) -> None:
+    """Raises ResgridError for a folder of outputs that is a link: in git, DVC records nothing behind it."""
+    folder = pipeline.resolve()
+    links = [folder / name for name in ("data", "runs", "reports") if (folder / name).is_symlink()]
+    if links and any((each / ".git").exists() for each in (folder, *folder.parents)):
+        raise ResgridError(
+            f"{links[0]}: is a link to {links[0].readlink()}, and in a git repository DVC records nothing "
+            "behind a link. Make it a folder, and put DVC's cache on the other disk: `dvc config --local "
+            "cache.dir FOLDER` and `dvc config --local cache.type symlink`."
+        )
 
-    DVC makes the copy from what git knows, and the copy's dvc.lock takes the place of the project's.
+
+def check_lock(pipeline: Path) -> None:
+    """Raises ResgridError in an experiment of which DVC would lose results.
+
+    In a shallow clone it records no experiment, and ends well all the same. It makes the copy from what git
+    knows, and the copy's dvc.lock takes the place of the project's: one whose commit has none would lose the
+    other cells'.
     """
     made = experiment()
     if made is None:
         return
+    shallow = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"],
+        cwd=made.project, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if shallow.stdout.strip() == "true":
+        raise ResgridError(
+            f"{made.project}: a shallow clone, in which DVC records no experiment. `git fetch --unshallow` "
+            "brings the rest of the history; then run the experiment again."
+        )
     found = subprocess.run(
         ["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=pipeline, capture_output=True, check=False
     )

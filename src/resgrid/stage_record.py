@@ -21,7 +21,6 @@ from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
 from resgrid.project import write_whole
 from resgrid.provenance import experiment
 
-SLOT = "RESGRID_SLOT"  # the share of the machine that the command was given, for people to read
 RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
 
 
@@ -69,7 +68,6 @@ class Record:
     status: State = State.RUNNING
     fault: Fault | None = None
     why: str = ""  # for the person who has to put it right
-    slot: str = ""
     last_seconds: float | None = None  # that the latest attempt before this one took which was done
 
     @property
@@ -98,7 +96,8 @@ def read_record(root: Path, pipeline: Path, stage: str) -> Record | None:
     try:
         status = State(_FORMER.get(found["status"], found["status"]))
         fault = Fault(found["fault"]) if found["fault"] else None
-        return Record(**found | {"status": status, "fault": fault})
+        known = {name: value for name, value in found.items() if name in Record.__dataclass_fields__}
+        return Record(**known | {"status": status, "fault": fault})
     except (TypeError, KeyError, ValueError):
         return None
 
@@ -116,7 +115,6 @@ def recorded() -> Iterator[None]:
         stage,
         watch.describe(os.getpid()),
         time.time(),
-        slot=os.environ.get(SLOT, ""),
         last_seconds=before.seconds if before else None,
     )
     with suppress(OSError):  # a disk that is full or cannot be written, which is told elsewhere

@@ -76,21 +76,6 @@ def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
         print("\n" + "\n  ".join(lines))
 
 
-def cost(options: argparse.Namespace) -> None:
-    from resgrid.cost import estimate, sentence
-    from resgrid.data.dataset import load_meta
-    from resgrid.training.device import choose_device
-
-    params = load_params()
-    num_train = options.images or load_meta(PROCESSED).num_images["train"]
-    device = choose_device(options.device)
-    seconds = estimate(params, num_train, device)
-    if options.json:
-        print(json.dumps({"seconds": sum(seconds.values()), "cells": seconds}, indent=2))
-    else:
-        print(sentence(seconds, device))
-
-
 def sync(options: argparse.Namespace) -> int:
     from resgrid import leftovers, tracking
     from resgrid.dvc.lock import refuse_conflict
@@ -178,33 +163,20 @@ def plan(options: argparse.Namespace) -> None:
     from resgrid.dvc.pipeline import Pipeline
     from tasks.plan import make_plan
 
-    plan = make_plan(Pipeline.find(options.pipeline), options.slots)
+    plan = make_plan(Pipeline.find(options.pipeline), options.slots, measure=options.measure)
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
 
 
 def status(options: argparse.Namespace) -> None:
     from resgrid.dvc.pipeline import Pipeline
-    from tasks.publish import results, status
+    from tasks.status import status, watch
 
     pipeline = Pipeline.find(options.pipeline)
     if options.watch:
-        from tasks.live import watch
-
         watch(pipeline)
-        return
-    now = status(pipeline)
-    runs, said = results(pipeline, now)
-    if options.json:
-        told = {run.cell.id: {"status": run.status, "reason": run.reason} for run in runs}
-        print(json.dumps(now.as_dict() | {"results": told}, indent=2))
-        return
-    print(now)
-    if now.running:
-        print("Curves: `resgrid status --watch`")
-    print(said)
-    for run in runs:
-        if run.status in ("stale", "other data"):
-            print(f"  {run.cell.id}: {run.reason}")
+    else:
+        now = status(pipeline)
+        print(json.dumps(now.as_dict(), indent=2) if options.json else now)
 
 
 def up(options: argparse.Namespace) -> int:

@@ -22,18 +22,22 @@ if TYPE_CHECKING:
     from resgrid.grid import Cell
 
 
-def _refuse_if_recording() -> None:
-    """Where a result made elsewhere is only to be taken over, nothing is computed because it is not there."""
+def _refuse_if_in_vain() -> None:
+    """Compute nothing where a result made elsewhere is only to be taken over, or where DVC records none."""
+    from resgrid.provenance import check_links
+
     if os.environ.get(RECORD_ONLY):
         raise NoResult(
             "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
             "params, data and code."
         )
+    if os.environ.get("DVC_STAGE"):
+        check_links(Path())
 
 
 @recorded()
 def download(options: argparse.Namespace) -> None:
-    _refuse_if_recording()
+    _refuse_if_in_vain()
     from resgrid.cost import announce
     from resgrid.data.fetch import download, known_num_train
 
@@ -46,7 +50,7 @@ def download(options: argparse.Namespace) -> None:
 
 @recorded()
 def preprocess(options: argparse.Namespace) -> None:
-    _refuse_if_recording()
+    _refuse_if_in_vain()
     from resgrid.cost import announce
     from resgrid.data.fetch import known_num_train
     from resgrid.data.preprocess import preprocess
@@ -75,7 +79,7 @@ def train(options: argparse.Namespace) -> int | None:
 
 @recorded()
 def _train_one(options: argparse.Namespace) -> None:
-    _refuse_if_recording()
+    _refuse_if_in_vain()
     from resgrid import provenance
 
     params = load_params()
@@ -119,7 +123,7 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         tracking.LiveRun(params.name, cell, meta.digest, checkpoints.digest, finished) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
-        progress.say(f"{cell.id}  {execution} on {device_name(device)}; curves: `resgrid status --watch`")
+        progress.say(f"{cell.id}  {execution} on {device_name(device)}")
         if device.type == "cpu" and _is_busy():
             progress.say(f"{cell.id}  other programs use the cores: RESGRID_THREADS=1 may be much faster")
         if cell.engine.compile == "always" and not execution.compiled:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 from resgrid.dvc.lock import clear_stale_rwlock, keep, lock_holders, read_lock
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
-from resgrid.stage_record import State, read_state, write_state
 
-WAYS_ON = {  # by what DVC says
+ERROR_HINTS = {  # by what DVC says
     "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
     "work without git by `dvc config --local core.no_scm true`.",
     "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
@@ -27,7 +25,7 @@ WAYS_ON = {  # by what DVC says
 
 
 class Busy(ResgridError):
-    """DVC answers nothing while it runs a stage, and has answered nothing before."""
+    """A `dvc` runs a stage, and DVC answers nothing meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -36,49 +34,38 @@ class Answer:
 
     needs: dict[str, list[str]]  # by stage, in the order of dvc.yaml: those whose outputs it depends on
     status: dict[str, list[Any]]  # of the stages that it would run, as `dvc status --json` gives it
-    asked: float
-    busy: str = ""
 
 
-def ask(pipeline: Pipeline, now: bool) -> Answer:
+def ask(pipeline: Pipeline) -> Answer:
+    """Ask DVC for the graph and for what is stale.
+
+    Raises Busy while a `dvc` runs a stage, and ResgridError for files that DVC cannot use.
+    """
     clear_stale_rwlock(pipeline)
     lock = read_lock(pipeline)
     graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
-    (said, why), (told, error) = graph.communicate(), status.communicate()
+    (dot, why), (answer, error) = graph.communicate(), status.communicate()
     if graph.returncode:
         raise _unusable(pipeline, why)
     needs: dict[str, list[str]] = {}
-    for line in said.splitlines():
+    for line in dot.splitlines():
         match line.strip(";").replace('"', "").split(" -> "):  # names with a colon are other pipelines'
             case [stage] if line.startswith('"') and ":" not in stage:
                 needs[stage] = []
             case [earlier, stage] if stage in needs:
                 needs[stage].append(earlier)
-    file, asked = pipeline.state("status"), time.time()
-    if not status.returncode:
-        found = {name.rpartition(":")[2]: entries for name, entries in json.loads(told).items()}
-        write_state(file, {"asked": asked, "status": found})
-        if read_lock(pipeline) == lock:  # nobody has written it
-            keep(pipeline, lock)
-        return Answer(needs, found, asked)
-    holders = lock_holders(pipeline)
-    others = ", ".join(f"process {pid} is at work ({command})" for pid, command in holders.items())
-    if not others:
-        raise _unusable(pipeline, error)
-    last = read_state(file)
-    if now or not last:
-        raise Busy(f"{pipeline.folder}: DVC is busy: {others}. Ask again when that has ended.")
-    ended = {
-        stage
-        for stage in needs
-        if (of := pipeline.record(stage)) and of.status == State.DONE and of.started > last["asked"]
-    }
-    kept = {stage: entries for stage, entries in last["status"].items() if stage not in ended}
-    return Answer(needs, kept, last["asked"], others)
+    if status.returncode:
+        holders = [f"process {pid} ({command})" for pid, command in lock_holders(pipeline).items()]
+        if not holders:
+            raise _unusable(pipeline, error)
+        raise Busy(f"{pipeline.folder}: DVC is busy with {', '.join(holders)}; see `resgrid status`.")
+    if read_lock(pipeline) == lock:  # nobody has written it
+        keep(pipeline, lock)
+    return Answer(needs, {name.rpartition(":")[2]: each for name, each in json.loads(answer).items()})
 
 
 def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
-    way_on = next((way for words, way in WAYS_ON.items() if words in said), "")
+    way_on = next((way for words, way in ERROR_HINTS.items() if words in said), "")
     return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from resgrid import stage_record, watch
+from resgrid import watch
 from resgrid.dvc.lock import clear_stale_rwlock, dvc_runs, is_cut, put_back, refuse_conflict
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
@@ -58,7 +58,9 @@ _ADVICE = re.compile(
 class StageFailed(ResgridError):
     """A stage could not be brought up to date; the message ends with the last lines of its log."""
 
-    def __init__(self, stage: str, why: str, tail: list[str], log: Path | str, fault: Fault | None) -> None:
+    def __init__(
+        self, stage: str, why: str, tail: list[str], log: Path | str, fault: Fault | None = None
+    ) -> None:
         self.stage, self.why, self.tail, self.log, self.fault = stage, why, tail, log, fault
         lines = "".join(f"\n    {line}" for line in tail)
         super().__init__(f"{stage}: {why}{lines}\n    All of it: {log}")
@@ -86,7 +88,6 @@ def reproduce(
     force: bool = False,
     pull: bool = False,
     stop: threading.Event | None = None,
-    slot: str = "",
     others: Sequence[str] = (),
 ) -> Outcome:
     """Bring `stage` up to date with `dvc repro --single-item`; each line of its output is logged.
@@ -104,7 +105,7 @@ def reproduce(
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
     command = [*DVC_COMMAND, "repro", "--single-item", *options, stage, *others]
     began = time.monotonic()
-    code, tail = run(command, pipeline.folder, {**env, stage_record.SLOT: slot}, file, stop)
+    code, tail = run(command, pipeline.folder, env, file, stop)
     now = pipeline.record(stage)
     did_begin = now is not None and now != before and not now.is_running  # else it is another process's
     if code == 0:

@@ -1,0 +1,138 @@
+"""What `resgrid status` shows: a row a cell, from the files of records and results alone, and no server."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resgrid.cell_states import WORDS, CellState, GridRun, cell_states, read_grid_run
+from resgrid.config import load_params
+from resgrid.dvc.pipeline import Pipeline
+from resgrid.grid import expand
+from resgrid.progress import duration
+from resgrid.stage_record import Record, State
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REFRESH_SECONDS = 2.0
+BETWEEN_SECONDS = 10.0  # at most, that `dvc repro` takes from one stage to the next
+
+
+@dataclass(frozen=True)
+class Status:
+    """The cells of a pipeline, and what runs in it, by whichever hand."""
+
+    grid: GridRun | None  # of train-all, at work or killed
+    cells: list[CellState]
+    running: list[tuple[Record, str]]  # stages at work on this machine, each with its log's last line
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything is at work."""
+        return bool(self.running) or bool(self.grid and self.grid.is_alive)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "train_all": asdict(self.grid) | {"alive": self.grid.is_alive} if self.grid else None,
+            "cells": {
+                each.cell.id: {"state": each.word, "reason": each.reason, "since": each.since}
+                for each in self.cells
+            },
+            "running": [asdict(record) | {"last_line": line} for record, line in self.running],
+        }
+
+    def __str__(self) -> str:
+        lines = [*self._train_all(), self.summary]
+        width = max((len(record.stage) for record, _ in self.running), default=0)
+        for record, line in self.running:
+            since = f"for {duration(time.time() - record.started)}"
+            lines.append(f"  {record.stage:{width}}  {since:>14}  {line}")
+        lines += [
+            f"  {each.cell.id}: {each.word}: {each.reason.splitlines()[0]}"
+            for each in self.cells
+            if each.word in ("stale", "other data", "failed") and each.reason
+        ]
+        return "\n".join(lines)
+
+    @property
+    def summary(self) -> str:
+        """How many cells are in which state."""
+        num = Counter(each.word for each in self.cells)
+        return f"{len(self.cells)} cells: {', '.join(f'{num[word]} {word}' for word in WORDS if num[word])}."
+
+    def _train_all(self) -> list[str]:
+        if self.grid is None:
+            return [] if self.running else ["Nothing runs now."]
+        if not self.grid.is_alive:
+            return ["The last train-all was killed. Run it again: what it had finished is kept."]
+        since = duration(time.time() - self.grid.started)
+        line = f"train-all has been running for {since}; {time_left(self.grid)}."
+        return [line, *([self.grid.url] if self.grid.url else [])]
+
+    def table(self, height: int) -> Table:
+        """At most `height` rows of cells, those at work first."""
+        from rich.table import Table
+
+        table = Table("cell", "state", "for", "slot", "", title="\n".join([*self._train_all(), self.summary]))
+        last = {record.stage: line for record, line in self.running}
+        order = sorted(self.cells, key=lambda each: (each.word != State.RUNNING, each.word != State.QUEUED))
+        for each in order[: max(1, height)]:
+            since = duration(time.time() - each.since) if each.since else ""
+            told = last.get(each.cell.stage) or each.reason.partition("\n")[0]
+            table.add_row(each.cell.id, each.word, since, each.at_work.slot if each.at_work else "", told)
+        return table
+
+
+def status(pipeline: Pipeline) -> Status:
+    """The state of a pipeline now; raises ResgridError for a params.yaml that cannot be used."""
+    cells = expand(load_params(pipeline.folder / "params.yaml"))
+    records = [pipeline.record(path.stem) for path in sorted(pipeline.state("").parent.glob("*.json"))]
+    return Status(
+        grid=read_grid_run(pipeline.root, pipeline.folder),
+        cells=cell_states(cells, pipeline.folder, pipeline.root),
+        running=[
+            (each, _last_line(pipeline.log(each.stage))) for each in records if each and each.is_running
+        ],
+    )
+
+
+def time_left(grid: GridRun) -> str:
+    """As one would say it."""
+    left = "unknown until a cell of every architecture has been trained"
+    return f"time left: {left if grid.until is None else duration(max(0.0, grid.until - time.time()))}"
+
+
+def watch(pipeline: Pipeline) -> None:
+    """Show the table anew until what runs has ended, or Ctrl-C. A terminal waits for a beginning."""
+    from rich.live import Live
+
+    last = None if sys.stdout.isatty() else -math.inf  # when something ran
+    with Live(auto_refresh=False) as screen:
+        try:
+            while True:
+                now = status(pipeline)
+                screen.update(now.table(screen.console.height - 10), refresh=True)
+                if now.is_alive:
+                    last = time.monotonic()
+                if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
+                    return
+                time.sleep(REFRESH_SECONDS)
+        except KeyboardInterrupt:
+            return
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.strip()), "")
