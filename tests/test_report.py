@@ -746,7 +746,7 @@ def test_pictures_that_were_left_out_stand_in_the_report():
     names = [f"train/one/{i}.png" for i in range(25)]
     meta = make_meta().model_copy(update={"left_out": {"train": names, "test": ["test/two/x.png"]}})
     said = how_it_was_made([], meta, "cpu")["Left out"]
-    assert said.startswith("26 broken pictures: train/one/0.png, train/one/1.png")
+    assert said.startswith("26 pictures, broken or in two classes: train/one/0.png, train/one/1.png")
     assert said.endswith(", …")
 
 

@@ -276,7 +276,8 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
     made = {"Data": f"{meta.source}: {counts} images of {len(meta.class_names)} classes"}
     if broken := [name for names in meta.left_out.values() for name in names]:
         more = ", …" if len(broken) > 20 else ""
-        made["Left out"] = f"{len(broken):,} broken pictures: {', '.join(broken[:20])}{more}"
+        names = ", ".join(broken[:20])
+        made["Left out"] = f"{len(broken):,} pictures, broken or in two classes: {names}{more}"
     for kind, equal in meta.duplicates.items():
         heading = f"Equal pictures {kind.replace('_', ' ')}"
         made[heading] = f"{equal.num_images:,}, such as {', '.join(equal.first)}"
