@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 from small import ROOT, Project, digits
 
+from resgrid.report.leaderboard import by_optimizer, headline
 from resgrid.report.rates import Bracket, NotChosen, RateChoice, choose_rates
 
 
@@ -207,6 +208,14 @@ def test_the_plateau_is_what_lies_within_a_point_and_is_contiguous() -> None:
     broken = sgd(flat(0.90, 0.80, 0.90, 0.89, 0.6))  # 0.1 is as good as 1, but 0.3 lies between
     assert (broken.factor, broken.plateau) == (1, (1, 3))
     assert (broken.bracket, broken.to_try) == (Bracket.REACHES_END, (0.03,))
+
+
+def test_tables_and_headline_at_the_base_rate_leave_other_rates_out() -> None:
+    """At 3 times its rate the cell is more accurate on test; to show it as the result would choose by test."""
+    frame = board(sgd={1: [(0.8, 0.80), (0.8, 0.82)], 3: [(0.7, 0.99), (0.7, 0.99)]})
+    frame = frame[frame["study"].isna()].sort_values("test_accuracy", ascending=False)
+    assert by_optimizer(frame).loc["resnet20", "sgd"] == "81.00 ± 1.41"  # deviation 0.02 / sqrt(2)
+    assert (headline(frame)["best_cell"], headline(frame)["completed"]) == ("resnet20-sgd-1", 4)
 
 
 def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors() -> None:

@@ -24,7 +24,9 @@ def cells(options: argparse.Namespace) -> None:
     cells = expand(load_params())
     if options.json:
         told = [
-            {"cell": cell.id, "study": cell.study, "changes": cell.changes} | cell.numbers for cell in cells
+            {"cell": cell.id, "study": cell.study, "rate_factor": cell.rate_factor, "changes": cell.changes}
+            | cell.numbers
+            for cell in cells
         ]
         print(json.dumps(told, indent=2))
     else:

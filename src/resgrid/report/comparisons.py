@@ -90,10 +90,10 @@ class Comparison:
 
 
 def group(results: Iterable[Result]) -> list[Group]:
-    """The grid's cells among `results`, by architecture and optimizer, in the order of their tables."""
+    """The grid's own cells among `results`, by architecture and optimizer, in the order of their tables."""
     replicates: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        if result.cell.study is None:
+        if result.cell.is_base:
             replicates.setdefault((result.cell.architecture, result.cell.optimizer.name), []).append(result)
     optimizers = list(OPTIMIZERS)
     return [

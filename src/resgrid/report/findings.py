@@ -223,7 +223,7 @@ def _published(groups: list[Group], meta: Meta) -> list[Published]:
 
 def _studies(results: list[Result]) -> list[StudyPoint]:
     """Studies by what differs between their cells and the grid's cell of the same name and seed."""
-    grid = {_series(result.cell): result for result in results if result.cell.study is None}
+    grid = {_series(result.cell): result for result in results if result.cell.is_base}
     points: dict[tuple[str, str], list[StudyPoint]] = {}
     for result in results:
         if result.cell.study is None:

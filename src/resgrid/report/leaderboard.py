@@ -76,6 +76,7 @@ def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict
         "published_accuracy": accuracy,  # only where data and recipe agree with its own
         "difference": scores.accuracy - accuracy if scores and accuracy else None,
         "study": cell.study,
+        "rate_factor": cell.rate_factor,
         "approach": metrics.get("approach", cell.recipe.approach),
         "initial_weights": metrics.get("initial_weights"),
         "learning_rate": metrics.get("learning_rate", cell.optimizer.lr),
@@ -109,8 +110,8 @@ def never_predicted(predictions: Predictions, meta: Meta, classes: Sequence[str]
 
 
 def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
-    """Architecture x optimizer: the test accuracy of the grid's cells, as text with its spread over seeds."""
-    grid = frame[frame["study"].isna()]
+    """Architecture x optimizer: test accuracy of the grid's own cells, as text with its spread over seeds."""
+    grid = frame[frame["study"].isna() & (frame["rate_factor"] == 1)]
     architectures = sorted(grid["architecture"].unique(), key=place_of)
     optimizers = [name for name in OPTIMIZERS if name in set(grid["optimizer"])]
     table = pd.DataFrame(index=pd.Index(architectures, name="architecture"), columns=optimizers, dtype=object)
@@ -163,7 +164,7 @@ def as_of_now(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
             row = _row(Result(cell=run.cell, status=run.status, metrics=run.record, timing=timing), None)
             if run.record:
                 row["remark"] = "scored by its training: `dvc repro -s evaluate` compares it"
-        now.append(row | {"status": run.status, "cause": run.reason})
+        now.append(row | {"status": run.status, "cause": run.reason, "rate_factor": run.cell.rate_factor})
     return _ranked(pd.DataFrame(now))
 
 
@@ -212,7 +213,7 @@ def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
 
 
 def headline(frame: pd.DataFrame) -> dict[str, Any]:
-    """The figures for `dvc metrics show`: how much there is, and the best of the grid."""
+    """The figures for `dvc metrics show`: how much there is, and the best at its own rate."""
     completed = frame[frame["status"] == "completed"]
     counts = frame["status"].value_counts()
     head: dict[str, Any] = {
@@ -222,7 +223,7 @@ def headline(frame: pd.DataFrame) -> dict[str, Any]:
         "stale": int(counts.get("stale", 0) + counts.get("other data", 0)),
         "missing": int(counts.get("missing", 0) + counts.get("failed", 0)),
     }
-    if len(completed):
+    if len(completed := completed[completed["rate_factor"] == 1]):
         best = completed.iloc[0]
         head |= {"best_cell": best["cell"], "best_cell_test_accuracy": float(best["test_accuracy"])}
     return head

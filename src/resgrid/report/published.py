@@ -36,8 +36,8 @@ def _published() -> dict[str, Publication]:
 
 
 def publication(cell: Cell, meta: Meta) -> Publication | None:
-    """What was published for a grid cell; None for a study, and for other images than CIFAR-10's."""
-    if cell.study or set(meta.class_names) != set(CIFAR10_CLASSES):
+    """What was published for the grid's own cell; None for others, and for images that are not CIFAR-10's."""
+    if not cell.is_base or set(meta.class_names) != set(CIFAR10_CLASSES):
         return None
     return _published().get(f"{cell.architecture}-{cell.optimizer.name}")
 
