@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from resgrid.cli import _parser
 from resgrid.config import Constant, load_params, parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
@@ -198,6 +203,24 @@ def test_the_pytorch_original_has_no_nesterov_momentum():
     cells = [cell for cell in expand(load_params(ROOT / "params.yaml")) if cell.optimizer.name == "sgd"]
     nesterov = {cell.architecture: cell.optimizer.settings.nesterov for cell in cells}
     assert {name for name, value in nesterov.items() if not value} == {"resnet10", "resnet18", "resnet26"}
+
+
+def test_help_imports_neither_pydantic_nor_params_and_every_command_has_its_function():
+    script = """
+import sys
+from resgrid.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print([name for name in ("pydantic", "ruamel.yaml", "resgrid.config", "torch") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
+    subcommands = next(each for each in _parser()._actions if isinstance(each.choices, dict))
+    functions = [sub.get_default("run") for sub in subcommands.choices.values()]
+    late = [each.args for each in functions if isinstance(each, partial)]
+    assert len(late) > 15
+    assert all(callable(getattr(import_module(module), name)) for module, name in late)
 
 
 def test_an_unknown_cell_is_answered_with_the_nearest_names():

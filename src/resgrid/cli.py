@@ -1,27 +1,29 @@
 """The command line: `resgrid COMMAND`.
 
-Each command imports what it needs when it runs: `resgrid --help` and `resgrid cells` pay for no torch.
+Each command imports what it needs when it runs: `resgrid cells` pays for no torch, and `resgrid --help` for
+nothing but argparse.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import importlib.util
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NoReturn
 
 from resgrid import __version__
-from resgrid.commands import grid, models, stages
-from resgrid.config import NORMALIZATIONS
 from resgrid.errors import ResgridError
 from resgrid.models import ARCHITECTURES
+from resgrid.normalizations import NORMALIZATIONS
 from resgrid.overview import EXAMPLES, overview
 from resgrid.progress import show_messages
 
@@ -29,6 +31,24 @@ UNWRITABLE = (  # a person can put it right
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
     errno.EROFS,
 )  # fmt: skip
+
+
+class _Commands:
+    """The functions of a module of `commands`, which is imported when one of them runs, not before."""
+
+    def __init__(self, module: str) -> None:
+        self._module = f"resgrid.commands.{module}"
+
+    def __getattr__(self, name: str) -> Callable[[argparse.Namespace], int | None]:
+        return partial(_run, self._module, name)
+
+
+def _run(module: str, name: str, options: argparse.Namespace) -> int | None:
+    status: int | None = getattr(importlib.import_module(module), name)(options)
+    return status
+
+
+grid, models, stages = map(_Commands, ("grid", "models", "stages"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
