@@ -110,7 +110,7 @@ def test_one_list_in_many_places_is_written_in_each() -> None:
     ("assignment", "said"),
     [
         ("recipes.*.epoch=1", "no key matches 'recipes.*.epoch'; did you mean recipes."),
-        ("recipes.*.epochs=ten", "recipes.resnet110.epochs: must be a valid integer"),
+        ("recipes.*.epochs=ten", "recipes.resnet110.epochs: Input should be a valid integer"),
         ("recipes.*.epochs", "write KEY=VALUE"),
         ("grid.seeds=[0, 0]", "seeds holds a value twice"),
         ("name=[", "the value is no YAML"),

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from resgrid.errors import ResgridError, suggest
-from resgrid.mistakes import Check, shown
+from resgrid.mistakes import Check, report, shown
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.normalizations import NORMALIZATIONS as NORMALIZATIONS
 from resgrid.optimizers import OPTIMIZERS
@@ -38,7 +38,7 @@ def _known(name: str, info: ValidationInfo) -> str:
     if name not in names:
         raise ValueError(
             f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}, or listed in "
-            f"grid.own_architectures (it is {name!r})"
+            f"grid.own_architectures (it is {name!r}){suggest(name, names).removesuffix('.')}"
         )
     return name
 
@@ -308,18 +308,23 @@ class Engine(Strict):
     scored_epochs: Literal["all", "last"]  # after which of them the test and validation splits are scored
 
 
-class Params(Strict):
-    """The whole of params.yaml, with every number where it is used."""
+class _Whole(Strict):
+    """What stands in the file as it is used."""
 
     name: str  # the MLflow experiment
     data: Data
     preprocess: Preprocess
     grid: Grid
     rates: Rates
+    engine: Engine
+
+
+class Params(_Whole):
+    """The whole of params.yaml, with every number where it is used."""
+
     recipes: dict[str, Recipe]
     optimizers: dict[str, dict[OptimizerName, Optimizer]]  # settings and tuning together
     studies: dict[str, Study]
-    engine: Engine
 
 
 class _StudyHead(Strict):
@@ -332,28 +337,24 @@ class _StudyHead(Strict):
     seed: Seed
 
 
-class _File(Strict):
+class _File(_Whole):
     """The file as it is written, before its parts are put together."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
-    data: Data
-    preprocess: Preprocess
-    grid: Grid
-    rates: Rates
     recipes: dict[Architecture, Recipe]  # how an architecture is trained
     tuning: dict[Architecture, dict[OptimizerName, dict[str, Any]]]  # its rate, and settings of its own
     optimizers: dict[OptimizerName, dict[str, Any]]  # settings that are the same for all architectures
     studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], _StudyHead]
-    engine: Engine
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check `path`.
 
     Raises ResgridError: for a file that is missing or not YAML, and for every unknown key, missing
-    key, wrong type and impossible value, each named with its path and value.
+    key, wrong type and impossible value, each named with its line, path and value.
     """
-    return parse_params(read_yaml(path)[1], str(path))
+    text, raw = read_yaml(path)
+    return parse_params(raw, str(path), text)
 
 
 def read_yaml(path: Path) -> tuple[str, Any]:
@@ -370,8 +371,8 @@ def read_yaml(path: Path) -> tuple[str, Any]:
         raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
 
 
-def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
-    """Check what was read from `origin`; raises ResgridError as `load_params` does."""
+def parse_params(raw: Any, origin: str = "params.yaml", text: str | None = None) -> Params:
+    """Check what was read from `origin`; raises ResgridError as `load_params` does, with lines of `text`."""
     if not isinstance(raw, dict):
         raise ResgridError(f"{origin}: must be a mapping of keys to values, not {shown(raw)}")
     match raw:
@@ -382,26 +383,22 @@ def parse_params(raw: Any, origin: str = "params.yaml") -> Params:
     file = check(_File, raw)
     params = _put_together(file, check) if file else None
     if check.problems or params is None:
-        raise ResgridError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(check.problems)))
+        raise ResgridError(report(check.problems, origin, text))
     return params
 
 
 def _put_together(file: _File, check: Check) -> Params:
     """Optimizers from `optimizers` and `tuning`, studies from what they change; problems go to `check`."""
-    for architecture in file.grid.own_architectures:
-        if architecture in (*file.grid.architectures, *ARCHITECTURES, *installed()):
-            what = f"{architecture} is in grid.architectures too, or a package's"
-            check.problem("grid.own_architectures", what)
-    for architecture in file.grid.architectures + file.grid.own_architectures:
-        if architecture not in file.recipes:
-            check.problem(f"recipes.{architecture}", f"is missing, but the grid has {architecture}")
-    for name in file.grid.optimizers:
-        if name not in file.optimizers:
-            check.problem(f"optimizers.{name}", f"is missing, but the grid has {name}")
-    optimizers: dict[str, dict[OptimizerName, Optimizer]] = {}
+    grid = file.grid
+    for name in set(grid.own_architectures) & {*grid.architectures, *ARCHITECTURES, *installed()}:
+        check.problem("grid.own_architectures", f"{name} is in grid.architectures too, or a package's")
+    for name in {*grid.architectures, *grid.own_architectures} - file.recipes.keys():
+        check.problem(f"recipes.{name}", f"is missing, but the grid has {name}")
+    for name in set(grid.optimizers) - file.optimizers.keys():
+        check.problem(f"optimizers.{name}", f"is missing, but the grid has {name}")
+    optimizers: dict[str, dict[OptimizerName, Optimizer]] = {name: {} for name in file.recipes}
     for architecture, recipe in file.recipes.items():
         _check_recipe(architecture, recipe, f"recipes.{architecture}.".__add__, check)
-        optimizers[architecture] = {}
         for name, shared in file.optimizers.items():
             place = f"tuning.{architecture}.{name}"
             tuned = file.tuning.get(architecture, {}).get(name)
@@ -412,20 +409,16 @@ def _put_together(file: _File, check: Check) -> Params:
                 check.problem(f"{place}.{key}", f"stands in optimizers.{name} too; keep one of them")
 
             def where(key: str, place: str = place, name: str = name, own: Any = tuned) -> str:
-                tuned = key.partition(".")[0] in {*own, "lr"}  # of the first beta as well
-                return f"{place}.{key}" if tuned else f"optimizers.{name}.{key}"
+                is_tuned = key.partition(".")[0] in {*own, "lr"}  # of the first beta as well
+                return f"{place}.{key}" if is_tuned else f"optimizers.{name}.{key}"
 
             if optimizer := _optimizer(name, shared | tuned, where, check):
                 optimizers[architecture][name] = optimizer
-    for architecture in file.tuning.keys() - file.recipes.keys():
-        check.problem(f"tuning.{architecture}", f"there is no recipes.{architecture}")
-    for architecture, tuning in file.tuning.items():
-        for name in tuning.keys() - file.optimizers.keys():
-            check.problem(f"tuning.{architecture}.{name}", f"there is no optimizers.{name}")
-    studies = {}
-    for study_name, head in file.studies.items():
-        if study := _study(study_name, head, file, optimizers, check):
-            studies[study_name] = study
+    studies = {
+        name: study
+        for name, head in file.studies.items()
+        if (study := _study(name, head, file, optimizers, check))
+    }
     same = {key: value for key, value in file if key in Params.model_fields}
     return Params(**same | {"optimizers": optimizers, "studies": studies})
 
@@ -437,57 +430,46 @@ def _study(
     optimizers: Mapping[str, Mapping[OptimizerName, Optimizer]],
     check: Check,
 ) -> Study | None:
-    changes = head.model_extra or {}
-    if re.fullmatch(
-        rf"({'|'.join([*ARCHITECTURES, *file.recipes])})-({'|'.join(OPTIMIZERS)})-\d+(-x\d+)?", name
-    ):
-        check.problem(f"studies.{name}", "that is the name of a cell; take another one")
-    if head.architecture in file.grid.own_architectures:
-        check.problem(
-            f"studies.{name}.architecture",
-            f"{head.architecture} is an architecture of your own, whose file DVC does not watch for a study",
-        )
-    base = file.recipes.get(head.architecture)
-    tuned = optimizers.get(head.architecture, {}).get(head.optimizer)
-    if base is None:
-        check.problem(f"studies.{name}.architecture", f"there is no recipes.{head.architecture}")
+    architecture, changes, where = head.architecture, head.model_extra or {}, f"studies.{name}.".__add__
+    architectures, names = "|".join([*ARCHITECTURES, *file.recipes]), "|".join(OPTIMIZERS)
+    if re.fullmatch(rf"({architectures})-({names})-\d+(-x\d+)?", name):
+        check.problem(where(""), "that is the name of a cell; take another one")
+    if architecture in file.grid.own_architectures:
+        what = f"{architecture} is an architecture of your own, whose file DVC does not watch for a study"
+        check.problem(where("architecture"), what)
+    if architecture not in file.recipes:
+        check.problem(where("architecture"), f"there is no recipes.{architecture}")
     if head.optimizer not in file.optimizers:
-        check.problem(f"studies.{name}.optimizer", f"there is no optimizers.{head.optimizer}")
-    if base is None or tuned is None:
+        check.problem(where("optimizer"), f"there is no optimizers.{head.optimizer}")
+    tuned = optimizers.get(architecture, {}).get(head.optimizer)
+    if tuned is None:
         return None
-    recipe = base.model_dump(mode="json")
+    recipe = file.recipes[architecture].model_dump(mode="json")
     settings = {"lr": tuned.lr, **tuned.settings.model_dump(mode="json")}
     for key in changes.keys() - recipe.keys() - settings.keys():
-        check.problem(f"studies.{name}.{key}", f"unknown key{suggest(key, [*recipe, *settings])}")
-
-    where = f"studies.{name}.".__add__
+        check.problem(where(key), f"unknown key{suggest(key, [*recipe, *settings])}")
     whole = check(Recipe, recipe | {key: changes[key] for key in recipe if key in changes}, where)
     own = {key: changes[key] for key in settings if key in changes}
     optimizer = _optimizer(head.optimizer, settings | own, where, check)
     if whole is None or optimizer is None:
         return None
-    _check_recipe(head.architecture, whole, where, check)
+    _check_recipe(architecture, whole, where, check)
     return Study(
-        architecture=head.architecture,
-        optimizer=optimizer,
-        seed=head.seed,
-        recipe=whole,
-        changes=changes,
+        architecture=architecture, optimizer=optimizer, seed=head.seed, recipe=whole, changes=changes
     )
+
+
+class _Rate(Strict):
+    lr: Positive
 
 
 def _optimizer(
     name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: Check
 ) -> Optimizer | None:
-    lr = check(_Rate, {"lr": values.get("lr")} if "lr" in values else {}, where)
-    settings = check(
-        OPTIMIZERS[name].settings, {key: value for key, value in values.items() if key != "lr"}, where
-    )
-    return Optimizer(name=name, lr=lr.lr, settings=settings) if lr and settings else None
-
-
-class _Rate(Strict):
-    lr: Positive
+    rate = check(_Rate, {key: values[key] for key in values if key == "lr"}, where)
+    own = {key: values[key] for key in values if key != "lr"}
+    settings = check(OPTIMIZERS[name].settings, own, where)
+    return Optimizer(name=name, lr=rate.lr, settings=settings) if rate and settings else None
 
 
 def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str], check: Check) -> None:

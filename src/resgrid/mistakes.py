@@ -1,30 +1,31 @@
-"""What is wrong with a file of settings: pydantic's problems, each with its key's path in the file."""
+"""What is wrong with params.yaml: pydantic's words, each with its key's path and its line in the file."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
 
 from resgrid.errors import suggest
 
-MISSING = {"rates": "; add the line `rates: {factors: []}`, for no other learning rates"}  # new
+NEW = {"rates": "; add the line `rates: {factors: []}`, for no other learning rates"}  # older files lack it
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Check:
-    """Validates values against models, and keeps a line `key.path: what is wrong (value)` a mistake."""
+    """Validates values against models, and keeps the path of each mistake's key and what is wrong there."""
 
     def __init__(self, own_architectures: Sequence[str] = ()) -> None:
         self.own_architectures = own_architectures
-        self.problems: list[str] = []
+        self.problems: list[tuple[str, str]] = []
 
     def problem(self, key: str, what: str) -> None:
-        key = key.rstrip(".")  # a whole mapping has the empty path in itself
-        self.problems.append(f"{key}: {what}" if key else what)
+        self.problems.append((key.rstrip("."), what))  # a whole mapping has the empty path in itself
 
     def __call__(
         self, model: type[Model], value: dict[str, Any], where: Callable[[str], str] = str
@@ -36,39 +37,53 @@ class Check:
                 json.dumps(value, default=str), strict=True, context=self.own_architectures
             )
         except ValidationError as error:
-            for key, what in _explain(error.errors(), value):
-                self.problem(where(key), what)
+            problems = [(each, _locate(each, value)) for each in error.errors()]
+            missing = [key for problem, key in problems if problem["type"] == "missing"]
+            for problem, key in problems:
+                self.problem(where(key), _what(problem, key, missing))
             return None
 
 
-def _explain(problems: list[Any], raw: dict[str, Any]) -> list[tuple[str, str]]:
-    """The key's path in `raw`, and what is wrong there, of each of pydantic's problems."""
-    lines: list[tuple[str, str]] = []
-    missing = [_locate(problem, raw)[0] for problem in problems if problem["type"] == "missing"]
-    for problem in problems:
-        key, value = _locate(problem, raw)
-        parent, _, last = key.rpartition(".")
-        match problem["type"]:
-            case "missing":
-                what = f"this key is missing{MISSING.get(key, '')}"
-            case "extra_forbidden":
-                beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
-                what = f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
-            case "value_error":
-                what = problem["msg"].removeprefix("Value error, ")
-            case "union_tag_not_found":
-                key, what = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}", "this key is missing"
-            case "union_tag_invalid":
-                what = f"must be one of {problem['ctx']['expected_tags']} (it is {problem['ctx']['tag']!r})"
-                key = f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}"
-            case _:
-                what = f"{problem['msg'].replace('Input should be', 'must be')} (it is {shown(value)})"
-        lines.append((key, what))
-    return lines
+def report(problems: Sequence[tuple[str, str]], origin: str, text: str | None) -> str:
+    """`params.yaml:43: KEY: WHAT`, a line a mistake; without the file's `text` no lines are known."""
+    root = None if text is None else YAML().load(text)  # once more, with its lines: 0.1 s
+    lines = (f"{origin}{_line(root, key)}: {f'{key}: ' if key else ''}{what}" for key, what in problems)
+    return "\n".join(dict.fromkeys(lines))
 
 
-def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
-    """The key's path as it stands in the file, and its value, without pydantic's names of union members."""
+def _line(node: Any, path: str) -> str:
+    """`:43`, where `path`, or what is nearest above it, stands in the file; empty without a file."""
+    line = ""
+    for part in path.split("."):
+        key = int(part) if isinstance(node, list) and part.isdecimal() else part
+        lines: Any = getattr(node, "lc", None)
+        try:
+            place, node = (lines.item if isinstance(node, list) else lines.key)(key), node[key]
+        except (AttributeError, KeyError, IndexError, TypeError):  # no such key, or nothing below it
+            break
+        line = f":{place[0] + 1}"
+    return line
+
+
+def _what(problem: Any, key: str, missing: Sequence[str]) -> str:
+    """What is wrong at `key`: pydantic's words but for the two commonest mistakes, with the nearest names."""
+    parent, _, last = key.rpartition(".")
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "missing" | "union_tag_not_found":
+            return f"this key is missing{NEW.get(key, '')}"
+        case "extra_forbidden":
+            beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
+            return f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
+        case "value_error":
+            return str(context["error"])
+    value = context.get("tag", problem["input"])
+    known = re.findall("'([^']+)'", context.get("expected_tags", "") + context.get("expected", ""))
+    return f"{problem['msg']} (it is {shown(value)}){suggest(str(value), known).removesuffix('.')}"
+
+
+def _locate(problem: Any, raw: dict[str, Any]) -> str:
+    """The key's path as it stands in the file, without pydantic's names of union members."""
     keys: list[str] = []
     node: Any = raw
     for depth, part in enumerate(problem["loc"]):
@@ -79,7 +94,9 @@ def _locate(problem: Any, raw: dict[str, Any]) -> tuple[str, Any]:
         elif not missing:
             continue  # a tag such as `drop` in schedule.drop.factor, or the name of a type
         keys.append(str(part))
-    return ".".join(keys), node
+    if problem["type"].startswith("union_tag"):  # it is the key that names the kind
+        keys.append(problem["ctx"]["discriminator"].strip("'"))
+    return ".".join(keys)
 
 
 def shown(value: Any) -> str:
