@@ -27,7 +27,6 @@ from ruamel.yaml.error import YAMLError
 from resgrid.errors import ResgridError, suggest
 from resgrid.mistakes import Check, report, shown
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
-from resgrid.normalizations import NORMALIZATIONS as NORMALIZATIONS
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resgrid.commands import PROCESSED, RUNS
-from resgrid.config import NORMALIZATIONS
 from resgrid.errors import ResgridError
+from resgrid.normalizations import NORMALIZATIONS
 from resgrid.schema import Triple
 
 if TYPE_CHECKING:

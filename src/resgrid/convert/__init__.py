@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from resgrid.config import NORMALIZATIONS
 from resgrid.convert.keras import read_keras
 from resgrid.convert.pytorch import read_torch
 from resgrid.errors import ResgridError
 from resgrid.filetype import first_bytes, is_keras
+from resgrid.normalizations import NORMALIZATIONS
 from resgrid.schema import Triple
 from resgrid.weights import WeightsInfo, check_finite, load_into_model, save_weights
 
