@@ -229,7 +229,7 @@ def _stages(folder: Path, root: Path | None) -> str:
         files = sorted(place.rglob("*.py")) if outside and place.is_dir() else [place]
         lines += [f"{indent}{_quoted(os.path.relpath(file, folder))}" for file in files]
     head = (
-        "# download -> preprocess -> train@<cell>, train-own@<cell>, train-study@<name> -> evaluate\n"
+        "# download -> preprocess -> a stage a cell, of train, train-rate, train-own, … -> evaluate\n"
         "# Made by `resgrid init`: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
     )
     return head + "\n".join(lines) + "\n"
