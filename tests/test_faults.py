@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import mlflow
+import numpy as np
 import pytest
 from conftest import SmallDisks
 from ruamel.yaml import YAML
-from small import ALWAYS, ROOT, Project
+from small import ALWAYS, GRID, ROOT, Project
 
 from resgrid import tracking
 
@@ -79,37 +82,71 @@ def test_the_makefile_holds_in_a_folder_of_any_name_and_deletes_nothing_beside_i
     assert all(neighbour.is_dir() for neighbour in neighbours)
 
 
-def test_in_a_copy_elsewhere_nothing_is_stale_and_mlflow_leads_to_the_files_that_stand_there(
-    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_checkout_elsewhere_records_nothing_until_a_rebuild_and_then_all_of_it(
+    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert pipeline.run("resgrid", "sync").returncode == 0
-    original, pipeline = pipeline, pipeline.copy(tmp_path / "another")
-    before = sorted(original.root.rglob("mlruns/**/*"))
-    assert pipeline.stale() <= ALWAYS
-    synced = pipeline.run("resgrid", "sync")
-    assert (synced.returncode, "(nothing to add)" in synced.stdout) == (0, True), (
-        synced.stdout + synced.stderr
+    assert (
+        pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
+    )  # the small pipeline's store was moved, too
+    original, commit = (
+        pipeline.root,
+        json.loads((pipeline.root / f"runs/{CELL}/timing.json").read_text())["commit"],
     )
-    store = tracking.open_store("small", pipeline.root)
-    runs = store.client.search_runs([store.experiment_id])
-    here = (pipeline.root / "mlruns").as_uri()
-    assert len(runs) == 7  # four cells, two studies, and the comparison
-    assert all(run.info.artifact_uri.startswith(f"{here}/small/") for run in runs)
-    version = store.client.get_model_version_by_alias("small", "champion")
-    assert version.source.startswith(f"{here}/small/models/")
-    for run in runs:
-        if run.info.status == "FINISHED":
-            assert store.client.list_artifacts(run.info.run_id)
+    if how == "copied":
+        pipeline = pipeline.copy(tmp_path / "another")
+    else:
+        pipeline = replace(pipeline, root=original.rename(tmp_path / "another"))
 
-    # what is new is written here, and nothing into the folder that it was copied from
+    def files(root: Path) -> list[tuple[Path, int]]:
+        return sorted((path, path.stat().st_mtime_ns) for path in root.rglob("mlruns/**/*"))
+
+    before = files(original)
+    assert pipeline.stale() <= ALWAYS
+    refused = pipeline.run("resgrid", "sync")
+    assert refused.returncode == 1
+    assert "this checkout was moved or copied" in refused.stderr
+    assert "`resgrid sync --rebuild`" in refused.stderr
     make_stale(pipeline)
-    assert train(pipeline).returncode == 0
-    [new] = {run.info.run_id for run in store.client.search_runs([store.experiment_id])} - {
-        run.info.run_id for run in runs
+    trained = train(pipeline)
+    assert trained.returncode == 0
+    assert trained.stderr.count("moved or copied") == 1
+    assert files(original) == before
+
+    rebuilt = pipeline.run("resgrid", "sync", "--rebuild")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert files(original) == before
+    store = tracking.open_store("small", pipeline.root)
+    names = [experiment.name for experiment in store.client.search_experiments()]
+    assert [name for name in names if name.startswith("small (before 20")], names
+    runs = store.client.search_runs([store.experiment_id], "tags.grid = 'current'")
+    cells = sorted(run.data.tags["cell"] for run in runs)
+    assert cells == sorted({*GRID, "too-fast"} - {"resnet20-sgd-1"})  # which is stale
+    here = (pipeline.root / "mlruns/small").as_uri()
+    for run in runs:
+        assert run.info.artifact_uri.startswith(here)
+        [model] = run.outputs.model_outputs
+        loaded = mlflow.pyfunc.load_model(store.client.get_logged_model(model.model_id).artifact_location)
+        assert loaded.predict(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+    version = store.client.get_model_version_by_alias("small", "champion")
+    assert version.run_id in {run.info.run_id for run in runs}
+    assert version.source.startswith(here)
+    assert version.tags["git_commit"] == commit
+    again = pipeline.run("resgrid", "sync")
+    assert "(nothing to add)" in again.stdout, again.stdout + again.stderr
+
+
+def test_a_deleted_database_is_filled_again_from_the_run_folders(pipeline: Project) -> None:
+    for path in pipeline.root.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree(pipeline.root / "mlruns")
+    assert pipeline.run("resgrid", "sync").returncode == 0
+    runs = pipeline.runs()
+    assert sorted(runs.loc[runs["tags.grid"] == "current", "tags.cell"]) == sorted([*GRID, "too-fast"])
+    assert set(runs.loc[runs["tags.grid"] == "current", "tags.git_commit"]) == {
+        pipeline.run("git", "rev-parse", "HEAD").stdout.strip()
     }
-    assert (pipeline.root / "mlruns/small" / new / "artifacts/weights.safetensors").is_file()
-    assert sorted(original.root.rglob("mlruns/**/*")) == before
 
 
 # --- damaged files ----------------------------------------------------------------------------------
@@ -209,7 +246,7 @@ def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
     make_stale(pipeline)
     done = train(pipeline, MLFLOW_TRACKING_URI=uri)
     assert done.returncode == 0, done.stderr
-    assert f"MLflow does not get all of {CELL}" in done.stderr
+    assert f"Logging {CELL} to MLflow failed" in done.stderr
 
     disks.resize(disk, "100m")
     for said in ("completed", "(nothing to add)"):

@@ -259,6 +259,16 @@ def test_a_name_that_params_cannot_hold_is_refused(image_folder: Path, tmp_path:
         init(tmp_path / "mine", renamed)
 
 
+def test_a_pipeline_gets_a_name_that_no_other_of_the_repository_has(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """The name is that of an experiment and of a registered model."""
+    (tmp_path / "project" / ".dvc").mkdir(parents=True)
+    for place, name in (("a/pets", "pets"), ("b/pets", "pets-2"), ("c/猫", "own"), ("c/犬", "own-2")):
+        init(tmp_path / "project" / place, image_folder)
+        assert load_params(tmp_path / "project" / place / "params.yaml").name == name
+
+
 def test_a_pipeline_that_is_there_stays_as_it_is(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "params.yaml").write_text("mine")

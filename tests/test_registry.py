@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_tracking
 import torch
 from mlflow import MlflowClient
 from ports import free_port
-from test_tracking import RECIPE
 
 from resgrid import tracking
 from resgrid.cli import main
@@ -43,35 +43,7 @@ CPU = torch.device("cpu")
 
 
 def raw_params(*seeds: int) -> dict[str, Any]:
-    """A grid of ResNet-20 with SGD: one cell a seed."""
-    return {
-        "name": "small digits",
-        "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-        "preprocess": {
-            "resize": "stretch",
-            "validation_fraction": 0.0,
-            "training_fraction": 1.0,
-            "seed": 0,
-        },
-        "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
-        "recipes": {"resnet20": RECIPE | {"epochs": 1}},
-        "tuning": {
-            "resnet20": {
-                "sgd": {"lr": 0.01},
-                "adam": {"lr": 0.01},
-                "rmsprop": {"lr": 0.01},
-                "adagrad": {"lr": 0.01},
-            }
-        },
-        "optimizers": {
-            "sgd": {"momentum": 0.9, "nesterov": True},
-            "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
-            "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
-            "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
-        },
-        "studies": {},
-        "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
-    }
+    return test_tracking.raw_params(seeds=seeds, epochs=1)
 
 
 def make_params(*seeds: int) -> Params:
@@ -150,15 +122,18 @@ def test_the_champion_is_the_best_of_the_last_epoch_and_carries_its_lineage(
     report = tracking.sync(make_params(0, 1, 2), pipeline)
     assert report.champions == {
         "small digits": "resnet20-sgd-1",
-        "small digits-resnet20": "resnet20-sgd-1",
+        "small digits+resnet20": "resnet20-sgd-1",
     }
     metrics = json.loads((pipeline / "runs/resnet20-sgd-1/run.json").read_text())
-    for name in ("small digits", "small digits-resnet20"):
+    for name in ("small digits", "small digits+resnet20"):
         tags = champion(name).tags
         assert tags["cell"] == "resnet20-sgd-1"
         assert tags["data_digest"] == metrics["data_digest"]
         assert tags["weights_sha256"] == metrics["weights_sha256"]
-        assert tags["git_commit"] == "unknown"  # this project has no git
+        assert (
+            tags["git_commit"]
+            == json.loads((pipeline / "runs/resnet20-sgd-1/timing.json").read_text())["commit"]
+        )
         assert (tags["chosen_by"], tags["accuracy"]) == ("test accuracy", "0.8500")
     assert champion().description == "resnet20-sgd-1: test accuracy 85.00% after epoch 1."
 
@@ -227,7 +202,7 @@ def test_predict_uses_the_champion_unless_told_otherwise(
     model, info = load_model(best)
     label = info.class_names[int(probabilities(model, info, image[None], CPU).argmax())]
     capsys.readouterr()
-    for arguments in ([], ["--model", "models:/small digits-resnet20@champion"]):
+    for arguments in ([], ["--model", "models:/small digits+resnet20@champion"]):
         assert main(["predict", "digit.png", *arguments]) == 0
         assert capsys.readouterr().out.startswith(f"digit.png: {label} ")
     weights, told = tracking.find_weights("champion", pipeline / "runs")
@@ -244,14 +219,14 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     put(trained, pipeline, 1)
     (pipeline / "reports").mkdir(parents=True)
     (pipeline / "reports" / "leaderboard.csv").write_text(CSV)
-    (pipeline / "reports" / "index.html").write_text('<a href="runs.html#resnet20-sgd-1">85.00</a>')
+    (pipeline / "reports" / "index.html").write_text("<p>85.00</p>")
     (pipeline / "reports" / ".gitignore").write_text("/leaderboard.csv")
     first = tracking.sync(make_params(1), pipeline)
     store = tracking.open_store("small digits")
     run = store.client.get_run(first.summary)
     assert (run.info.run_name, run.info.status) == ("comparison", "FINISHED")
     files = {item.path for item in store.client.list_artifacts(first.summary)}
-    assert files == {"leaderboard.csv", "leaderboard.json", "index.html", "runs.html"}
+    assert files == {"leaderboard.csv", "leaderboard.json", "index.html"}
 
     table = json.loads(Path(store.client.download_artifacts(first.summary, "leaderboard.json")).read_text())
     assert table["columns"] == CSV.splitlines()[0].split(",")

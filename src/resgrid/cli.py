@@ -196,6 +196,11 @@ def _parser() -> _Root:
     sub = command("compare", grid.compare, "Show the comparison that `evaluate` made")
     json_flag(sub)
     sub = command("sync", grid.sync, "Give every current cell its complete run in MLflow")
+    sub.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="into a new experiment, as after the folder was moved or copied; the one before is renamed",
+    )
     json_flag(sub)
     sub = command("gc", grid.gc, "Delete what interrupted and former work has left; tell what the rest takes")
     sub.add_argument("--dry-run", action="store_true", help="only tell")

@@ -6,6 +6,7 @@ Its `dvc.yaml` has the stages of this project's own, with the paths of the code 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ DRAWN_FOR_TEST = 0.2
 SEED = 0  # of the draw, as in init_params.yaml.jinja
 MIN_FOR_VALIDATION = 20  # training images in the smallest class
 
+MADE = ("data", "runs", "reports")  # folders that a pipeline writes into
 IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
 IGNORED_BY_GIT = "# what the pipeline makes\n/data/\n/runs/\n/reports/\n/mlflow.db*\n/mlruns/\n/.resgrid/\n"
 ATTRIBUTES = "# as DVC hashes them, also where git would check out CRLF\n" + "".join(
@@ -76,7 +78,7 @@ def init(folder: Path, data: Path) -> str:
         if (folder / name).exists():
             raise ResgridError(f"{folder / name}: is there already. Name a new folder, or delete it.")
     data = data.expanduser().resolve()
-    for made in ("data", "runs", "reports"):
+    for made in MADE:
         if data == folder or data == folder / made or (folder / made) in data.parents:
             raise ResgridError(
                 f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
@@ -94,7 +96,7 @@ def init(folder: Path, data: Path) -> str:
     root = _repository(folder)
     with _undone_on_failure(folder):
         (folder / "dvc.yaml").write_text(_stages(folder, root), encoding="utf-8")
-        params = _params(_name(folder), _location(data, folder, root), data, info)
+        params = _params(_free_name(folder, root), _location(data, folder, root), data, info)
         (folder / "params.yaml").write_text(params, encoding="utf-8")
         cells = expand(load_params(folder / "params.yaml"))
         if root is None:
@@ -296,6 +298,21 @@ def _counts(info: DatasetInfo) -> str:
 
 def _name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9 _.-]", "-", folder.name).lstrip(" _.-") or "own"
+
+
+def _free_name(folder: Path, root: Path | None) -> str:
+    """The folder's name, with a number where another pipeline of the repository has it: a name is that of an
+    experiment and of a registered model."""
+    taken = set()
+    for place, folders, files in os.walk(root or folder):
+        folders[:] = [each for each in folders if each[0] != "." and each not in MADE]
+        if "params.yaml" in files:
+            text = Path(place, "params.yaml").read_text(encoding="utf-8", errors="replace")
+            names = re.findall(r"^name:(.*?)(?: #.*)?$", text, re.MULTILINE)
+            taken |= {each.strip(" '\"") for each in names}
+    name = _name(folder)
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(each for each in numbered if each not in taken)
 
 
 def _location(data: Path, folder: Path, root: Path | None) -> str:

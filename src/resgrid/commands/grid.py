@@ -87,7 +87,7 @@ def sync(options: argparse.Namespace) -> int:
     kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
     leftovers.forget_recorded(kept, LOCK)
     with Progress("sync", None, "cells") as progress:
-        report = tracking.sync(params, Path.cwd(), progress.update)
+        report = tracking.sync(params, Path.cwd(), progress.update, options.rebuild)
     print(json.dumps(report.as_dict(), indent=2) if options.json else report)
     return 1 if report.failed else 0
 
@@ -157,7 +157,7 @@ def _former_queues(root: Path, dry_run: bool) -> list[str]:
 def ui(options: argparse.Namespace) -> None:
     from resgrid import tracking
 
-    sync(argparse.Namespace(json=False))
+    sync(argparse.Namespace(json=False, rebuild=False))
     tracking.serve(options.port, load_params().name)
 
 

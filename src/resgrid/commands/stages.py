@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,12 +116,11 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
     execution = choose_execution(cell, meta.num_images["train"], device)
     checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution))
-    with tracking.shared_checkpoints(params.name, cell, checkpoints.digest, kept) as others:
-        elsewhere = [checkpoints.adopt(path) for path in others]
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
+    epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
     with (
-        tracking.LiveRun(params.name, cell, meta.digest, checkpoints.digest, finished) as run,
+        tracking.LiveRun(params.name, cell, meta.digest, checkpoints.started, checkpoints.epochs) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
         progress.say(f"{cell.id}  {execution} on {device_name(device)}")
@@ -131,20 +131,17 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         for damaged in checkpoints.refused:
             progress.say(f"{cell.id}  {damaged} The one before it is used.")
         if finished:
-            origin = ", which another machine has reached" if any(elsewhere) else ""
-            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}{origin}")
+            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}")
             progress.begin(finished * num_images)
 
         def on_step(images: int, images_an_epoch: int) -> None:
             progress.update(finished * images_an_epoch + images)
 
-        epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
         for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
+            run.log_epochs([asdict(each) for each in epochs_so_far])  # their checkpoint is on the disk by now
             epochs_so_far.append(epoch)
             show_history(RUNS / cell.id, epochs_so_far)
-            run.log_epoch(epoch)
-            run.share_checkpoint(checkpoints.latest)
             test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
             progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
             progress.say(

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from resgrid.config import Params
 from resgrid.errors import ResgridError
-from resgrid.grid import Cell, expand
+from resgrid.grid import expand
 from resgrid.run_status import Run as Result
-from resgrid.run_status import data_digest, find_runs, read_json
-from resgrid.tracking import contents, shared
-from resgrid.tracking.cell_runs import end_killed, is_live, mark, retire, runs_of, start_second
-from resgrid.tracking.registry import crown, judge
-from resgrid.tracking.reports import log_comparison, write_links
-from resgrid.tracking.store import Store, open_store, project_root, shown, unusable
-from resgrid.tracking.view import arrange
+from resgrid.run_status import data_digest, find_runs, read_json, started_at
+from resgrid.tracking.mirror import Snapshot, mirror, run_key, runs_of, synced
+from resgrid.tracking.registry import promote_champions, selection_split
+from resgrid.tracking.reports import log_comparison
+from resgrid.tracking.runs import end_killed, is_live, mark, mark_superseded
+from resgrid.tracking.store import Store, open_store, registry_uri, shown, sync_lock, unusable
+from resgrid.tracking.view import save_default_view
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,8 +64,8 @@ class SyncReport:
         if self.training:
             lines.append(f"  training now: {', '.join(self.training)}")
         for name, cell in sorted(self.champions.items()):
-            told = f"{cell}, {self.accuracies[cell]}" if cell else "none, for no cell of it is current"
-            lines.append(f"  champion of models:/{name}: {told}")
+            champion = f"{cell}, {self.accuracies[cell]}" if cell else "none: no current cell"
+            lines.append(f"  champion of models:/{name}: {champion}")
         if self.summary:
             lines.append(f"  the comparison is run {self.summary}")
         lines += [f"  {cell}: {why}" for cell, why in (self.stale | self.failed).items()]
@@ -72,63 +73,63 @@ class SyncReport:
 
 
 def sync(
-    params: Params, pipeline_folder: Path, on_cell: Callable[[int, int], None] | None = None
+    params: Params,
+    pipeline_folder: Path,
+    on_cell: Callable[[int, int], None] | None = None,
+    rebuild: bool = False,
 ) -> SyncReport:
     """Give every cell of `params` that has a whole folder `runs/<cell>` one complete run, marked as current.
 
-    A run is found by its cell and the digest of its weights, completed if it is partial, and made from the
-    files if there is none. Other runs of the cell, and those of cells that are no more, become superseded;
-    one whose process was killed ends as KILLED. Then the registry gets its champions, the reports their run,
-    and `reports/runs.html` the links from the report to the runs. A second time there is nothing to do.
-    `on_cell` is told how many cells are done, and of how many.
-    Raises ResgridError if the store cannot be used; what is wrong with single cells stands in the report.
+    It is the run of the folder's training, completed if it is partial, and made from the files if there is
+    none. Other runs of the cell, and those of cells that are no more, become superseded; one whose process
+    was killed ends as KILLED. Then the registry gets its champions and the reports their run. A second time
+    there is nothing to do. With `rebuild` all of it goes into a new experiment, and the one before is
+    renamed. `on_cell` is called with how many cells are done, and of how many.
+
+    Raises ResgridError if the store or the registry cannot be used; what is wrong with single cells stands in
+    the report.
     """
-    store = open_store(params.name, pipeline_folder)
+    store = open_store(params.name, pipeline_folder, rebuild)
 
     from mlflow.exceptions import MlflowException
 
-    report = SyncReport(store.name, shown(store.uri))
-    lock = project_root(pipeline_folder) / ".resgrid" / "sync.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    report, asked = SyncReport(store.name, shown(store.uri)), store.uri
     try:
-        with FileLock(lock):
+        with sync_lock(store.uri):
             runs: dict[str, list[Run]] = {}
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
+                _drop_shared_checkpoint(store, run)
             results = find_runs(expand(params), pipeline_folder)
-            links: dict[str, str] = {}
             for done, result in enumerate(results, start=1):
-                run_id = _sync_cell(store, result, runs.pop(result.cell.id, []), report)
-                if run_id:
-                    links[result.cell.id] = run_id
+                _sync_cell(store, result, runs.pop(result.cell.id, []), report)
                 if on_cell is not None:
                     on_cell(done, len(results))
             for of_former_cell in runs.values():
-                report.superseded += retire(store, of_former_cell)
-            if links:
-                write_links(store, links, pipeline_folder / "reports")
-            settled = [run for run in runs_of(store) if "grid" in run.data.tags]
-            for run in settled:
-                shared.drop(store, run)
-            current = [run for run in settled if run.data.tags["grid"] == "current"]
-            report.champions = crown(store, current, data_digest(pipeline_folder))
+                report.superseded += mark_superseded(store, of_former_cell)
+            current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
+            asked = registry_uri(store.uri)
+            report.champions = promote_champions(store, current, data_digest(pipeline_folder))
+            asked = store.uri
             report.accuracies = {cell: _accuracy(current, cell) for cell in report.champions.values() if cell}
-            arrange(store)
+            try:
+                save_default_view(store)
+            except MlflowException as error:
+                log.debug("%s: the default view of the page of runs: %s", shown(store.uri), error)
             report.summary = log_comparison(store, pipeline_folder / "reports")
     except (MlflowException, OSError) as error:
-        raise unusable(store.uri, error) from None
+        raise unusable(asked, error) from None
     return report
 
 
 def _accuracy(runs: list[Run], cell: str) -> str:
     """`test 52.10 %` or, where there is a validation split, its accuracy: what a champion was chosen by."""
     run = next(run for run in runs if run.data.tags["cell"] == cell)
-    split = judge([run])
+    split = selection_split([run])
     return f"{split} {100 * run.data.metrics[f'{split}_accuracy']:.2f} %"
 
 
-def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport) -> str | None:
-    """The id of the cell's run: without a current result that of its last attempt, if there is one."""
+def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport) -> None:
     cell, record = result.cell, result.record
     if record is None or not result.is_current:
         if record is None:
@@ -139,59 +140,43 @@ def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport
             if is_live(each):
                 continue
             end_killed(store, each)
-            tags = each.data.tags
-            is_of_it = record is not None and tags.get("weights_sha256") == record["weights_sha256"]
-            if tags.get("grid") == "current" or is_of_it:
+            is_of_it = record is not None and each.data.tags.get("weights_sha256") == record["weights_sha256"]
+            if each.data.tags.get("grid") == "current" or is_of_it:
                 mark(store, each, "stale" if is_of_it else "superseded")
-        last = max(runs, key=lambda run: run.info.start_time, default=None)
-        return str(last.info.run_id) if last else None
+        return
     try:
-        started = contents.started_at(read_json(result.folder / "timing.json"))
-        run = _find(runs, cell, record, started)
-        if run and is_live(run, started):
+        started = started_at(read_json(result.folder / "timing.json"))
+        key = run_key(record["cell_digest"], started)
+        ours = [run for run in runs if run.data.tags.get("key") == key]
+        complete = [
+            run
+            for run in ours
+            if run.data.tags.get("synced") == synced(key)
+            and run.data.tags["weights_sha256"] == record["weights_sha256"]
+        ]
+        if any(is_live(run, started // 1000) for run in ours):
             report.training.append(cell.id)
-            return str(run.info.run_id)
-        if run and run.data.tags.get("synced") == f"{record['weights_sha256']}:{contents.FORMAT}":
-            run_id, done = run.info.run_id, report.unchanged
-            if mark(store, run, "current"):
+            return
+        if complete:
+            run_id = complete[0].info.run_id
+            if mark(store, complete[0], "current"):
                 store.client.update_run(run_id, name=cell.id)  # of an experiment it is called otherwise
+            report.unchanged.append(cell.id)
         else:
-            run_id = contents.complete(store, run.info.run_id if run else None, cell, result.folder)
-            done = report.completed if run else report.created
+            run_id = mirror(store, Snapshot.from_files(cell, result.folder))
+            known = [run.info.run_id for run in ours]
+            (report.completed if run_id in known else report.created).append(cell.id)
     except ResgridError as error:
         report.failed[cell.id] = str(error)
-        return None
-    done.append(cell.id)
-    report.superseded += retire(store, runs, run_id, started)
-    return str(run_id)
+        return
+    report.superseded += mark_superseded(store, runs, run_id, started // 1000)
 
 
-def _find(runs: list[Run], cell: Cell, metrics: dict[str, Any], started: int) -> Run | None:
-    """The run that records these metrics, or one that logged the training but not its end."""
-    params = contents.params_of(cell)
+def _drop_shared_checkpoint(store: Store, run: Run) -> None:
+    """Delete the checkpoint that a worker of an earlier version has left beside its run."""
+    if "shared_checkpoint" in run.data.tags:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    def agrees(run: Run) -> bool:
-        return all(run.data.params.get(key) == value for key, value in params.items())
-
-    candidates = [run for run in runs if run.data.tags.get("weights_sha256") == metrics["weights_sha256"]]
-    candidates = candidates or [
-        run
-        for run in runs
-        if not {"weights_sha256", "dvc_experiment"} & run.data.tags.keys()
-        and run.data.tags["data_digest"] == metrics["data_digest"]
-        and run.info.status in ("RUNNING", "FINISHED")
-        and start_second(run) <= started
-        and agrees(run)
-    ]
-    # Several have the same weights where a cell was trained again without a change, as by `dvc repro -f`.
-    return max(
-        candidates,
-        key=lambda run: (
-            agrees(run),
-            "synced" in run.data.tags,
-            run.data.tags.get("grid") == "current",
-            run.info.start_time,
-            run.info.run_id,
-        ),
-        default=None,
-    )
+        repository: Any = get_artifact_repository(run.info.artifact_uri, tracking_uri=store.uri)
+        repository.delete_artifacts("checkpoint")
+        store.client.delete_tag(run.info.run_id, "shared_checkpoint")

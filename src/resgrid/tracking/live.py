@@ -1,203 +1,181 @@
-"""A cell's run while it trains."""
+"""A cell's run while it trains: one thread mirrors the latest snapshot, and training never waits for it."""
 
 from __future__ import annotations
 
-import sys
+import logging
+import os
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from queue import Queue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.provenance import experiment
-from resgrid.run_status import read_json
-from resgrid.tracking import contents, shared
-from resgrid.tracking.cell_runs import is_live, retire, runs_of
-from resgrid.tracking.store import Store, open_store, reason, shown
+from resgrid.provenance import experiment, made_by
+from resgrid.tracking.mirror import Snapshot, log_files, mirror, runs_of, this_process
+from resgrid.tracking.runs import mark_superseded
+from resgrid.tracking.store import SETTINGS, Store, StoreAway, is_local, open_store, reason, shown, store_uri
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
+REST_SECONDS = 30.0  # after an error
+END_SECONDS = 5.0  # that the end waits for a store elsewhere
+STOP_SECONDS = 2.0  # and for any store after Ctrl-C
+# A server that never answers: an error after 5 s, where MLflow's defaults take 120 s and seven tries.
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
-    from resgrid.training.engine import Epoch
+log = logging.getLogger(__name__)
 
-LAST_WORD_SECONDS = 7.0  # for MLflow when the process is to end, which it has 10 s for
+
+@dataclass(frozen=True)
+class _End:
+    """How the training ended."""
+
+    status: str
+    note: str | None = None  # of a failure
+    folder: Path | None = None  # of the files, where it has written them
 
 
 class LiveRun:
-    """A context manager that logs the training of `cell` into the experiment `name` as it goes on.
+    """A context manager that mirrors the training of `cell` into the experiment `name` while it goes on.
 
-    The run of an earlier start of the same `training`, a digest, goes on, with no epoch logged twice, unless
-    it has epochs and this start begins anew: at `resumed_epochs` 0.
+    `with LiveRun(…) as run:`, then `run.log_epochs(…)` after each, and `run.complete(run_folder)` when the
+    files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
+    line turns SIGTERM), or as FAILED by another exception, which its description then names.
 
-    `with LiveRun(…) as run:`, then `run.log_epoch(epoch)` after each, and `run.complete(run_folder)` when
-    the files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
-    line turns SIGTERM), or as FAILED by another exception, which its description then tells.
-
-    Nothing here raises, and only `complete` and the end wait for MLflow: all is done, in turn, by the one
-    thread that talks to it. Where that fails, one line on stderr says so, training goes on, and `sync`
-    completes the run another day.
+    Nothing here raises, and only the end waits: for a store elsewhere at most END_SECONDS. Where MLflow
+    fails, one warning says so, training goes on, and `sync` completes the run another day.
     """
 
     def __init__(
-        self, name: str, cell: Cell, data_digest: str, training: str | None = None, resumed_epochs: int = 0
+        self, name: str, cell: Cell, data_digest: str, started: int, epochs: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        self._name, self._cell, self._data_digest = name, cell, data_digest
-        self._training, self._resumed_epochs = training, resumed_epochs
-        self._waiting: Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = Queue()
+        """`started` (in microseconds) and the `epochs` of an earlier start are the checkpoint's."""
+        self._name = name
+        self._folder: Path | None = None
+        self._snapshot = Snapshot(
+            cell=cell,
+            digest=cell.digest,
+            data_digest=data_digest,
+            started=started,
+            origin=made_by(),
+            epochs=tuple(epochs),
+        )
+        self._changed, self._ending = threading.Condition(), threading.Event()
+        self._request: Snapshot | _End | None = None
         # A daemon: a server that hangs does not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._store: Store | None = None
-        self._run_id = ""
-        self._logged: set[int] = set()  # epochs
+        self._run_id: str | None = None
+        self._num_sent = 0  # epochs
         self._monitor: Any = None  # MLflow's, which has no types
-        self._failed = False  # until the end nothing more is tried: each try may take seconds
-        self._over = False
-        self._shared = time.monotonic()  # when the last checkpoint was
+        self._has_warned = False
 
     def __enter__(self) -> Self:
-        self._thread.start()
         if find_spec("mlflow") is None:  # a machine with torch and little else
-            self._failed = True
-            print(
-                f"resgrid: {self._cell.id} is not logged while it trains: mlflow is not installed",
-                file=sys.stderr,
-            )
+            self._warn("mlflow is not installed")
         else:
-            self._do(self._start, _now())
+            self._thread.start()
+            self._ask(self._snapshot)
         return self
 
-    def log_epoch(self, epoch: Epoch) -> None:
-        """The figures of one epoch; returns at once."""
-        if not self._failed:
-            self._do(self._log_epoch, epoch, _now())
-
-    def share_checkpoint(self, path: Path | None) -> None:
-        """Put the latest checkpoint beside the run, where they are shared, now and then; returns at once."""
-        now = time.monotonic()
-        if path and shared.are_shared() and now - self._shared >= shared.SECONDS:
-            self._shared = now
-            self._do(self._share, path)
+    def log_epochs(self, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """All epochs so far that a checkpoint on the disk holds; returns at once."""
+        self._snapshot = replace(self._snapshot, epochs=tuple(epochs))
+        self._ask(self._snapshot)
 
     def complete(self, run_folder: Path) -> None:
-        """All that is left, from the files that training has written: outcome, artifacts, model."""
-        self._do(self._finish, run_folder, _now())
-        self._waiting.join()
+        """The files are written: the end mirrors them as well."""
+        self._folder = run_folder
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        why = f"**Failed**: {type(error).__name__}: {shown(str(error))}" if status == "FAILED" else None
-        self._do(self._end, status, why)
-        self._waiting.put(None)
-        self._thread.join(LAST_WORD_SECONDS if status == "KILLED" else None)
+        if self._thread.ident is None:
+            return
+        if kind is None:
+            end = _End("FINISHED", folder=self._folder)
+        elif issubclass(kind, Exception):
+            end = _End("FAILED", f"**Failed**: {type(error).__name__}: {shown(str(error))}")
+        else:
+            end = _End("KILLED")
+        self._ending.set()
+        self._ask(end)
+        elsewhere = None if is_local(store_uri()) else END_SECONDS
+        self._thread.join(STOP_SECONDS if end.status == "KILLED" else elsewhere)
         if self._thread.is_alive():
-            self._complain("it did not answer in time")
+            self._warn("no answer in time")
 
-    def _do(self, action: Callable[..., None], *arguments: Any) -> None:
-        self._waiting.put((action, arguments))
+    def _ask(self, request: Snapshot | _End) -> None:
+        """The latest request takes the place of one that was not yet begun."""
+        with self._changed:
+            self._request = request
+            self._changed.notify()
 
     def _work(self) -> None:
-        while task := self._waiting.get():
-            action, arguments = task
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._request is not None)
+                request, self._request = self._request, None
             try:
-                action(*arguments)
+                self._end(request) if isinstance(request, _End) else self._send(self._snapshot)
             except Exception as error:  # whatever MLflow, its database or the network comes up with
-                self._complain(reason(error))
-            self._waiting.task_done()
+                is_for_good = isinstance(error, ResgridError) and not isinstance(error, StoreAway)
+                self._warn(str(error) if isinstance(error, ResgridError) else reason(error), is_for_good)
+                self._ending.wait(REST_SECONDS)
+            if isinstance(request, _End):
+                return
 
-    def _complain(self, why: str) -> None:
-        if not self._failed:
-            print(
-                f"resgrid: MLflow does not get all of {self._cell.id}: {why}\n"
-                "resgrid: this does not touch the training; `resgrid sync` completes the run later.",
-                file=sys.stderr,
-                flush=True,
+    def _warn(self, why: str, is_for_good: bool = False) -> None:
+        if not self._has_warned:
+            later = "" if is_for_good else "; `resgrid sync` completes the run later"
+            log.warning(
+                "Logging %s to MLflow failed: %s\nThe training goes on%s.", self._snapshot.cell.id, why, later
             )
-        self._failed = True
+        self._has_warned = True
 
-    def _start(self, start_time: int) -> None:
-        store = open_store(self._name)
-        earlier = self._earlier(store)
-        if earlier is None:
-            self._run_id = contents.create(store, self._cell, self._data_digest, start_time, self._training)
-        else:
-            self._run_id = earlier.info.run_id
-            store.client.set_tag(self._run_id, "process", contents.this_process())  # first: now it is live
-            store.client.update_run(self._run_id, "RUNNING")
-            history = store.client.get_metric_history(self._run_id, "learning_rate")
-            self._logged = {point.step for point in history}
-        self._store = store
+    def _send(self, snapshot: Snapshot) -> None:
+        if self._store is None:
+            os.environ |= {k: v for k, v in IMPATIENT.items() if os.environ.get(k) in (None, SETTINGS[k])}
+            self._store = open_store(self._name)
+        is_first = self._run_id is None
+        since = 0 if is_first else self._num_sent + 1
+        self._run_id = mirror(self._store, snapshot, self._run_id, since=since)
+        self._num_sent = len(snapshot.epochs)
+        if is_first:
+            self._store.client.set_tag(self._run_id, "process", this_process())
+            self._store.client.update_run(self._run_id, "RUNNING")
+            self._start_monitor(self._store.uri)
 
+    def _end(self, end: _End) -> None:
+        if self._run_id is None or end.folder is None:
+            self._send(self._snapshot)
+        store, run_id = self._store, self._run_id
+        assert store is not None and run_id is not None  # noqa: PT018
+        self._stop_monitor()
+        if end.note is not None:
+            store.client.set_tag(run_id, "mlflow.note.content", end.note)
+        if end.folder is None:
+            store.client.set_terminated(run_id, end.status)
+            return
+        final = Snapshot.from_files(self._snapshot.cell, end.folder)
+        if final.key != self._snapshot.key:  # another training of the cell has replaced the files since
+            store.client.set_terminated(run_id, end.status)
+            store.client.set_tag(run_id, "grid", "superseded")
+            return
+        mirror(store, final, run_id, since=self._num_sent, files=False)
+        if experiment() is None:
+            mark_superseded(store, runs_of(store, final.cell.id), run_id, final.started // 1000)
+        if is_local(store.uri):
+            log_files(store, run_id, final)
+
+    def _start_monitor(self, uri: str) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
-            self._run_id, tracking_uri=store.uri, resume_logging=earlier is not None
-        )
+        self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=uri, resume_logging=True)  # type: ignore[no-untyped-call]
         self._monitor.collect_metrics()  # psutil counts CPU load from the last look, for each thread
         self._monitor.start()
-
-    def _earlier(self, store: Store) -> Run | None:
-        """The run of an earlier start of this training, if it goes on."""
-        if self._training is None:
-            return None
-        made = experiment()
-        runs = [
-            run
-            for run in runs_of(store, self._cell.id)
-            if run.data.tags.get("training") == self._training
-            and run.data.tags.get("dvc_experiment") == (made.name if made else None)
-            and not is_live(run, _now() if shared.are_shared() else None)  # a pool has one training of a cell
-            and (self._resumed_epochs > 0 or "learning_rate" not in run.data.metrics)
-        ]
-        return max(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
-
-    def _log_epoch(self, epoch: Epoch, timestamp: int) -> None:
-        from mlflow.entities import Metric
-
-        if not self._failed and epoch.epoch not in self._logged and (store := self._our_store()):
-            figures = {key: getattr(epoch, key) for key in contents.EACH_EPOCH}
-            metrics = [
-                Metric(key, value, timestamp, epoch.epoch)
-                for key, value in figures.items()
-                if value is not None
-            ]
-            store.client.log_batch(self._run_id, metrics=metrics)
-
-    def _share(self, path: Path) -> None:
-        if path.exists() and (store := self._our_store()):
-            with suppress(Exception):  # whatever MLflow comes up with: the next one is tried all the same
-                shared.put(store, self._run_id, path)
-
-    def _our_store(self) -> Store | None:
-        """None where there is none, or in a pool another machine has taken the cell over from this one."""
-        if self._store is not None and shared.are_shared():
-            by = self._store.client.get_run(self._run_id).data.tags.get("process")
-            if by != contents.this_process():
-                self._store = None
-                self._complain(f"the cell was taken over by the process {by}")
-        return self._store
-
-    def _finish(self, run_folder: Path, end_time: int) -> None:
-        if store := self._our_store():
-            self._over = True  # from here on an error is for `sync`: ending the run would fail as well
-            self._stop_monitor()
-            contents.complete(store, self._run_id, self._cell, run_folder, end_time)
-            started = contents.started_at(read_json(run_folder / "timing.json"))
-            if experiment() is None:
-                retire(store, runs_of(store, self._cell.id), self._run_id, started)
-
-    def _end(self, status: str, why: str | None) -> None:
-        if not self._over and (store := self._our_store()):
-            self._stop_monitor()
-            if why is not None:
-                store.client.set_tag(self._run_id, "mlflow.note.content", why)
-            store.client.set_terminated(self._run_id, status)
 
     def _stop_monitor(self) -> None:
         monitor, self._monitor = self._monitor, None
@@ -211,7 +189,3 @@ class LiveRun:
         monitor.collect_metrics()
         monitor.publish_metrics(monitor.aggregate_metrics())
         monitor.mlflow_logger.flush()
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

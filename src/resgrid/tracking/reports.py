@@ -1,9 +1,6 @@
-"""The report and MLflow: the way from its cells to their runs, and the comparison as a run of its own.
+"""The comparison as a run of its own.
 
-`reports/runs.html`: the report is an output of DVC, made without MLflow, so its links lead to this file
-beside it, which DVC does not know: `runs.html#resnet20-adam-0` goes on to the run's page.
-
-The comparison's run has the leaderboard as a table and the files of `reports/`. It has no tag `grid`, so that
+It has the leaderboard as a table and the files of `reports/`. It has no tag `grid`, so that
 the filter `tags.grid = 'current'` shows cells and nothing else.
 """
 
@@ -11,60 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 from resgrid.errors import ResgridError
 from resgrid.tracking.registry import CHAMPION
-from resgrid.tracking.store import Store, is_remote, reason, shown
-from resgrid.tracking.view import VIEW_QUERY, WORK
+from resgrid.tracking.store import Store, reason
+from resgrid.tracking.view import VIEW_QUERY
 
-LINKS = "runs.html"
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: the runs in MLflow</title>
-<style>:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}</style>
-<h1>{name}: the runs in MLflow</h1>
-<p>The links lead to {address}{when}.</p>
-<p id="away" role="alert" hidden>It does not answer now. Once it does, this is <a href="">the run</a>.</p>
-<ul>
-{rows}
-</ul>
-<script>
-const link = document.getElementById(location.hash.slice(1));
-const away = document.getElementById("away");
-if (link) fetch(link.href, {{mode: "no-cors"}}).then(() => location.replace(link.href), () => {{
-  away.hidden = false;
-  away.querySelector("a").href = link.href;
-}});
-</script>
-</html>
-"""
-WHEN = ", which answers while <code>resgrid ui</code> or <code>resgrid up</code> runs"
 TABLE = "leaderboard.json"
 NOTE = "mlflow.note.content"
-
-
-def write_links(store: Store, runs: Mapping[str, str], reports: Path) -> None:
-    """Write `runs.html` with the page of each cell's run, whose id `runs` has; leave it if it is the same."""
-    port = os.environ.get("RESGRID_MLFLOW_PORT", "5000")
-    address = shown(store.uri).rstrip("/") if is_remote(store.uri) else f"http://127.0.0.1:{port}"
-    page = f"{address}/#/experiments/{store.experiment_id}/runs/"
-    rows = [
-        f'<li><a id="{escape(cell)}" href="{page}{run}?{WORK}">{escape(cell)}</a></li>'
-        for cell, run in runs.items()
-    ]
-    when = "" if is_remote(store.uri) else WHEN
-    text = PAGE.format(name=escape(store.name), address=escape(address), when=when, rows="\n".join(rows))
-    path = reports / LINKS
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        reports.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def log_comparison(store: Store, reports: Path) -> str | None:
@@ -79,7 +32,7 @@ def log_comparison(store: Store, reports: Path) -> str | None:
 
     client = store.client
     files = [file for file in sorted(reports.glob("[!.]*")) if file.is_file()]
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.name != LINKS]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     for run in client.search_runs([store.experiment_id], "tags.summary = 'begun'"):
         client.delete_run(run.info.run_id)  # an interruption left it

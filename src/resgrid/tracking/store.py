@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import sqlite3
+import subprocess
 import tempfile
+import urllib.request
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlparse
+from urllib.parse import quote, unquote, urlparse
 from urllib.request import url2pathname
 
 from filelock import FileLock
@@ -24,12 +29,14 @@ from resgrid.run_status import WEIGHTS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 SETTINGS = {  # environment variables that MLflow reads; whoever has set one keeps it
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is away is noticed in 10 s, not in 5 minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where `--json` prints JSON and nothing else
     "GIT_PYTHON_REFRESH": "quiet",  # no warning on a machine without git
 }
 
@@ -39,13 +46,10 @@ QUIET_SERVER = {
     "PYTHONWARNINGS": "ignore",
 }
 
-ADDRESSES = (  # table and column, in MLflow's database
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
+OURS = "3"  # of MLflow, as pyproject.toml has it
+PIPELINE = "pipeline"  # the experiment's tag: whose it is
+# `sqlite:///` alone has MLflow make the folder of the path as it is quoted, beside that of the database.
+QUOTED = "sqlite+pysqlite:///"
 
 
 class StoreAway(ConnectionLost):
@@ -78,42 +82,100 @@ def store_uri(folder: Path | None = None) -> str:
     """
     made = experiment()
     root = made.project if made else project_root(folder)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
-    if database := _database(uri):  # absolute: relative, it would be another file in each folder
-        return f"sqlite:///{(folder or Path.cwd()).resolve() / database}"
-    return uri
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    database = _database(uri) if uri else root / "mlflow.db"
+    if uri and not database:
+        return uri
+    # Absolute: relative, it would be another file in each folder.
+    path = str((folder or Path.cwd()).resolve() / str(database))
+    quoted = quote(path, safe="".join(chr(i) for i in range(33, 127) if chr(i) not in "%?") + " ")
+    return f"sqlite:///{path}" if quoted == path else f"{QUOTED}{quoted}"
 
 
-def open_store(name: str, folder: Path | None = None) -> Store:
+def open_store(name: str, folder: Path | None = None, rebuild: bool = False) -> Store:
     """The experiment `name` in the store; both are made if need be, by any number of processes at once.
 
-    Raises StoreAway if the store is damaged or away, and ResgridError if it has the experiment among its
-    deleted ones, or keeps artifacts in a folder of another machine.
+    With `rebuild` an experiment of that name is renamed, and a new one takes its place.
+
+    Raises StoreAway if the store is damaged or away, and ResgridError if the experiment is another
+    pipeline's, was deleted, or keeps its files in another folder: of the checkout that this one is a copy of,
+    or of another machine.
     """
-    uri = store_uri(folder)
+    uri, ours = store_uri(folder), pipeline_identity(folder)
+    # Frozen when the experiment is made, so it must be absolute. A server has a place of its own.
+    place = None if is_remote(uri) else (_artifact_root(uri) / name).as_uri()
     try:
         client, lock = _connect(uri)
         with lock:
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                # Frozen from now on, so it must be absolute. A server has a place of its own.
-                place = None if is_remote(uri) else (_artifact_root(uri) / name).as_uri()
-                experiment = client.get_experiment(client.create_experiment(name, place))
+            found = client.get_experiment_by_name(name)
+            if found is not None:
+                _check_experiment(uri, found, ours)
+            if found is not None and rebuild:
+                now = datetime.now().isoformat(" ", "seconds")
+                client.rename_experiment(found.experiment_id, f"{name} (before {now})")
+            if found is None or rebuild:
+                found = client.get_experiment(client.create_experiment(name, place, {PIPELINE: ours}))
+            elif is_local(uri) and _path(found.artifact_location).resolve() != _path(str(place)).resolve():
+                raise ResgridError(
+                    f"{shown(uri)}: the experiment {name!r} keeps its files in {found.artifact_location}: "
+                    "this checkout was moved or copied, and nothing is recorded here until "
+                    "`resgrid sync --rebuild` has filled a new experiment from the run folders."
+                )
+            elif PIPELINE not in found.tags:
+                client.set_experiment_tag(found.experiment_id, PIPELINE, ours)
+    except ResgridError:
+        raise
     except Exception as error:  # SQLAlchemy's, sqlite3's, MLflow's, requests', the system's
         raise unusable(uri, error) from None
-    if experiment.lifecycle_stage == "deleted":
+    if is_remote(uri) and not _is_within_reach(found.artifact_location):
         raise ResgridError(
-            f"{shown(uri)}: the experiment {name!r} was deleted there. "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back, "
-            "`mlflow gc` removes it for good; or give the pipeline another name in params.yaml."
-        )
-    if is_remote(uri) and not _is_within_reach(experiment.artifact_location):
-        raise ResgridError(
-            f"{shown(uri)}: the experiment {name!r} keeps its artifacts in {experiment.artifact_location}, a "
+            f"{shown(uri)}: the experiment {name!r} keeps its artifacts in {found.artifact_location}, a "
             "folder that is not on this machine. Start that server with --artifacts-destination, on a store "
             "of its own, so that it takes them itself."
         )
-    return Store(uri, name, experiment.experiment_id, client)
+    return Store(uri, name, found.experiment_id, client)
+
+
+def pipeline_identity(folder: Path | None = None) -> str:
+    """`<first commit>:<path>` of a pipeline's folder: the same in a clone, in a moved checkout, on a worker.
+
+    The path is below the root of git's repository. Where git knows no first commit (there is none, a shallow
+    clone) that part is empty.
+    """
+    folder = (folder or Path.cwd()).resolve()
+
+    def git(*arguments: str) -> list[str]:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return []
+        return done.stdout.splitlines()
+
+    known = git("rev-parse", "--is-shallow-repository", "--show-prefix")
+    if not known:
+        return f":{folder.relative_to(project_root(folder))}"
+    first = git("rev-list", "--max-parents=0", "HEAD")[-1:] if known[0] == "false" else []
+    return f"{''.join(first)}:{''.join(known[1:]).rstrip('/') or '.'}"
+
+
+def _check_experiment(uri: str, found: Experiment, ours: str) -> None:
+    """Raises ResgridError for an experiment that was deleted, or is another pipeline's."""
+    name, number = found.name, found.experiment_id
+    if found.lifecycle_stage == "deleted":
+        raise ResgridError(
+            f"{shown(uri)}: the experiment {name!r} was deleted there. "
+            f"`mlflow experiments restore --experiment-id {number}` brings it back, "
+            "`mlflow gc` removes it for good; or give the pipeline another name in params.yaml."
+        )
+    theirs = found.tags.get(PIPELINE, ours)
+    (commit, _, path), (our_commit, _, our_path) = theirs.partition(":"), ours.partition(":")
+    if path != our_path or (commit and our_commit and commit != our_commit):
+        raise ResgridError(
+            f"{shown(uri)}: the experiment {name!r} belongs to another pipeline, in the folder {path} of the "
+            f"repository that begins with commit {commit[:10] or 'unknown'}. Give this one another `name` in "
+            "params.yaml. If that pipeline is this one, moved, free the name by `mlflow experiments rename "
+            f"--experiment-id {number} --new-name '{name} (old)'`, then `resgrid sync`."
+        )
 
 
 def fetch_weights(initial: InitialWeights) -> Path | None:
@@ -138,11 +200,15 @@ def fetch(
     no such thing, or it has no weights file.
     """
     uri = store_uri()
+    asked = registry_uri(uri) if model.startswith("models:/") else uri
     kept = project_root() / ".resgrid" / "weights"
     try:
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
-        cell = client.get_run(run_id).data.tags.get("cell", "run")
+        asked, run = uri, client.get_run(run_id)
+        if is_local(uri) and _artifact_root(uri) not in _path(run.info.artifact_uri).parents:
+            raise ResgridError(f"its run {run_id} has its files elsewhere, in {run.info.artifact_uri}")
+        cell = run.data.tags.get("cell", "run")
         path = kept / f"{cell}-{run_id}.safetensors"
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
@@ -150,7 +216,7 @@ def fetch(
                 Path(client.download_artifacts(run_id, WEIGHTS, part)).replace(path)
     except Exception as error:
         raise ResgridError(
-            f"{what} gives no {WEIGHTS} in MLflow at {shown(uri)} ({reason(error)}). {advice}"
+            f"{what} gives no {WEIGHTS} in MLflow at {shown(asked)} ({reason(error)}). {advice}"
         ) from None
     return path
 
@@ -204,42 +270,40 @@ def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
     with lock:  # several that make the tables at once break the migration
         with closing(sqlite3.connect(database, timeout=20)) as connection:  # fails at once on a damaged file
             connection.execute("PRAGMA journal_mode=WAL")  # reads beside a write; the file remembers it
-            _readdress(connection, _artifact_root(uri))
         return MlflowClient(uri), lock
-
-
-def _readdress(connection: sqlite3.Connection, artifacts: Path) -> None:
-    """Where the folder was moved or copied, let the store's absolute addresses be those of its files here."""
-    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
-        return
-    here = artifacts.as_uri()
-    for name, address in connection.execute("SELECT name, artifact_location FROM experiments").fetchall():
-        own = (artifacts / name).as_uri().removeprefix(here)
-        former = str(address).removesuffix(own)
-        is_ours = str(address).endswith(f"/{artifacts.name}{own}") and (artifacts / name).is_dir()
-        if not is_ours or former == here:
-            continue
-        with connection:  # all of them or none
-            for table, column in ADDRESSES:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ?1 || substr({column}, ?2) "
-                    f"WHERE substr({column}, 1, ?2) = ?3 || '/'",
-                    (here, len(former) + 1, former),
-                )
 
 
 def _is_within_reach(artifacts: str) -> bool:
     """Whether a client has the folder that a server names, into which clients write artifacts themselves."""
-    folder = url2pathname(urlparse(artifacts).path) if artifacts.startswith("file:") else artifacts
-    return not folder.startswith("/") or Path(folder).parent.is_dir()
+    folder = _path(artifacts)
+    return not folder.is_absolute() or folder.parent.is_dir()
+
+
+def _path(location: str) -> Path:
+    """Of a file: URI, or of a plain path."""
+    return Path(url2pathname(urlparse(location).path) if location.startswith("file:") else location)
 
 
 def _database(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    match = re.match(r"sqlite(?:\+pysqlite)?:///([^?]+)", uri)
+    return Path(unquote(match[1])) if match else None
+
+
+def is_local(uri: str) -> bool:
+    """Whether it is a file of this machine."""
+    return _database(uri) is not None
 
 
 def is_remote(uri: str) -> bool:
     return uri.startswith(("http://", "https://", "databricks"))
+
+
+def sync_lock(uri: str) -> FileLock:
+    """One `sync` at a time on this machine, for a store."""
+    database = _database(uri)
+    state = (database.parent if database else project_root()) / ".resgrid"
+    state.mkdir(parents=True, exist_ok=True)
+    return FileLock(state / "sync.lock")
 
 
 def _artifact_root(uri: str) -> Path:
@@ -247,23 +311,45 @@ def _artifact_root(uri: str) -> Path:
     return (database.parent if database else project_root()) / "mlruns"
 
 
-def unusable(uri: str, error: Exception) -> StoreAway:
+def unusable(uri: str, error: Exception) -> ResgridError:
+    """What to raise for an error of the store, or the registry, at `uri`."""
     if "out-of-date database schema" in str(error):
         return StoreAway(
             f"{shown(uri)}: another version of MLflow than this {version('mlflow')} made the database, which "
             f"stays as it is. An older one: copy it, then run `mlflow db upgrade {shown(uri)}`. A newer one: "
             f"install that version again, or have MLFLOW_TRACKING_URI name another store."
         )
-    return StoreAway(
-        f"{shown(uri)}: MLflow's store cannot be used ({reason(error)}). Check that it is there and whole; "
-        "MLFLOW_TRACKING_URI names another one."
-    )
+    if is_remote(uri) and (theirs := _server_version(uri)).partition(".")[0] not in ("", OURS):
+        return ResgridError(
+            f"{shown(uri)}: the server runs MLflow {theirs}, and ResGrid needs one of version {OURS} "
+            f"({reason(error)})."
+        )
+    return StoreAway(f"{shown(uri)}: MLflow does not answer as it should: {reason(error)}")
+
+
+def _server_version(uri: str) -> str:
+    """Empty where it says none."""
+    try:
+        with urllib.request.urlopen(f"{shown(uri).rstrip('/')}/version", timeout=3) as answer:
+            return str(answer.read(40).decode().strip())
+    except (OSError, ValueError, HTTPException):
+        return ""
+
+
+def registry_uri(uri: str) -> str:
+    """Where the models of the store at `uri` are registered."""
+    return os.environ.get("MLFLOW_REGISTRY_URI") or uri
 
 
 def reason(error: Exception) -> str:
-    """One line of what went wrong."""
-    line = (shown(str(error)).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line if len(line) <= 160 else line[:157] + '...'}"
+    """One line of what went wrong: of the network what the system says, of all else the whole text, since a
+    remedy often stands at its end."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
+            return f"{type(cause).__name__}: {cause}"
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {' '.join(shown(str(error)).split())}"
 
 
 def shown(text: str) -> str:

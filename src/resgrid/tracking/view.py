@@ -87,7 +87,7 @@ VIEW = {
 }
 
 
-def arrange(store: Store) -> None:
+def save_default_view(store: Store) -> None:
     """Let MLflow's page of the experiment, at `VIEW_QUERY`, show what `VIEW` says."""
     view = json.dumps(VIEW)
     if store.client.get_experiment(store.experiment_id).tags.get(TAG) != view:

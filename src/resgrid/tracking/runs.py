@@ -1,4 +1,4 @@
-"""The runs of a cell: which there are, which still train, and which are superseded."""
+"""The runs of a cell: which still train, and which are superseded."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ import platform
 from typing import TYPE_CHECKING
 
 from resgrid import watch
+from resgrid.tracking.mirror import this_process
 from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
-    """The experiment's runs, of one cell or of all; without deleted ones."""
-    which = f"tags.cell = '{cell_id}'" if cell_id else "tags.cell LIKE '%'"
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = store.client.search_runs([store.experiment_id], which, max_results=1000, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
-
-
-def retire(store: Store, runs: list[Run], keep: str | None = None, started: int | None = None) -> list[str]:
+def mark_superseded(
+    store: Store, runs: list[Run], keep: str | None = None, started: int | None = None
+) -> list[str]:
     """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
     changed = []
     for run in runs:
@@ -47,26 +37,22 @@ def mark(store: Store, run: Run, grid: str) -> bool:
 
 
 def is_live(run: Run, started: int | None = None) -> bool:
-    """Whether a process may yet log to `run`.
+    """Whether another process may yet log to `run`.
 
     On this machine that is known. On another one it counts as gone once its cell has files of a training that
-    `started` (ms) no earlier.
+    `started` (ms) no earlier. A run that has ended may still get its files, from a trainer on this machine.
     """
-    if run.info.status != "RUNNING":
+    process, status = run.data.tags.get("process", ""), run.info.status
+    is_over = status not in ("RUNNING", "FINISHED") or (status == "FINISHED" and "synced" in run.data.tags)
+    if is_over or process in ("", this_process()):
         return False
-    host, _, process = run.data.tags.get("process", "").partition(" ")
+    host, _, process = process.partition(" ")
     if host == platform.node():
         return watch.alive(process)
-    return started is None or start_second(run) > started
+    return status == "RUNNING" and (started is None or run.info.start_time > started)
 
 
 def end_killed(store: Store, run: Run) -> None:
     """SIGKILL, or the loss of the server, leaves a run RUNNING."""
     if run.info.status == "RUNNING":
         store.client.set_terminated(run.info.run_id, "KILLED")
-
-
-def start_second(run: Run) -> int:
-    """In milliseconds, but whole seconds: timing.json counts in those."""
-    milliseconds: int = run.info.start_time
-    return milliseconds // 1000 * 1000
