@@ -20,6 +20,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
+# A person's settings of pip that break an environment; those of indexes and proxies stay.
+export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up worker ui test test-long test-gpu check audit format repro bench bench-gpu gpu-wheels picture \

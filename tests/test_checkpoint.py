@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,14 +30,10 @@ from resgrid import checkpoint, tracking
 from resgrid.checkpoint import Checkpoints
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
+from resgrid.edit import assign
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, find_cell
-from resgrid.leftovers import (
-    checkpoint_folder,
-    delete,
-    find_leftovers,
-    forget_recorded,
-)
+from resgrid.leftovers import checkpoint_folder, delete, find_leftovers
 from resgrid.provenance import CODE, code_digest
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
@@ -142,16 +139,18 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
         shutil.rmtree(kept, ignore_errors=True)
         process = processes.Process(target=_train, args=(trained, data, kept, tmp_path / "killed"))
         process.start()
-        while not (list(kept.glob("*.1")) and list(kept.glob("*.0.*.part"))):  # the second is being written
+        # The second is being written beside the first.
+        while not (
+            len(names := [path.name for path in kept.glob("*")]) == 2 and names[0][:32] == names[1][:32]
+        ):
             assert process.is_alive()
             time.sleep(0.001)
         process.kill()
         process.join()
-        if torn := list(kept.glob("*.0.*.part")):
+        if torn := list(kept.glob("*.part")):
             break
     assert torn
-    left = start(trained, data, kept)
-    assert (left.num_epochs, left.refused) == (1, [])
+    assert start(trained, data, kept).num_epochs == 1
     assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "killed")] == [2, 3, 4]
     assert same_files(tmp_path / "killed", tmp_path / "alone")
 
@@ -171,16 +170,26 @@ def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Pa
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
 
 
-def test_a_finished_training_ends_at_once_when_its_results_are_gone(data: Path, tmp_path: Path) -> None:
+def test_a_finished_training_whose_results_are_gone_writes_them_alone(data: Path, tmp_path: Path) -> None:
     trained = cell(epochs=2, **LIVELY)
     train(trained, data, tmp_path / "alone")
     go_on(trained, data, tmp_path / "kept", tmp_path / "run")
-    first = json.loads((tmp_path / "run/timing.json").read_text())
+    timing = (tmp_path / "run/timing.json").read_bytes()
     shutil.rmtree(tmp_path / "run")  # as DVC does before it runs the command again
     assert go_on(trained, data, tmp_path / "kept", tmp_path / "run") == []
     assert same_files(tmp_path / "run", tmp_path / "alone")
-    again = json.loads((tmp_path / "run/timing.json").read_text())
-    assert (again["started"], again["epoch_seconds"]) == (first["started"], first["epoch_seconds"])
+    assert (tmp_path / "run/timing.json").read_bytes() == timing  # it is the same training
+
+
+def test_a_training_that_goes_on_began_when_it_began(data: Path, tmp_path: Path) -> None:
+    trained = cell(epochs=2, **LIVELY)
+    began = start(trained, data, tmp_path / "kept").started
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
+    [kept] = (tmp_path / "kept").iterdir()
+    started = checkpoint.read(kept).started
+    assert began < started < time.time_ns() // 1000
+    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
+    assert json.loads((tmp_path / "run/timing.json").read_text())["started"] == started
 
 
 def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
@@ -195,26 +204,25 @@ def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
     assert same_files(tmp_path / "pieces", tmp_path / "alone")
 
 
-def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(data: Path, tmp_path: Path) -> None:
-    trained, kept = cell(epochs=3, **LIVELY), tmp_path / "kept"
+def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_anew(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, kept = cell(epochs=2, **LIVELY), tmp_path / "kept"
     train(trained, data, tmp_path / "alone")
-    go_on(trained, data, kept, tmp_path / "run", stop_after=2)
-    first, second = sorted(kept.iterdir(), key=lambda path: len(checkpoint.read(path).epochs))
-    whole = second.read_bytes()
-    second.write_bytes(whole[: len(whole) // 2])
-    left = start(trained, data, kept)
-    assert left.num_epochs == 1
-    assert left.refused == [f"{second}: it is no whole checkpoint: its checksum is wrong."]
-    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3]
+    go_on(trained, data, kept, tmp_path / "run", stop_after=1)
+    [path] = kept.iterdir()
+    whole = path.read_bytes()
+    altered = bytearray(whole)
+    altered[-1] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(altered), b"", b"resgrid checkpoint 1 0\n{}\n"):
+        caplog.clear()
+        path.write_bytes(damaged)
+        assert start(trained, data, kept).num_epochs == 0
+        assert start(trained, data, kept).num_epochs == 0
+        [said] = caplog.messages
+        assert said.startswith(f"{path}: it is no whole checkpoint of this version: its checksum is wrong.")
+    assert len(go_on(trained, data, kept, tmp_path / "run")) == 2
     assert same_files(tmp_path / "run", tmp_path / "alone")
-
-    for path in (first, second):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    left = start(trained, data, kept)
-    assert (left.num_epochs, len(left.refused)) == (0, 2)
-    assert len(go_on(trained, data, kept, tmp_path / "run")) == 3  # from the start
 
 
 def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path) -> None:
@@ -235,10 +243,8 @@ def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path)
     assert Checkpoints(tmp_path, trained, digest, CPU, compiled).num_epochs == 0
     # Also under the name of a file that is ours: the owner stands inside.
     other = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU, PLAIN)
-    [mine] = tmp_path.glob("*.1")
-    shutil.copy(mine, other._slots[1])
-    left = Checkpoints(tmp_path, cell(epochs=4, **LIVELY), digest, CPU, PLAIN)
-    assert (left.num_epochs, left.refused) == (0, [f"{other._slots[1]}: it belongs to another training."])
+    shutil.copy(start(trained, data, tmp_path).path, other.path)
+    assert found(cell(epochs=4, **LIVELY)) == 0
 
 
 def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -> None:
@@ -289,7 +295,8 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_ther
     with pytest.raises(ResgridError, match=r"the checkpoint after epoch 2 cannot be written: No space left"):
         go_on(trained, data, kept, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert [path.suffix for path in kept.iterdir()] == [".1"]
+    assert start(trained, data, kept).num_epochs == 1
+    assert len(list(kept.iterdir())) == 1
     disks.resize(disk, "9m")
     assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "run")] == [2, 3, 4]
     assert same_files(tmp_path / "run", tmp_path / "alone")
@@ -372,6 +379,31 @@ class Project:
             assert process.stdout
             process.stdout.close()
 
+    def edit(self, *assignments: str) -> None:
+        path = self.root / "params.yaml"
+        path.write_text(assign(path.read_text(), assignments))
+
+    def repro(self, *options: str) -> str:
+        """What `dvc repro` says."""
+        done = self.run("dvc", "repro", *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def timing(self) -> dict[str, Any]:
+        return json.loads((self.root / "runs" / CELL / "timing.json").read_text())
+
+    def kill_after_an_epoch(self, begun: subprocess.Popen[str]) -> int:
+        """Kill all of it after some epochs; how many are on the disk."""
+        while "  epoch   2/" not in (line := begun.stdout.readline()):
+            assert line
+        os.killpg(begun.pid, signal.SIGKILL)
+        begun.communicate()
+        return max(
+            len(checkpoint.read(path).epochs)
+            for path in self.kept.glob("*")
+            if path.suffix != ".part" and checkpoint.read(path).timing is None
+        )
+
     def mlflow_runs(self) -> list[Any]:
         store = tracking.open_store("cifar10", self.root)
         return list(store.client.search_runs([store.experiment_id]))
@@ -445,68 +477,182 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     for key in ("train_loss", "test_accuracy", "learning_rate"):
         assert project.steps(one.info.run_id, key) == list(range(1, 25)), key
 
-    # The lock lists it now, so its checkpoints may go.
-    names = sorted(path.name.rpartition(".")[2] for path in project.kept.iterdir())
-    assert names == ["0", "1", "done"]
-    kept = project.run("resgrid", "gc", "--dry-run", "--json")
+    # The lock lists it now, so its checkpoint may go.
+    kept = project.run("resgrid", "gc", "--json")
     assert kept.returncode == 0, kept.stderr
-    assert {each["why"] for each in json.loads(kept.stdout)["leftovers"]} == {
+    assert [each["why"] for each in json.loads(kept.stdout)["leftovers"]] == [
         "its training is recorded in dvc.lock"
-    }
-    assert project.run("resgrid", "sync").returncode == 0
+    ]
     assert list(project.kept.iterdir()) == []
 
 
-def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data: Path, tmp_path: Path) -> None:
-    pipeline, digest = tmp_path / "examples/small", load_meta(data).digest
+@pytest.fixture
+def short(project: Project) -> Project:
+    """With six epochs, and DVC's run cache left out where a test says so."""
+    project.edit("recipes.resnet20.epochs=6")
+    return project
+
+
+def epochs_of(said: str) -> int:
+    return len([line for line in said.splitlines() if re.match(rf"{CELL}  epoch +\d+/", line)])
+
+
+def test_which_start_trains_and_which_takes_what_is_there(short: Project) -> None:
+    """Each by `dvc repro`, whose stage cannot see `--force`."""
+    assert epochs_of(short.repro()) == 6
+    first = short.timing()
+    assert epochs_of(short.repro("--force")) == 6  # recorded: trains anew
+    assert epochs_of(short.repro("--force")) == 6  # and again
+    assert short.timing()["started"] > first["started"]
+
+    # Param changed and back, without the run cache and with it: not an epoch is trained.
+    a = short.timing()
+    short.edit("recipes.resnet20.batch_size=8")
+    assert epochs_of(short.repro("--no-run-cache")) == 6
+    short.edit("recipes.resnet20.batch_size=16")
+    said = short.repro("--no-run-cache")
+    assert "goes on after epoch 6/6" in said
+    assert epochs_of(said) == 0
+    assert short.timing() == a
+    short.edit("recipes.resnet20.batch_size=8")
+    assert epochs_of(short.repro()) == 0
+    short.edit("recipes.resnet20.batch_size=16")
+    assert epochs_of(short.repro()) == 0
+    assert short.timing() == a
+
+    # Forced and killed, then forced: it goes on. Left off, a plain one has nothing to do but to check out.
+    killed = short.begin("dvc", "repro", "--force")
+    done = short.kill_after_an_epoch(killed)
+    said = short.repro("--force")
+    assert f"goes on after epoch {done}/6" in said
+    assert epochs_of(said) == 6 - done
+    b = short.timing()
+    assert b["started"] > a["started"]
+    killed = short.begin("dvc", "repro", "--force")
+    short.kill_after_an_epoch(killed)
+    assert epochs_of(short.repro()) == 0
+    assert short.timing() == b
+
+    # And where a person asks for it.
+    done = short.run("resgrid", "train", CELL, "--afresh")
+    assert epochs_of(done.stderr) == 6
+
+
+def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short: Project) -> None:
+    cache = short.root / ".dvc/cache/files/md5"
+    cache.mkdir(parents=True)
+    for place in cache.parent.parent.glob("*"):
+        assert place.is_dir()
+    shutil.rmtree(cache)
+    cache.write_text("in the way")  # so that DVC can store no output
+    done = short.run("dvc", "repro")
+    assert done.returncode != 0
+    assert epochs_of(done.stderr) == 6
+    timing = short.timing()
+    cache.unlink()
+    assert epochs_of(short.repro()) == 0
+    assert short.timing() == timing
+    assert (
+        hashlib.md5((short.root / "runs" / CELL / "timing.json").read_bytes()).hexdigest()
+        in (short.root / "dvc.lock").read_text()
+    )
+
+
+def test_without_dvc_a_finished_cell_is_finished(short: Project) -> None:
+    for expected, arguments in ((6, ()), (0, ()), (6, ("--afresh",)), (0, ())):
+        done = short.run("resgrid", "train", CELL, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert epochs_of(done.stderr) == expected, arguments
+
+
+def aged(path: Path, days: float) -> None:
+    moment = time.time() - days * 24 * 3600
+    os.utime(path, (moment, moment))
+
+
+def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, lock = tmp_path / "examples/small", tmp_path / "examples/small/dvc.lock"
     kept = checkpoint_folder(tmp_path, pipeline)
     assert kept == tmp_path / ".resgrid/checkpoints/examples/small"
-    current = cell(epochs=3, **LIVELY)
-    former = current.model_copy(update={"id": "resnet20-sgd-9", "seed": 9})
-    changed = cell(epochs=4, **LIVELY)
-    for each in (current, former, changed):
+    unfinished, old, unrecorded, recorded = (
+        cell(epochs=2, **LIVELY).model_copy(update={"id": f"resnet20-sgd-{seed}", "seed": seed})
+        for seed in range(4)
+    )
+    for each in (unfinished, old):
         go_on(each, data, kept, tmp_path / "run", stop_after=1)
-    (kept / "resnet20-sgd-0.0123456789abcdef.0").write_bytes(b"torn")
+    for each in (unrecorded, recorded):
+        go_on(each, data, kept, tmp_path / "run")
+    pipeline.mkdir(parents=True)
+    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
+    aged(start(old, data, kept).path, days=31)
+    aged(start(unfinished, data, kept).path, days=29)
+    for suffix in ("0", "1", "done"):
+        (kept / f"resnet20-sgd-0.0123456789abcdef.{suffix}").write_bytes(b"of a former version")
     (pipeline / "data/.partial").mkdir(parents=True)
     (pipeline / "data/.partial/rest.part").write_bytes(b"12345")
     (pipeline / "data/raw").mkdir()
     (kept / "resnet20-sgd-0.0.part").write_bytes(b"half")  # may be being written
     (tmp_path / ".resgrid/weights").mkdir()
     (tmp_path / ".resgrid/weights/fetched.safetensors").write_bytes(b"weights")  # may be being used
-    (tmp_path / ".dvc/cache/files/md5/ab").mkdir(parents=True)
-    (tmp_path / ".dvc/cache/files/md5/ab/.Xk3.tmp").write_bytes(b"half")  # DVC is about to rename it
+    cache = tmp_path / ".dvc/cache"
+    (cache / "files/md5/ab").mkdir(parents=True)
+    (cache / "files/md5/ab/.Xk3.tmp").write_bytes(b"half")  # DVC is about to rename it
+    (cache / "files/md5/ab" / (30 * "0")).write_bytes(b"altered")
+    whole = hashlib.md5(b"whole").hexdigest()
+    (cache / "files/md5" / whole[:2]).mkdir()
+    (cache / "files/md5" / whole[:2] / whole[2:]).write_bytes(b"whole")
 
-    def found(data_digest: str = digest) -> dict[str, str]:
-        leftovers = find_leftovers(tmp_path, pipeline, [current], data_digest, tmp_path / ".dvc/cache")
-        return {each.path.name.split(".", 1)[0] + each.path.suffix: each.why for each in leftovers}
+    def found() -> dict[str, str]:
+        return {
+            each.path.name.split(".")[0] + each.path.suffix[:5]: each.why
+            for each in find_leftovers(tmp_path, pipeline, cache)
+        }
 
-    mine = next(kept.glob(f"*{start(current, data, kept).digest[7:23]}.1"))
-    assert found() == {
-        "resnet20-sgd-0.0": "it is damaged",
-        "resnet20-sgd-0.1": "it is of other params",
-        "resnet20-sgd-9.1": "there is no cell resnet20-sgd-9 any more",
-        "": "data/raw is complete",
+    former = {f"resnet20-sgd-0.{suffix}": "it is of a former version" for suffix in ("0", "1", "done")}
+    others = {"": "data/raw is complete", 30 * "0": "it is damaged: its content is not that of its name"}
+    age = "nobody has gone on from it for a month"
+    digests = {each.id: start(each, data, kept).path.suffix[:5] for each in (old, recorded)}
+    assert found() == former | others | {
+        f"resnet20-sgd-1{digests[old.id]}": age,
+        f"resnet20-sgd-3{digests[recorded.id]}": "its training is recorded in dvc.lock",
     }
-    leftovers = find_leftovers(tmp_path, pipeline, [current], digest, tmp_path / ".dvc/cache")
-    assert mine not in {each.path for each in leftovers}
+    leftovers = find_leftovers(tmp_path, pipeline, cache)
     assert sum(each.num_bytes for each in leftovers if each.why == "data/raw is complete") == 5
-    assert mine in {
-        each.path
-        for each in find_leftovers(tmp_path, pipeline, [current], "sha256:other", tmp_path / ".dvc/cache")
-    }
-    assert len(delete(each.path for each in leftovers)) == 4
+    assert len(delete(each.path for each in leftovers)) == 7
     assert not (pipeline / "data/.partial").exists()
-    assert start(current, data, kept).num_epochs == 1
-    assert find_leftovers(tmp_path, pipeline, [current], digest, tmp_path / ".dvc/cache") == []
+    assert find_leftovers(tmp_path, pipeline, cache) == []
+    assert [start(each, data, kept).num_epochs for each in (unfinished, unrecorded)] == [1, 2]
 
-
-def test_only_what_dvc_has_recorded_is_forgotten(data: Path, tmp_path: Path) -> None:
-    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
-    go_on(trained, data, kept, tmp_path / "run")
-    assert forget_recorded(kept, lock) == []  # there is none yet
-    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
-    assert forget_recorded(kept, lock) == []  # it lists an earlier training
+    # What checkouts share goes by its age alone: another may have recorded it, or not.
+    monkeypatch.setenv("RESGRID_CHECKPOINTS", str(tmp_path / "shared"))
+    shared = checkpoint_folder(tmp_path, pipeline)
+    assert shared == tmp_path / "shared/examples/small"
+    go_on(recorded, data, shared, tmp_path / "run")
     md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
     lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
-    assert len(forget_recorded(kept, lock)) == 3  # two checkpoints and the note
-    assert len(go_on(trained, data, kept, tmp_path / "run")) == 2  # as under `dvc repro -f`
+    assert found() == {}
+    aged(start(recorded, data, shared).path, days=31)
+    assert list(found().values()) == [age]
+
+
+def test_only_what_dvc_has_recorded_trains_anew(data: Path, tmp_path: Path) -> None:
+    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
+
+    def left(afresh: bool = False) -> int:
+        made = Checkpoints(kept, trained, load_meta(data).digest, CPU, PLAIN, lock, afresh)
+        return made.num_epochs
+
+    go_on(trained, data, kept, tmp_path / "run")
+    assert left() == 2  # there is no dvc.lock yet
+    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
+    assert left() == 2  # it lists an earlier training
+    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
+    assert left() == 0
+    assert list(kept.iterdir()) == []
+    go_on(trained, data, kept, tmp_path / "run", stop_after=1)
+    assert left() == 1
+    assert left(afresh=True) == 0

@@ -12,7 +12,6 @@ import torch
 from sleeping import sleeping
 
 from resgrid.cli import main
-from resgrid.commands import stages
 from resgrid.config import Engine, Params, load_params
 from resgrid.cost import announce, estimate_durations, measured_speeds, sentence
 from resgrid.grid import expand
@@ -82,13 +81,3 @@ def test_plan_measures_what_nothing_has_been_trained_of(
     assert json.loads(capsys.readouterr().out)["seconds"] is None
     assert main(["plan", "--pipeline", str(repository.root), "--json", "--measure"]) == 0
     assert json.loads(capsys.readouterr().out)["seconds"] > 0
-
-
-@pytest.mark.parametrize(("threads", "load", "told"), [(2, 9.0, True), (2, 2.0, False), (1, 9.0, False)])
-def test_a_busy_machine_is_told_where_threads_wait_for_one_another(
-    monkeypatch: pytest.MonkeyPatch, threads: int, load: float, told: bool
-) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    assert stages._is_busy() == told

@@ -121,7 +121,8 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "m.pt2"
     assert main(["export", str(weights), "--format", "pt2", "--out", str(out)]) == 1
-    assert re.search(rf"resgrid: {out}: .*\. Check the folder and its disk\.\n$", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(rf"resgrid: .*: {out}\. Check its owner and mode, and its disk\.\n$", said)
 
 
 def test_the_command_writes_beside_the_person_and_says_on_what_it_was_compared(

@@ -118,7 +118,11 @@ def _good_checkpoint(path: Path) -> None:
     tensors = {"model.weight": torch.arange(300.0), "generator.batches": torch.get_rng_state()}
     epochs = [{"epoch": 1, "step": 3, "train_loss": 2.25}]
     path.write_bytes(
-        b"".join(checkpoint.encode(Checkpoint({"cell": "sha256:0"}, "2026-01-01", 2, epochs, tensors)))
+        b"".join(
+            checkpoint.encode(
+                Checkpoint({"cell": "sha256:0"}, 1_764_374_400_123_456, 2, epochs, None, tensors)
+            )
+        )
     )
 
 

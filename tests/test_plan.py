@@ -291,7 +291,7 @@ def test_a_cache_that_is_elsewhere_is_what_gc_looks_at(repository, tmp_path):
     assert repository.run("dvc", "config", "--local", "cache.dir", str(cache)).returncode == 0
     try:
         assert cache_folder(repository.root) == cache
-        found = find_leftovers(repository.root, repository.root, [], None, cache_folder(repository.root))
+        found = find_leftovers(repository.root, repository.root, cache_folder(repository.root))
         assert [each.path for each in found] == [cache / "files/md5/ab" / ("0" * 30)]
         assert str(cache) in usage(repository.root, repository.root, cache_folder(repository.root))
     finally:

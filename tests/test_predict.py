@@ -322,6 +322,25 @@ def test_weights_that_changed_since_training_are_refused(
     assert "the file has changed since it was trained" in capsys.readouterr().err
 
 
+def test_a_diverged_cell_is_refused_unless_its_file_is_named(
+    inside: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = tmp_path / "runs" / "resnet20-adam-0"
+    shutil.copytree(inside.weights.parent, cell)
+    (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
+    record = json.loads((cell / "run.json").read_text())
+    cause = "the training loss was not finite at the end of epoch 1 of 2; the weights are the initial ones."
+    (cell / "run.json").write_text(json.dumps(record | {"status": "diverged", "cause": cause}))
+    monkeypatch.chdir(tmp_path)
+    for command in (["predict", str(inside.pictures), "--model"], ["export"]):
+        assert main([*command, "resnet20-adam-0"]) == 1
+        said = capsys.readouterr().err
+        assert f"resnet20-adam-0: it diverged: {cause}" in said
+        assert "name their file: runs/resnet20-adam-0/weights.safetensors" in said
+    asked_for = "runs/resnet20-adam-0/weights.safetensors"
+    assert main(["predict", str(inside.pictures), "--model", asked_for]) == 0
+
+
 def test_score_prepares_images_as_those_that_the_weights_were_trained_on(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0)
     for split in ("train", "test"):

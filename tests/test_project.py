@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import resgrid
 from resgrid import project
 from resgrid.errors import ResgridError
 from resgrid.project import GitState, available_memory, git_state, num_cores, project_root, write_whole
 
+ROOT = Path(__file__).parents[1]
 GIB = 2**30
 
 
@@ -161,6 +165,17 @@ def test_a_real_limit_of_memory_is_seen() -> None:
         own.rmdir()
 
 
+def test_a_program_that_computes_takes_a_core() -> None:
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_cores())]
+    try:
+        time.sleep(1.0)
+        assert project.free_cores() < max(2, num_cores())
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 
@@ -226,3 +241,48 @@ def test_meta_is_none_only_where_there_is_none(tmp_path: Path) -> None:
     write(tmp_path, {"data/processed/meta.json": "{"})
     with pytest.raises(ResgridError, match="cannot be read"):
         project.read_meta(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
+def test_the_first_file_that_another_user_owns_is_found(tmp_path: Path) -> None:
+    (tmp_path / "runs/cell").mkdir(parents=True)
+    (tmp_path / "runs/cell/run.json").write_text("{}")
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(path.stat().st_mode | 0o055)
+    for path in (tmp_path / "runs", tmp_path / "runs/cell"):
+        os.chown(path, 65534, 65534)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom resgrid.project import denied\nos.setuid(65534)\n"
+        "print(denied(Path('gone'), Path(sys.argv[1])))"
+    )
+    for owner, expected in ((0, tmp_path / "runs/cell/run.json"), (65534, None)):
+        os.chown(tmp_path / "runs/cell/run.json", owner, owner)
+        command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n"
+
+
+# --- what make and Python hand on --------------------------------------------------------------------
+
+
+def test_a_persons_settings_of_pip_that_break_an_environment_do_not_reach_it() -> None:
+    settings = {
+        "PIP_USER": "1",
+        "PIP_TARGET": "/elsewhere",
+        "PIP_PREFIX": "/elsewhere",
+        "PIP_INDEX_URL": "https://pypi.invalid/simple",
+        "HTTPS_PROXY": "http://proxy.invalid",
+    }
+    command = ["make", "-s", "-C", str(ROOT), "--eval=probe: ; @env", "probe"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert found["PIP_USER"] == "0"
+    assert not {"PIP_TARGET", "PIP_PREFIX"} & found.keys()
+    assert found["PIP_INDEX_URL"] == "https://pypi.invalid/simple"
+    assert found["HTTPS_PROXY"] == "http://proxy.invalid"
+
+
+def test_a_pipeline_is_loaded_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "examples/digits", tmp_path / "x", ignore=lambda *_: ["data", "runs", "reports"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resgrid.load("~/x").folder == tmp_path / "x"

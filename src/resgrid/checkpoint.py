@@ -1,23 +1,24 @@
 """A training's state on disk after each epoch, so that one that was cut off goes on from there.
 
-A checkpoint is one file: a line with its SHA-256, a line of JSON (whose it is, and the epochs so far), and
-safetensors: weights, optimizer state and generators. It is written aside, synced and renamed, in turn over
-one of two, so that the one before is whole whatever happens; one whose checksum is wrong is refused.
+One file a training, `<cell>.<digest>`, replaced at once: a line with its SHA-256, a line of JSON (whose it
+is, when it began, the epochs so far), and safetensors: weights, optimizer state and generators. Its last form
+holds the text of the run's timing.json as well. Where the MD5 of that stands in the pipeline's dvc.lock, DVC
+has recorded this very training, and a start trains anew. Any other start goes on from the file, and where no
+epoch is left, writes the results alone: also under `dvc repro --force`, which a command cannot see.
 
 It belongs to one cell's exact configuration, its data, the code that trains it, and the kind of device; no
-other training reads it. It lies outside the outputs, which DVC deletes before a command runs, and stays until
-dvc.lock lists what came of the training.
+other training reads it. It lies outside the outputs, which DVC deletes before a command runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from torch import Tensor, nn, optim
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.models import own_file
-from resgrid.project import write_whole
+from resgrid.project import num_cores, write_whole
 from resgrid.provenance import code_digest
 
-MAGIC = "resgrid checkpoint 2"
+log = logging.getLogger(__name__)
+
+MAGIC = "resgrid checkpoint 3"
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,30 @@ class Checkpoint:
     started: int  # when the training first began: microseconds since the epoch
     threads: int
     epochs: list[dict[str, Any]]  # the fields of each `Epoch`
+    timing: str | None  # the run's timing.json, once the training is done
     tensors: dict[str, Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one training: what an earlier start has left, and those to come.
+    """What is kept of one training: what an earlier start has left, and the state after each further epoch.
 
-    `num_epochs` are done already, `started` is when the first of them began, and `refused` names the files
-    that were damaged.
+    `num_epochs` are done already and `started` is when the first of them began; `num_kept` are on the disk.
     """
 
     def __init__(
-        self, folder: Path, cell: Cell, data_digest: str, device: torch.device, execution: str
+        self,
+        folder: Path,
+        cell: Cell,
+        data_digest: str,
+        device: torch.device,
+        execution: str,
+        lock: Path | None = None,
+        afresh: bool = False,
     ) -> None:
-        """`execution` says how steps are computed, such as `bf16, eager`."""
+        """`execution` says how steps are computed, such as `bf16, eager`; `lock` is the pipeline's dvc.lock.
+
+        What is there is deleted where the training begins anew: it is recorded there, damaged, or `afresh`.
+        """
         self.owner = {
             "cell": cell.digest,
             "data": data_digest,
@@ -67,57 +80,53 @@ class Checkpoints:
             "torch": torch.__version__,
         }
         self.digest = f"sha256:{hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()}"
-        stem = f"{cell.id}.{self.digest.removeprefix('sha256:')[:16]}"
-        self._folder, self._device = folder, device
-        self._slots = [folder / f"{stem}.0", folder / f"{stem}.1"]
-        self._done = folder / f"{stem}.done"
+        self.path = folder / f"{cell.id}.{self.digest.removeprefix('sha256:')[:16]}"
+        self._device = device
         # With a second team of OpenMP threads libgomp lets both sleep between operations, and training with
         # batches of 16 goes at half its speed from then on: this thread computes alone.
         self._thread = ThreadPoolExecutor(1, "checkpoint", torch.set_num_threads, (1,))
         self._writing: Future[None] | None = None
 
-        self.refused: list[str] = []
-        found = [self._read(path) for path in self._slots]
-        epochs = [len(each.epochs) if each else -1 for each in found]
-        self._turn = 1 - epochs.index(max(epochs))  # of the slot that is written next
-        self._latest = found[1 - self._turn]
-        self.num_epochs = max(0, *epochs)
-        self.started = self._latest.started if self._latest else time.time_ns() // 1000
+        self._left = self._find(lock, afresh)
+        self.num_epochs = self.num_kept = len(self._left.epochs) if self._left else 0
+        self.started = self._left.started if self._left else time.time_ns() // 1000
+        self._timing = self._left.timing if self._left else None
+
+    def _find(self, lock: Path | None, afresh: bool) -> Checkpoint | None:
+        try:
+            found = read(self.path)
+        except FileNotFoundError:
+            return None
+        except ResgridError as error:
+            log.warning("%s The training begins anew.", error)
+        else:
+            if not afresh and not is_recorded(found.timing, lock) and found.owner == self.owner:
+                return found
+        self.path.unlink(missing_ok=True)
+        return None
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs of an earlier start, until `restore` takes them."""
-        return self._latest.epochs if self._latest else []
+        return self._left.epochs if self._left else []
 
     @property
-    def latest(self) -> Path | None:
-        """The file of the last checkpoint that is whole on the disk."""
-        path = self._slots[1 - self._turn]
-        return path if path.exists() else None
-
-    def adopt(self, path: Path) -> bool:
-        """Go on from `path`, of this training on another machine, if it is further than what is here."""
-        found = self._read(path)
-        if found is None or len(found.epochs) <= self.num_epochs:
-            return False
-        write_whole(self._slots[self._turn], path.read_bytes(), synced=True)
-        self._turn = 1 - self._turn
-        self._latest, self.num_epochs, self.started = found, len(found.epochs), found.started
-        return True
+    def threads(self) -> int | None:
+        """Those of an earlier start, as far as there are cores: with others sums round differently."""
+        return min(self._left.threads, num_cores()) if self._left else None
 
     def restore(
         self, model: nn.Module, optimizer: optim.Optimizer, draws: torch.Generator
     ) -> list[dict[str, Any]]:
         """Put all of them into the state after the last epoch, if there is one; the epochs so far.
 
-        On the CPU the number of threads is the earlier start's too, as far as there are cores: with another,
-        the same sums round differently.
+        On the CPU the number of threads is the earlier start's too.
         """
-        checkpoint, self._latest = self._latest, None
+        if self._device.type == "cpu" and self.threads:
+            torch.set_num_threads(self.threads)
+        checkpoint, self._left = self._left, None
         if checkpoint is None:
             return []
-        if self._device.type == "cpu":
-            torch.set_num_threads(min(checkpoint.threads, _num_cores()))
         state = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         _restore_optimizer(optimizer, checkpoint.tensors)
@@ -142,11 +151,13 @@ class Checkpoints:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         tensors["generator.batches"] = draws.get_state()
         tensors["generator.dropout"] = _global_generator(self._device).get_state()
+        self._timing = None
         checkpoint = Checkpoint(
             owner=self.owner,
             started=self.started,
             threads=torch.get_num_threads(),
             epochs=[dict(epoch) for epoch in epochs],
+            timing=None,
             tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
         )
         self._writing = self._thread.submit(self._write, checkpoint)
@@ -157,37 +168,39 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def finished(self, timing: Path) -> None:
-        """Note what came of the training, by a file of its run that no other training writes alike.
+    def finish(self, timing: str) -> str:
+        """Keep `timing`, the text of the run's timing.json, with the state after the last epoch.
 
-        By it `leftovers.forget_recorded` sees that DVC has recorded this very training.
+        Returns it, or the one of an earlier start that had come to its end, whose results DVC did not record.
+        Raises ResgridError where it cannot be written.
         """
-        digest = hashlib.md5(timing.read_bytes(), usedforsecurity=False).hexdigest()
-        write_whole(self._done, digest.encode(), synced=True)
-
-    def _read(self, path: Path) -> Checkpoint | None:
-        try:
-            checkpoint = read(path)
-            if checkpoint.owner != self.owner:
-                raise ResgridError(f"{path}: it belongs to another training.")
-        except FileNotFoundError:
-            return None
-        except (OSError, ResgridError) as error:
-            self.refused.append(str(error))
-            return None
-        return checkpoint
+        self.flush()
+        if self._timing is not None:
+            return self._timing
+        if self.path.exists():  # it does not where the first epoch diverged
+            last = read(self.path)
+            if last.started == self.started:  # and not of another start of this training, at the same time
+                self._write(replace(last, timing=timing))
+        return timing
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        path = self._slots[self._turn]
         try:
-            write_whole(path, *encode(checkpoint), synced=True)
+            write_whole(self.path, *encode(checkpoint), synced=True)
         except OSError as error:
-            before = len(checkpoint.epochs) - 1
             raise ResgridError(
-                f"{path}: the checkpoint after epoch {before + 1} cannot be written: {error.strerror}. Check "
-                f"the folder and the space on its disk; the same command then goes on after epoch {before}."
+                f"{self.path}: the checkpoint after epoch {len(checkpoint.epochs)} cannot be written: "
+                f"{error.strerror}. Check the folder and the space on its disk; the same command then goes "
+                f"on after epoch {self.num_kept}."
             ) from None
-        self._turn = 1 - self._turn
+        self.num_kept = len(checkpoint.epochs)
+
+
+def is_recorded(timing: str | None, lock: Path | None) -> bool:
+    """Whether the dvc.lock `lock` lists this timing.json; no two trainings have the same."""
+    if timing is None or lock is None or not lock.is_file():
+        return False
+    md5 = hashlib.md5(timing.encode(), usedforsecurity=False).hexdigest()
+    return md5 in lock.read_text(encoding="utf-8", errors="replace")
 
 
 def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
@@ -204,7 +217,7 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint in `path`; raises ResgridError for one that is torn or altered."""
     first, _, content = path.read_bytes().partition(b"\n")
     if first != f"{MAGIC} {hashlib.sha256(content).hexdigest()}".encode():
-        raise ResgridError(f"{path}: it is no whole checkpoint: its checksum is wrong.")
+        raise ResgridError(f"{path}: it is no whole checkpoint of this version: its checksum is wrong.")
     head, _, tensors = content.partition(b"\n")
     try:
         return Checkpoint(**json.loads(head), tensors=load_tensors(tensors))
@@ -230,11 +243,6 @@ def _restore_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]
                 values[key] = torch.empty_like(parameters[number], requires_grad=False).copy_(value)
     if not present:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def _num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _global_generator(device: torch.device) -> torch.Generator:

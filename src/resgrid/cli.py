@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"resgrid: {place}{error.strerror}. Check the folder and its disk.", file=sys.stderr)
+        place = f": {error.filename}" if error.filename else ""
+        print(f"resgrid: {error.strerror}{place}. Check its owner and mode, and its disk.", file=sys.stderr)
         return 1
 
 

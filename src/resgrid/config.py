@@ -28,6 +28,7 @@ from resgrid.errors import ResgridError, suggest
 from resgrid.mistakes import Check, report, shown
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
+from resgrid.project import unreadable
 from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
 
 
@@ -366,6 +367,8 @@ def read_yaml(path: Path) -> tuple[str, Any]:
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
             "such as the project's root or examples/digits."
         ) from None
+    except PermissionError as error:
+        raise unreadable(path, error, "") from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
 

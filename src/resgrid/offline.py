@@ -9,7 +9,6 @@ Imports nothing that needs more than torch, NumPy, pydantic, ruamel.yaml, safete
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from resgrid import mps, watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
-from resgrid.leftovers import MAX_HEAD_BYTES, checkpoint_files, checkpoint_folder, delete
+from resgrid.leftovers import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.models import own_file
 from resgrid.project import num_cores
 from resgrid.provenance import code_digest
@@ -191,9 +190,4 @@ def take_checkpoints(source: Path, kept: Path, cells: Iterable[str]) -> list[str
 
 
 def _num_epochs(checkpoint: Path) -> int:
-    try:
-        with checkpoint.open("rb") as file:
-            file.readline(MAX_HEAD_BYTES)
-            return len(json.loads(file.readline(MAX_HEAD_BYTES))["epochs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    return len(checkpoint_head(checkpoint).get("epochs", ()))

@@ -21,6 +21,7 @@ class _Messages(logging.Handler):
     """Prints log records on stderr, above the progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        Progress.said = time.monotonic()
         prefix = "resgrid: " if record.levelno >= logging.WARNING else ""
         line = prefix + self.format(record)
         if Progress.active is not None:
@@ -46,13 +47,13 @@ class Progress:
     """
 
     active: ClassVar[Any] = None  # the bar on the terminal
+    said: ClassVar[float] = 0.0  # when the last line was shown
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._before = 0
         self.note = ""
         self._started = self._drawn = time.monotonic()
-        self._said = self._started
         self._first = True
         self._bar: Any = None
         self._task: Any = None
@@ -101,13 +102,12 @@ class Progress:
         self.done, self.total = done, total if total is not None else self.total
         if self._bar is not None and now - self._drawn >= 0.1:
             self._draw()
-        elif self._bar is None and now - self._said >= SECONDS_BETWEEN_LINES:
+        elif self._bar is None and now - max(Progress.said, self._started) >= SECONDS_BETWEEN_LINES:
             log.info(self._line())
-            self._said = now
+            Progress.said = now
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._said = time.monotonic()
         log.info(line)
 
     @property

@@ -212,6 +212,12 @@ def unreadable(path: Path, error: Exception, way_out: str) -> ResgridError:
     return ResgridError(f"{path}: cannot be read ({why}). {way_out}".rstrip())
 
 
+def denied(*places: Path) -> Path | None:
+    """The first file in `places` that this user may not read and write, as `sudo dvc repro` leaves them."""
+    paths = (path for place in places for path in (place, *sorted(place.rglob("*"))))
+    return next((path for path in paths if path.exists() and not os.access(path, os.R_OK | os.W_OK)), None)
+
+
 def read_json(path: Path, way_out: str = RESTORED) -> dict[str, Any]:
     """The object in a JSON file; raises ResgridError, which ends with `way_out`, if it cannot be read."""
     try:

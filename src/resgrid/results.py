@@ -111,7 +111,7 @@ def load(path: str | Path = ".") -> Pipeline:
 
     Raises ResgridError: where there is none, and for mistakes in it.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     return Pipeline(folder, load_params(folder / "params.yaml"))
 
 

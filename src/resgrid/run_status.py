@@ -178,6 +178,15 @@ def trained_run(cell: Cell, pipeline: Path) -> Run:
     return run
 
 
+def refuse_diverged(run: Run) -> None:
+    """Raises ResgridError for a run that diverged, as its weights are not what its name promises."""
+    if run.record is not None and run.record["status"] == "diverged":
+        raise ResgridError(
+            f"{run.cell.id}: it diverged: {run.record['cause']} To use these weights all the same, name "
+            f"their file: {run.folder / WEIGHTS}"
+        )
+
+
 def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> None:
     """Raises ResgridError unless the weights are those that `metrics` was written for."""
     path = run_folder / WEIGHTS

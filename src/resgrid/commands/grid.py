@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resgrid.commands import LOCK, PROCESSED, REPORTS
+from resgrid.commands import LOCK, REPORTS
 from resgrid.config import load_params, read_yaml
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.progress import Progress, amount
+from resgrid.project import project_root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +40,9 @@ def set_numbers(options: argparse.Namespace) -> None:
     path = Path("params.yaml")
     old, _ = read_yaml(path)
     new = edit.assign(old, options.assignments)
-    print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
     if not options.dry_run:
         path.write_text(new, encoding="utf-8")
+    print("\n".join(edit.changed_lines(old, new)) or "Nothing changes: these are the values already.")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -79,13 +80,11 @@ def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
 
 
 def sync(options: argparse.Namespace) -> int:
-    from resgrid import leftovers, tracking
+    from resgrid import tracking
     from resgrid.dvc.lock import refuse_conflict
 
     params = load_params()
     refuse_conflict(LOCK)
-    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
-    leftovers.forget_recorded(kept, LOCK)
     with Progress("sync", None, "cells") as progress:
         report = tracking.sync(params, Path.cwd(), progress.update, options.rebuild)
     print(json.dumps(report.as_dict(), indent=2) if options.json else report)
@@ -93,22 +92,16 @@ def sync(options: argparse.Namespace) -> int:
 
 
 def gc(options: argparse.Namespace) -> None:
-    from resgrid import leftovers, tracking
+    from resgrid import leftovers
     from resgrid.dvc.ask import cache_folder
 
-    params = load_params()
-    root, pipeline = tracking.project_root(), Path.cwd().resolve()
+    root, pipeline = project_root(), Path.cwd().resolve()
 
     def shown(path: Path) -> str:  # DVC's cache may be elsewhere
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
-    digest = None
-    if (PROCESSED / "meta.json").is_file():
-        from resgrid.data.dataset import load_meta
-
-        digest = load_meta(PROCESSED).digest
     cache = cache_folder(root)
-    found = leftovers.find_leftovers(root, pipeline, expand(params), digest, cache)
+    found = leftovers.find_leftovers(root, pipeline, cache)
     if not options.dry_run:
         leftovers.delete(each.path for each in found)
     queues = _former_queues(root, options.dry_run)

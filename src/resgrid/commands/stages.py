@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import shutil
@@ -15,12 +16,16 @@ from resgrid.commands import LOCK, PROCESSED, RAW, REPORTS, RUNS
 from resgrid.commands.grid import show
 from resgrid.config import load_params
 from resgrid.grid import expand, find_cell
-from resgrid.progress import Progress
+from resgrid.progress import Progress, amount
+from resgrid.project import project_root
 from resgrid.stage_record import RECORD_ONLY, NoResult, recorded
 
 if TYPE_CHECKING:
     from resgrid.config import Params
     from resgrid.grid import Cell
+
+
+log = logging.getLogger(__name__)
 
 
 def _refuse_if_in_vain() -> None:
@@ -99,23 +104,22 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
     from resgrid.allocator import keep_freed_memory
     from resgrid.checkpoint import Checkpoints
     from resgrid.data.dataset import load_meta
-    from resgrid.train import show_history, train_cell, write_metrics
+    from resgrid.train import choose_threads, show_history, train_cell, write_metrics
     from resgrid.training.device import choose_device, choose_execution, device_name
     from resgrid.training.engine import Epoch
 
     watch.watch()
     keep_freed_memory()
-    cache = tracking.project_root() / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
+    root = project_root()
+    cache = root / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     device = choose_device(options.device)
     meta = load_meta(PROCESSED)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
-    kept = leftovers.checkpoint_folder(tracking.project_root(), Path.cwd().resolve())
-    leftovers.forget_recorded(kept, LOCK)
-    if options.afresh:
-        leftovers.delete(leftovers.checkpoint_files(kept, cell.id))
     execution = choose_execution(cell, meta.num_images["train"], device)
-    checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution))
+    kept = leftovers.checkpoint_folder(root, Path.cwd().resolve())
+    checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution), LOCK, options.afresh)
+    threads = choose_threads(device, checkpoints.threads)
     epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
     num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
     epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
@@ -123,20 +127,17 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
         tracking.LiveRun(params.name, cell, meta.digest, checkpoints.started, checkpoints.epochs) as run,
         Progress(cell.id, epochs * num_images, "images") as progress,
     ):
-        progress.say(f"{cell.id}  {execution} on {device_name(device)}")
-        if device.type == "cpu" and _is_busy():
-            progress.say(f"{cell.id}  other programs use the cores: RESGRID_THREADS=1 may be much faster")
+        log.info("%s  %s on %s, %s", cell.id, execution, device_name(device), amount(threads, "threads"))
         if cell.engine.compile == "always" and not execution.compiled:
-            progress.say(f"{cell.id}  is not compiled: there is no C++ compiler with Python's headers here")
-        for damaged in checkpoints.refused:
-            progress.say(f"{cell.id}  {damaged} The one before it is used.")
+            log.info("%s  is not compiled: there is no C++ compiler with Python's headers here", cell.id)
         if finished:
-            progress.say(f"{cell.id}  goes on after epoch {finished}/{epochs}")
+            log.info("%s  goes on after epoch %d/%d", cell.id, finished, epochs)
             progress.begin(finished * num_images)
 
         def on_step(images: int, images_an_epoch: int) -> None:
             progress.update(finished * images_an_epoch + images)
 
+        best, is_slow = 0.0, False
         for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
             finished = epoch.epoch
             run.log_epochs([asdict(each) for each in epochs_so_far])  # their checkpoint is on the disk by now
@@ -144,27 +145,27 @@ def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None
             show_history(RUNS / cell.id, epochs_so_far)
             test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
             progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
-            progress.say(
+            log.info(
                 f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
                 f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
                 f"{epoch.images_per_second:,.0f} images/s  {progress.remaining()}".rstrip()
             )
+            best = max(best, epoch.images_per_second)
+            if not is_slow and epoch.images_per_second < best / 4:
+                is_slow = True
+                log.warning(
+                    "%s has fallen to a quarter of its best speed: other programs use what it computes on. "
+                    "End them; or stop this and begin anew with fewer threads, which wait less for one "
+                    "another: RESGRID_THREADS=1 resgrid train %s --afresh",
+                    cell.id, cell.id,
+                )  # fmt: skip
         write_metrics(RUNS / cell.id, params.name)
         run.complete(RUNS / cell.id)
-
-
-def _is_busy() -> bool:
-    """Whether so much runs that threads which wait for one another at every operation are slow."""
-    import torch
-
-    cores = os.cpu_count() or 1
-    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * cores  # one training is 1.0
 
 
 def _train_side_by_side(options: argparse.Namespace) -> int:
     from resgrid.grid import choose
     from resgrid.offline import train_side_by_side
-    from resgrid.project import project_root
 
     cells = choose(load_params(), options.cells)
     seconds = math.inf if options.hours is None else 3600 * options.hours
@@ -179,7 +180,6 @@ def take_in(options: argparse.Namespace) -> int:
     from resgrid.data.dataset import load_meta
     from resgrid.dvc.pipeline import dvc
     from resgrid.offline import take_in
-    from resgrid.project import project_root
 
     digest = load_meta(PROCESSED).digest
     taken, refused = take_in(options.folder.resolve(), load_params(), digest, project_root())

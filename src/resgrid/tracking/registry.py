@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from resgrid.config import load_params
 from resgrid.grid import find_cell
-from resgrid.run_status import WEIGHTS, trained_run
+from resgrid.run_status import WEIGHTS, refuse_diverged, trained_run
 from resgrid.tracking.store import Store, fetch, fetched_cell, open_store
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def find_weights(model: str, runs: Path) -> tuple[Path, str]:
     if path.is_file() or path.suffix == ".safetensors":
         return path, model
     run = trained_run(find_cell(load_params(), model), runs.parent)
+    refuse_diverged(run)
     if not run.is_current:
         log.warning("%s is %s: %s", model, run.status, run.reason)
     return run.folder / WEIGHTS, model
