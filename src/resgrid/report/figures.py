@@ -341,9 +341,11 @@ def confusion_matrix(predictions: Predictions, labels: Any, class_names: tuple[s
             "images": int(counts[true, predicted]),
             "share": round(100 * counts[true, predicted] / max(counts[true].sum(), 1), 2),
         }
-        for true in shown
-        for predicted in shown
-        if true == predicted or counts[true, predicted]  # the diagonal names every class
+        # The diagonal first: the axes have the classes in the order in which they come.
+        for true, predicted in [
+            *((place, place) for place in shown),
+            *((one, other) for one in shown for other in shown if one != other and counts[one, other]),
+        ]
     ]
     names = [class_names[place] for place in shown]
     axis = alt.Axis(grid=False, labelLimit=110)

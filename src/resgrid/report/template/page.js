@@ -56,7 +56,7 @@
     return;
   }
 
-  const draw = (place, spec, rows) => vegaEmbed(place, { ...spec, datasets: { rows } }, {
+  const draw = (place, spec, rows) => vegaEmbed(place, { ...spec, description: place.ariaLabel, datasets: { rows } }, {
     mode: "vega-lite", renderer: "svg", actions: false,
     config: data.themes[dark.matches ? "dark" : "light"], tooltip: { theme: dark.matches ? "dark" : "light" },
   });
