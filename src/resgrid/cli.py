@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from resgrid import __version__
 from resgrid.errors import ResgridError
@@ -26,6 +26,9 @@ from resgrid.models import ARCHITECTURES
 from resgrid.normalizations import NORMALIZATIONS
 from resgrid.overview import EXAMPLES, overview
 from resgrid.progress import show_messages
+
+if TYPE_CHECKING:
+    from resgrid.commands import grid, models, stages
 
 UNWRITABLE = (  # a person can put it right
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
@@ -48,7 +51,8 @@ def _run(module: str, name: str, options: argparse.Namespace) -> int | None:
     return status
 
 
-grid, models, stages = map(_Commands, ("grid", "models", "stages"))
+if not TYPE_CHECKING:
+    grid, models, stages = map(_Commands, ("grid", "models", "stages"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -112,7 +112,7 @@ def choose_rates(
         missing = tuple(cells.loc[~cells["status"].isin(["completed", "diverged"]), "cell"])
         for optimizer in (name for name in OPTIMIZERS if name in set(cells["optimizer"])):
             rows = cells[cells["optimizer"] == optimizer]
-            seeds = tuple(sorted(rows["seed"].astype(int).unique()))
+            seeds = tuple(sorted({int(seed) for seed in rows["seed"]}))
             curve = tuple(
                 _point(rows[rows["rate_factor"] == factor], seeds)
                 for factor in sorted(rows["rate_factor"].unique())
