@@ -219,7 +219,7 @@ def test_an_unpacked_cifar_folder_is_a_source(cifar_archive: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("folder", "data", "said"),
     [
-        ("mine", "absent", "absent: no such file or folder"),
+        ("mine", "absent", "absent: there is no such file"),
         ("images", "images", "the pipeline writes into"),
         (".", "images", None),
     ],

@@ -149,11 +149,11 @@ B = "cifar-10-batches-py/"
         (lambda m: m.update({"other/test_batch": b""}), "test_batch is there twice"),
         (
             lambda m: m.update({B + "data_batch_2": b"\x80\x02cos\nsystem\n."}),
-            r"data_batch_2: refused: .*os\.system",
+            r"data_batch_2: this pickle is refused .*os\.system",
         ),
         (
             lambda m: m.update({B + "data_batch_2": m[B + "data_batch_2"][:9999]}),
-            "data_batch_2: a cut or damaged",
+            "data_batch_2: this pickle is refused .*bytes",
         ),
         (lambda m: m.update({B + "test_batch": m[B + "batches.meta"]}), "test_batch: `data` must be"),
         (
@@ -1150,7 +1150,7 @@ def test_an_image_folder_to_score_on_needs_no_training_images(image_folder):
 
 
 def test_what_is_no_source_is_refused(tmp_path, cifar_archive):
-    with pytest.raises(ResgridError, match="absent: no such file or folder"):
+    with pytest.raises(ResgridError, match="absent: there is no such file"):
         open_source(tmp_path / "absent", "stretch")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ResgridError, match="empty: there are no images: an image folder holds"):
