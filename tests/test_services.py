@@ -203,7 +203,7 @@ def test_a_taken_port_gives_way_to_a_free_one_and_this_is_said(project, taken):
         assert address.startswith("http://127.0.0.1:")
         assert port < int(address.rpartition(":")[2]) < port + 50
         assert f"Port {port} is taken: {name} takes {address.rpartition(':')[2]}" in project.said
-        assert f"{name:12} {address}{page} " in project.said
+        assert f"{name:12} {address}{page}\n" in project.said
 
 
 def test_nothing_listens_on_any_address_but_loopback(project):
