@@ -15,7 +15,7 @@ STAGE = f"train@{CELL}"
 @pytest.fixture(scope="module")
 def committed(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy in which dvc.lock is committed."""
-    copy = small.copy(tmp_path_factory.mktemp("committed") / "a project")
+    copy = small.copy(tmp_path_factory.mktemp("committed") / "a project", mirrored=True)
     # Of a stage that was never run DVC's `apply` misses the outputs, and says that it failed.
     copy.set("studies={too-fast: {architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}}")
     assert copy.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
@@ -25,7 +25,7 @@ def committed(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Proje
 
 @pytest.fixture
 def project(committed: Project, tmp_path: Path) -> Project:
-    return committed.copy(tmp_path / "a project")
+    return committed.copy(tmp_path / "a project", mirrored=True)
 
 
 def commit(project: Project, *paths: str) -> None:
@@ -94,7 +94,7 @@ def test_an_experiment_in_a_copy_has_its_run_and_leaves_the_workspaces_until_it_
 def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(
     small: Project, tmp_path: Path
 ) -> None:
-    project = small.copy(tmp_path / "a project")
+    project = small.copy(tmp_path / "a project", mirrored=True)
     lock, runs = (project.root / "dvc.lock").read_text(), len(project.runs())
     done = project.run("dvc", "exp", "run", "--temp", "-S", "tuning.resnet20.sgd.lr=0.02", STAGE)
     assert done.returncode != 0

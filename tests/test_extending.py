@@ -48,7 +48,7 @@ def with_network(project: Project, name: str, grid: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def project(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The small pipeline, in which a cell of the page's own network has been trained and compared."""
-    project = small.copy(tmp_path_factory.mktemp("extending") / "a project")
+    project = small.copy(tmp_path_factory.mktemp("extending") / "a project", mirrored=True)
     (project.root / "architectures").mkdir(exist_ok=True)
     (project.root / "architectures/tiny.py").write_text(block("from torch import nn"))
     with_network(project, "tiny", YAML(typ="safe").load(block("grid:"))["grid"])

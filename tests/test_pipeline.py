@@ -17,7 +17,9 @@ from resgrid.grid import expand
 
 @pytest.fixture(scope="module")
 def project(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return small.copy(tmp_path_factory.mktemp("pipeline") / "a project")  # with a space in its path
+    return small.copy(
+        tmp_path_factory.mktemp("pipeline") / "a project", mirrored=True
+    )  # with a space in its path
 
 
 def test_a_failed_cell_does_not_end_the_grid_and_is_named_as_missing(project):

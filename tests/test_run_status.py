@@ -56,7 +56,7 @@ def project(
     small: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Here:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    copy = small.copy(tmp_path / "a project")
+    copy = small.copy(tmp_path / "a project", mirrored=True)
     monkeypatch.chdir(copy.root)
     here = Here(copy.root, said=capsys)
     here.resgrid("sync")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -97,6 +98,7 @@ def raw_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) -
             "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
         },
         "studies": {},
+        "rates": {"factors": []},
         "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
     }
 
@@ -866,6 +868,38 @@ def test_two_processes_that_both_made_a_run_of_one_training_go_on_with_the_same(
     assert mirror(store, live_snapshot(cell, meta, started)) == min(ids)
     report = tracking.sync(make_params(), pipeline)
     assert (report.completed, report.superseded) == (["resnet20-sgd-0"], [max(ids)])
+
+
+def _train_and_log(trained: Trained, pipeline: Path, meta: Meta) -> None:
+    os.chdir(pipeline)
+    log_live(trained, pipeline, meta)
+
+
+@pytest.mark.parametrize("moments", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_any_moment_a_cell_has_one_whole_current_run_after_a_sync(
+    pipeline: Path, trained: Trained, meta: Meta, processes: ForkServerContext, moments: int
+) -> None:
+    """Before the run is made, between metrics and model, before the last tag: whatever the moment is."""
+    drawn = random.Random(0)
+    for number in range(moments):
+        # A training of its own each time: the run of the one before is whole.
+        rewrite(trained.folder / "timing.json", lambda timing: timing["started"] + 10**6)
+        process = processes.Process(target=_train_and_log, args=(trained, pipeline, meta))
+        process.start()
+        process.join(drawn.uniform(0.2, 6.0))
+        process.kill()
+        process.join()
+        if not (pipeline / "runs/resnet20-sgd-0/run.json").exists():
+            put(trained, pipeline)
+        tracking.sync(make_params(), pipeline)
+        [current] = [run for run in all_runs() if run.data.tags.get("grid") == "current"]
+        assert current.info.status == "FINISHED", number
+        for key in ("train_loss", "test_accuracy", "images_per_second"):
+            assert history(current, key) == [(e.epoch, getattr(e, key)) for e in trained.epochs], number
+        assert [len(run.outputs.model_outputs) for run in all_runs()].count(1) == len(
+            tracking.open_store("small digits").client.search_logged_models([current.info.experiment_id])
+        )
+        assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
 
 
 def test_of_two_trainings_at_once_the_one_that_wrote_the_folder_last_is_current(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
+from resgrid.project import read_json
 from resgrid.run_status import Run as Result
-from resgrid.run_status import data_digest, find_runs, read_json, started_at
+from resgrid.run_status import data_digest, find_runs, started_at
 from resgrid.tracking.mirror import Snapshot, mirror, run_key, runs_of, synced
 from resgrid.tracking.registry import promote_champions, selection_split
 from resgrid.tracking.reports import log_comparison

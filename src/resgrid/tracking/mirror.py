@@ -11,7 +11,6 @@ Metrics have 14 keys in all, once an epoch at most: MLflow's charts get slow wit
 
 from __future__ import annotations
 
-import csv
 import getpass
 import json
 import os
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from resgrid import __version__, watch
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
+from resgrid.project import read_history, read_json
 from resgrid.provenance import experiment
 from resgrid.run_status import (
     FILES,
@@ -34,7 +34,6 @@ from resgrid.run_status import (
     WEIGHTS,
     epoch_ends,
     epoch_speeds,
-    read_json,
     started_at,
     verify_weights,
 )
@@ -83,10 +82,7 @@ class Snapshot:
         """
         record, timing = read_json(folder / RUN), read_json(folder / "timing.json")
         path = folder / "history.csv"
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [
-                {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)
-            ]
+        rows = read_history(path)
         if len(rows) != len(timing["epoch_seconds"]):
             raise ResgridError(
                 f"{path}: it has {len(rows)} epochs, but timing.json {len(timing['epoch_seconds'])}: they "

@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from resgrid.config import InitialWeights, MlflowWeights
 from resgrid.errors import ConnectionLost, ResgridError
+from resgrid.project import project_root as project_root
 from resgrid.provenance import experiment
 from resgrid.run_status import WEIGHTS
 
@@ -64,15 +65,6 @@ class Store:
     name: str
     experiment_id: str
     client: MlflowClient
-
-
-def project_root(folder: Path | None = None) -> Path:
-    """The nearest folder with a .dvc or .git, from `folder` (the current one) upwards, or itself."""
-    folder = (folder or Path.cwd()).resolve()
-    for each in (folder, *folder.parents):
-        if (each / ".dvc").exists() or (each / ".git").exists():
-            return each
-    return folder
 
 
 def store_uri(folder: Path | None = None) -> str:
@@ -206,7 +198,8 @@ def fetch(
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
         asked, run = uri, client.get_run(run_id)
-        if is_local(uri) and _artifact_root(uri) not in _path(run.info.artifact_uri).parents:
+        place = _path(run.info.artifact_uri).resolve()
+        if is_local(uri) and _artifact_root(uri).resolve() not in place.parents:
             raise ResgridError(f"its run {run_id} has its files elsewhere, in {run.info.artifact_uri}")
         cell = run.data.tags.get("cell", "run")
         path = kept / f"{cell}-{run_id}.safetensors"
