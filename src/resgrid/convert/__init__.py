@@ -36,9 +36,8 @@ def import_weights(
 
     Without `class_names` they are CIFAR-10's. `normalization` is mean and deviation of the training; without,
     Keras's or PyTorch's original's. `key` picks one of several sets of weights in a PyTorch file.
-
-    Raises ResgridError: for a file that is missing, cut, of another kind or of another model, and for weights
-    that are not finite.
+    Raises ResgridError: for a file that cannot be read, weights of another model, several sets that differ
+    without a `key`, and numbers that are not finite.
     """
     from_keras = is_keras(first_bytes(source))
     mean, std = normalization or NORMALIZATIONS["keras" if from_keras else "kuangliu"]

@@ -25,10 +25,7 @@ SAVE = "torch.save(model.state_dict(), FILE)"
 
 
 def read_torch(source: Path, info: WeightsInfo, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of `info`'s model, by our names, wherever they are nested in `source`.
-
-    Raises ResgridError: as `import_weights` does, and for several sets of weights that differ.
-    """
+    """The tensors of `info`'s model, by our names, at any depth of `source`; raises as the import does."""
     sets = _weight_sets(_load(source))
     if key is not None:
         sets = {name: weights for name, weights in sets.items() if f"{name}.".startswith(f"{key}.")}
