@@ -74,6 +74,7 @@ PARAMS = {
         "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
     },
     "studies": {},
+    "rates": {"factors": []},
     "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
 }
 
@@ -332,7 +333,7 @@ def test_a_diverged_cell_is_refused_unless_its_file_is_named(
     cause = "the training loss was not finite at the end of epoch 1 of 2; the weights are the initial ones."
     (cell / "run.json").write_text(json.dumps(record | {"status": "diverged", "cause": cause}))
     monkeypatch.chdir(tmp_path)
-    for command in (["predict", str(inside.pictures), "--model"], ["export"]):
+    for command in (["predict", str(inside.pictures), "--model"], ["export", "--format", "pt2"]):
         assert main([*command, "resnet20-adam-0"]) == 1
         said = capsys.readouterr().err
         assert f"resnet20-adam-0: it diverged: {cause}" in said

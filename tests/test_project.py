@@ -14,8 +14,12 @@ import pytest
 
 import resgrid
 from resgrid import project
+from resgrid.config import Digits, Preprocess
+from resgrid.data.fetch import download
+from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.project import GitState, available_memory, git_state, num_cores, project_root, write_whole
+from resgrid.provenance import PACKAGE, code_digest
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -286,3 +290,32 @@ def test_a_pipeline_is_loaded_from_the_home_folder(tmp_path: Path, monkeypatch: 
     shutil.copytree(ROOT / "examples/digits", tmp_path / "x", ignore=lambda *_: ["data", "runs", "reports"])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resgrid.load("~/x").folder == tmp_path / "x"
+
+
+def test_a_clone_with_windows_line_ends_has_the_same_code(tmp_path: Path) -> None:
+    """DVC's hashes of the code and our own digest are of the bytes on the disk."""
+    package = tmp_path / "origin/src/resgrid"
+    package.parent.mkdir(parents=True)
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".gitattributes", tmp_path / "origin")
+    git(tmp_path / "origin", "init", "-q")
+    git(tmp_path / "origin", "add", "-A")
+    git(tmp_path / "origin", "commit", "-qm", "start")
+    git(tmp_path, "-c", "core.autocrlf=true", "clone", "-q", "origin", "clone")
+    git(tmp_path / "clone", "config", "core.autocrlf", "true")
+    assert code_digest(tmp_path / "clone/src/resgrid") == code_digest()
+    assert git_state(tmp_path / "clone").dirty is False
+
+
+def test_arrays_in_the_processed_data_take_the_umasks_mode(tmp_path: Path) -> None:
+    data = Digits(source="digits", test_fraction=0.2, split_seed=0)
+    before = os.umask(0o022)
+    try:
+        download(data, tmp_path / "raw")
+        settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=0.1, seed=0)
+        preprocess(data, settings, tmp_path / "raw", tmp_path / "processed")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}

@@ -12,13 +12,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
+from resgrid.project import write_whole
 from resgrid.run_status import WEIGHTS, Run, Status, read_history, read_json, verify_weights
 from resgrid.schema import Triple
 from resgrid.training.engine import Scores, score
@@ -78,7 +79,7 @@ def evaluate(
             held["validation"] = predict(model, validation, info.mean, info.std, device)[1]
         about = {"cell": run.cell.id, "weights_sha256": run.record["weights_sha256"]}
         predictions.mkdir(parents=True, exist_ok=True)
-        save_file(held, predictions / f"{run.cell.id}.safetensors", {"resgrid": json.dumps(about)})
+        write_whole(predictions / f"{run.cell.id}.safetensors", save(held, {"resgrid": json.dumps(about)}))
     top = logits.argmax(1, keepdim=True)  # (N, 1)
     return replace(
         result,

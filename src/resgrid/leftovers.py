@@ -70,11 +70,7 @@ def find_leftovers(root: Path, pipeline: Path, cache: Path) -> list[Leftover]:
             reasons[path] = "nobody has gone on from it for a month"
         elif not is_shared and path.suffix in (".0", ".1", ".done"):
             reasons[path] = "it is of a former version"
-        elif (
-            not is_shared
-            and (timing := checkpoint_head(path).get("timing"))
-            and _md5(timing.encode()) in recorded
-        ):
+        elif not is_shared and (md5 := _timing_md5(path)) and md5 in recorded:
             reasons[path] = "its training is recorded in dvc.lock"
     for path in (*folder.glob("*.part"), *(pipeline / "runs").glob("*/*.part")):
         if _age(path) > HOUR:

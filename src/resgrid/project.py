@@ -213,9 +213,20 @@ def unreadable(path: Path, error: Exception, way_out: str) -> ResgridError:
 
 
 def denied(*places: Path) -> Path | None:
-    """The first file in `places` that this user may not read and write, as `sudo dvc repro` leaves them."""
+    """The first file in `places` that another user's hands keep from this one, as after `sudo dvc repro`.
+
+    What is merely read-only and this user's own, as DVC's cache is, is not among them.
+    """
+
+    def is_denied(path: Path) -> bool:
+        if not path.exists():
+            return False
+        return not os.access(path, os.R_OK) or (
+            path.stat().st_uid != os.geteuid() and not os.access(path, os.W_OK)
+        )
+
     paths = (path for place in places for path in (place, *sorted(place.rglob("*"))))
-    return next((path for path in paths if path.exists() and not os.access(path, os.R_OK | os.W_OK)), None)
+    return next(filter(is_denied, paths), None)
 
 
 def read_json(path: Path, way_out: str = RESTORED) -> dict[str, Any]:

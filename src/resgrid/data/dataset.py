@@ -15,11 +15,13 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resgrid.config import Resize
 from resgrid.errors import ResgridError
+from resgrid.project import write_whole
 from resgrid.schema import Strict, Triple
 
 SIDE = 32  # pixels
@@ -113,7 +115,7 @@ def save(folder: Path, meta: Meta, splits: Mapping[str, Split]) -> None:
     aside.mkdir(parents=True)
     for name, split in splits.items():
         tensors = {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
-        save_file(tensors, aside / f"{name}.safetensors")
+        write_whole(aside / f"{name}.safetensors", save_tensors(tensors))  # with the umask's mode
     (aside / "meta.json").write_text(
         meta.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8"
     )

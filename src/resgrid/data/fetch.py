@@ -28,6 +28,7 @@ from resgrid.data.room import require_disk
 from resgrid.data.sources import ImageFolder, raw_path
 from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.filetype import reason
+from resgrid.project import write_whole
 
 OnProgress = Callable[[int, int | None], None]  # bytes that are there, of all of them where that is known
 
@@ -151,11 +152,13 @@ def _copy_files(folder: Path, names: list[str], fresh: Path, report: OnProgress)
 
 def _store_digits(path: Path) -> None:
     """scikit-learn's 1,797 digits: `images` uint8 (1797, 8, 8) of 0 to 16, `labels` int64 (1797,)."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    save_file({"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)}, path)
+    write_whole(
+        path, save({"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)})
+    )
 
 
 def _file_name(path: str) -> str:

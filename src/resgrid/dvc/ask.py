@@ -12,6 +12,7 @@ from typing import Any
 from resgrid.dvc.lock import clear_stale_rwlock, keep, lock_holders, read_lock
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
 from resgrid.errors import ResgridError
+from resgrid.project import denied
 
 ERROR_HINTS = {  # by what DVC says
     "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
@@ -65,6 +66,9 @@ def ask(pipeline: Pipeline) -> Answer:
 
 
 def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
+    places = (pipeline.folder / name for name in ("data", "runs", "dvc.lock"))
+    if path := denied(pipeline.root / ".dvc/tmp", *places):
+        return ResgridError(f"Permission denied: {path}. It belongs to another user, or its mode is wrong.")
     way_on = next((way for words, way in ERROR_HINTS.items() if words in said), "")
     return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
 

@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from resgrid.config import InitialWeights, MlflowWeights
 from resgrid.errors import ConnectionLost, ResgridError
+from resgrid.project import denied
 from resgrid.project import project_root as project_root
 from resgrid.provenance import experiment
 from resgrid.run_status import WEIGHTS
@@ -317,6 +318,8 @@ def unusable(uri: str, error: Exception) -> ResgridError:
             f"{shown(uri)}: the server runs MLflow {theirs}, and ResGrid needs one of version {OURS} "
             f"({reason(error)})."
         )
+    if (database := _database(uri)) and (path := denied(database, database.parent / "mlruns")):
+        return StoreAway(f"Permission denied: {path}. It belongs to another user, or its mode is wrong.")
     return StoreAway(f"{shown(uri)}: MLflow does not answer as it should: {reason(error)}")
 
 
