@@ -106,10 +106,6 @@ class Progress:
             log.info(self._line())
             Progress.said = now
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        log.info(line)
-
     @property
     def speed(self) -> float:
         """Units a second since the start."""
