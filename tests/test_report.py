@@ -762,13 +762,31 @@ def test_equal_pictures_in_both_splits_stand_in_the_report():
     assert made["Equal pictures across splits"] == "18, such as test/a/1.png = train/a/2.png"
 
 
+def test_the_report_names_the_commits_that_trained_and_not_the_one_of_the_evaluation():
+    results = with_wrong(
+        small_grid(architectures=["resnet20"], optimizers=["sgd"], seeds=[0, 1, 2, 3]), sgd=[5] * 4
+    )
+    origins: list[dict[str, Any]] = [
+        {"commit": "a" * 40, "dirty": False},
+        {"commit": "a" * 40, "dirty": False},
+        {"commit": "b" * 40, "dirty": True},
+        {},  # trained before timing.json had a commit
+    ]
+    for result, origin in zip(results, origins, strict=True):
+        assert result.timing is not None
+        result.timing.update(origin)
+    assert how_it_was_made(results, make_meta(), "cpu")["Commit that trained"] == (
+        f"{'a' * 40} (2 cells); {'b' * 40}, with changes (1 cells); unknown (1 cells)"
+    )
+
+
 def test_the_report_tells_how_it_was_made(here, capsys):
     _, read = evaluate(here, capsys)
     made = Path("reports/report.md").read_text().partition("## How it was made")[2]
     meta = load_meta(here / "data/processed")
     timing = json.loads((here / "runs/resnet20-sgd-0/timing.json").read_text())
     for part in (
-        "digits: 96 train, 48 test images of 10 classes", meta.digest, "Commit", timing["device_name"],
+        "digits: 96 train, 48 test images of 10 classes", meta.digest, "Commit that trained", timing["device_name"],
         timing["torch"], "Seeds: 0, 1", "Training time: ", "Begun: ",
     ):  # fmt: skip
         assert part in made, part

@@ -18,15 +18,6 @@ PACKAGE = Path(__file__).parent
 CODE = ("data/batches.py", "models", "optimizers.py", "training")  # as a cell's dependencies in dvc.yaml
 
 
-def git_commit() -> tuple[str, str]:
-    """The commit of the current folder's repository, and `true` or `false`: whether tracked files differ.
-
-    Both are `unknown` where git says nothing.
-    """
-    state = git_state()
-    return state.commit or "unknown", "unknown" if state.dirty is None else str(state.dirty).lower()
-
-
 def made_by() -> dict[str, str | bool | None]:
     """What timing.json says of a result's origin: the commit, and the Prefect flow run, if one trains it."""
     state = git_state()

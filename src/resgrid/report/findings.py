@@ -22,7 +22,6 @@ from resgrid.data.dataset import Meta, Split
 from resgrid.evaluation import Predictions, Result, load_logits
 from resgrid.grid import Cell, flat
 from resgrid.progress import duration
-from resgrid.provenance import git_commit
 from resgrid.report.comparisons import Comparison, Group, answer, compare, group, how_to_read, mean_accuracy
 from resgrid.report.leaderboard import by_optimizer, leaderboard, missing
 from resgrid.report.published import as_text, differing, publication
@@ -271,7 +270,6 @@ def _point(result: Result, factor: str, value: Any, also: str = "") -> StudyPoin
 def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str, str]:
     """The data, code and machines behind the report, by their headings."""
     timings = [result.timing for result in results if result.timing]
-    commit, dirty = git_commit()
     counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
     made = {"Data": f"{meta.source}: {counts} images of {len(meta.class_names)} classes"}
     if broken := [name for names in meta.left_out.values() for name in names]:
@@ -283,7 +281,6 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
         made[heading] = f"{equal.num_images:,}, such as {', '.join(equal.first)}"
     made |= {
         "Digest of the data": meta.digest,
-        "Commit": commit + (", with changes" if dirty == "true" else ""),
         "Seeds": ", ".join(map(str, sorted({result.cell.seed for result in results}))),
     }
     if timings:
@@ -296,6 +293,7 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
         started = [moment.isoformat() for moment in (min(begun), max(begun))]
         total = duration(sum(timing["train_seconds"] for timing in timings))
         made |= {
+            "Commit that trained": _counted([_commit(timing) for timing in timings]),
             "Trained on": _counted(machines),
             "Trained with": _counted(versions),
             "Training time": f"{total} in sum over {len(timings)} cells, scoring not counted",
@@ -306,6 +304,12 @@ def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str,
         f"{device}, from the weights files"
     )
     return made
+
+
+def _commit(timing: dict[str, Any]) -> str:
+    """The commit that a run was trained with, which its timing.json names: today's may be another."""
+    changes = ", with changes" if timing.get("dirty") else ""
+    return f"{timing.get('commit') or 'unknown'}{changes}"
 
 
 def _counted(texts: list[str]) -> str:
