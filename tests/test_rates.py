@@ -214,8 +214,10 @@ def test_tables_and_headline_at_the_base_rate_leave_other_rates_out() -> None:
     """At 3 times its rate the cell is more accurate on test; to show it as the result would choose by test."""
     frame = board(sgd={1: [(0.8, 0.80), (0.8, 0.82)], 3: [(0.7, 0.99), (0.7, 0.99)]})
     frame = frame[frame["study"].isna()].sort_values("test_accuracy", ascending=False)
-    assert by_optimizer(frame).loc["resnet20", "sgd"] == "81.00 ± 1.41"  # deviation 0.02 / sqrt(2)
-    assert (headline(frame)["best_cell"], headline(frame)["completed"]) == ("resnet20-sgd-1", 4)
+    assert by_optimizer(frame, {}).loc["resnet20", "sgd"] == "81.00 ± 1.41"  # deviation 0.02 / sqrt(2)
+    assert (headline(frame, {})["best_cell"], headline(frame, {})["completed"]) == ("resnet20-sgd-1", 4)
+    assert by_optimizer(frame, {"resnet20-sgd": 3}).loc["resnet20", "sgd"] == "99.00 ± 0.00 at 0.3"
+    assert headline(frame, {"resnet20-sgd": 3})["best_cell_test_accuracy"] == 0.99
 
 
 def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors() -> None:

@@ -40,16 +40,17 @@ from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.evaluation import Predictions, Result
-from resgrid.grid import Cell, expand
+from resgrid.grid import Cell, compared_factors, expand
 from resgrid.report.figures import MAX_CLASSES, charts
 from resgrid.report.figures import confusion_matrix as confusion_chart
 from resgrid.report.findings import Findings, how_it_was_made
-from resgrid.report.leaderboard import by_optimizer, read_leaderboard, readable
+from resgrid.report.leaderboard import headline, read_leaderboard, readable
 from resgrid.report.page import markdown, most_confident_mistakes
 from resgrid.report.page import page as draw_page
 from resgrid.report.statistics import Interval
 from resgrid.report.tables import costs as costs_table
 from resgrid.report.tables import published as published_table
+from resgrid.report.tables import rates as rates_table
 from resgrid.report.tables import studies as studies_table
 from resgrid.run_status import find_runs, noted_failure
 from resgrid.train import train_cell
@@ -132,6 +133,58 @@ def page(findings: Findings) -> str:
 def with_wrong(cells: list[Cell], **wrong: list[int]) -> list[Result]:
     """Completed `cells` of one architecture: `sgd=[3, 5]` are the wrong images of its seeds in order."""
     return [trained(cell, wrong[cell.optimizer.name][cell.seed]) for cell in cells]
+
+
+def tried(**validation: dict[float, float]) -> Findings:
+    """Two seeds of ResNet-20 at factors of their rate, by validation accuracy (40 images).
+
+    A factor of f gets 10 f of the 40 test images wrong, and the second seed one more.
+    """
+    grid = {"architectures": ["resnet20"], "optimizers": list(validation), "seeds": [0, 1]}
+    factors = [factor for factor in next(iter(validation.values())) if factor != 1]
+    changed = {"grid": ROOT["grid"] | grid, "studies": {}, "rates": {"factors": factors}}
+    results = []
+    for cell in expand(parse_params(ROOT | changed)):
+        result = trained(cell, int(10 * cell.rate_factor) + cell.seed)
+        result.metrics["validation_accuracy"] = validation[cell.optimizer.name][cell.rate_factor]
+        results.append(result)
+    meta = make_meta()
+    meta = meta.model_copy(update={"num_images": meta.num_images | {"validation": 40}})
+    return Findings(results, make_split(), meta, "small", "cpu")
+
+
+def test_everything_that_is_compared_is_of_the_rates_chosen_on_validation_images():
+    """sgd at 3 times its rate gets 30 and 31 wrong (23.75 %), adam at a tenth 1 and 2 (96.25 %)."""
+    findings = tried(sgd={0.1: 0.5, 1: 0.6, 3: 0.9}, adam={0.1: 0.9, 1: 0.6, 3: 0.5})
+    assert findings.factors == {"resnet20-sgd": 3, "resnet20-adam": 0.1}
+    [comparison] = findings.families["Optimizers"]
+    assert comparison.difference.estimate == pytest.approx(-0.725)
+    assert [group.accuracy.estimate for group in findings.groups] == pytest.approx([0.2375, 0.9625])
+    assert findings.table.loc["resnet20", "adam"].startswith("96.25 ± ")
+    assert headline(findings.frame, findings.factors)["best_cell"] == "resnet20-adam-0-x0.1"
+    assert findings.question.endswith("each at the best of 3 rates, chosen on 40 validation images.")
+    assert compared_factors(json.loads(json.dumps(findings.as_dict()))) == findings.factors
+
+    text, drawn = markdown(findings), page(findings)
+    assert "resnet20-sgd: the best factor, 3, is an end of those tried: not bracketed: try 10." in text
+    assert "not bracketed: try 0.03." in text
+    assert "Accuracy by rate, resnet20" in drawn
+    [chart] = charts(findings)["rates"]
+    assert len(chart.columns["rate"]) == 2 * 3 * 2
+    assert sum(chart.columns["chosen"]) == 4
+    row = rates_table(findings).set_index("architecture, optimizer").loc["resnet20-adam"]
+    assert (row["factor"], row["validation %"], row["test %"], row["test % there"]) == (
+        "0.1", "90.00", "96.25", "73.75",
+    )  # fmt: skip
+
+
+def test_without_factors_the_report_says_nothing_of_rates():
+    findings = found(
+        with_wrong(small_grid(architectures=["resnet20"], optimizers=["sgd"], seeds=[0]), sgd=[3])
+    )
+    assert (findings.rates, findings.factors, findings.rate_sentences) == ([], {}, [])
+    assert "Learning rates" not in markdown(findings)
+    assert findings.table.loc["resnet20", "sgd"] == "92.50"
 
 
 def test_cells_with_the_same_seeds_are_compared_in_pairs_by_seed():
@@ -446,7 +499,7 @@ def test_a_grid_of_failures_alone_shows_each_as_what_it_is():
         Result(cell=cells[2], status="missing"),
     ]
     findings = found(results)
-    assert by_optimizer(findings.frame).loc["resnet20"].tolist() == ["failed", "diverged", "missing"]
+    assert findings.table.loc["resnet20"].tolist() == ["failed", "diverged", "missing"]
     text = page(findings)
     assert "resnet20-sgd-0 failed: out of &lt;memory&gt;" in text
     assert Page(text).tables["Test accuracy, %"][1] == ["resnet20", "failed", "diverged", "missing"]

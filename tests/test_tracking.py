@@ -471,6 +471,7 @@ def test_a_trained_cell_is_one_complete_run(
         "architecture": "resnet20",
         "family": "cifar_resnet",
         "depth": "20",
+        "rate_factor": "1",
         "optimizer": "sgd",
         "learning_rate": "0.01",
         "momentum": "0.9",
@@ -533,6 +534,7 @@ def test_a_trained_cell_is_one_complete_run(
         "images_per_second",
     ):
         assert points(key) == [(1, getattr(trained.epochs[0], key)), (2, getattr(trained.epochs[1], key))]
+    assert points("log10_learning_rate") == [(0, -2.0)]
     assert points("num_trainable") == [(2, 269722)]
     assert run.data.metrics["test_accuracy"] == metrics["test_accuracy"]
     assert run.data.metrics["best_test_accuracy"] == metrics["best_test_accuracy"]
@@ -540,7 +542,7 @@ def test_a_trained_cell_is_one_complete_run(
 
     system = {key for key in run.data.metrics if key.startswith("system/")}
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
-    assert len(run.data.metrics.keys() - system) == 12  # and two more with a validation split; 15 are allowed
+    assert len(run.data.metrics.keys() - system) == 13  # and two more with a validation split; 15 are allowed
 
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == sorted(FILES)
     for name in FILES:

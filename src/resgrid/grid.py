@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -159,3 +159,8 @@ def find_cell(params: Params, cell_id: str) -> Cell:
             "`resgrid cells` lists all of them."
         )
     return cells[cell_id]
+
+
+def compared_factors(findings: Mapping[str, Any]) -> dict[str, float]:
+    """The factor of each `resnet20-sgd` of which `evaluate` compared several rates, from its findings."""
+    return {f"{row['architecture']}-{row['optimizer']}": row["factor"] for row in findings.get("rates", ())}

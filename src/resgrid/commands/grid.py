@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resgrid.commands import LOCK, REPORTS
 from resgrid.config import load_params, read_yaml
 from resgrid.errors import ResgridError
-from resgrid.grid import expand
+from resgrid.grid import compared_factors, expand
 from resgrid.progress import Progress, amount
 from resgrid.project import project_root
 
@@ -67,10 +67,10 @@ def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
     current = frame[frame["status"].isin(["completed", "diverged"])]
     weights = dict(zip(current["cell"], current["weights_sha256"], strict=True))
     print("\nTest accuracy in %, with the weights of the last epoch:\n")
-    print(text_table(by_optimizer(frame).reset_index()))
+    print(text_table(by_optimizer(frame, compared_factors(findings)).reset_index()))
     print(f"\n{findings['baseline']}")
     if weights == findings["weights_sha256"]:
-        print("\n".join(findings["answer"]))
+        print("\n".join([*findings["answer"], *findings.get("rate_sentences", ())]))
     else:
         print("Results have changed since they were compared: `dvc repro -s evaluate` compares them.")
     print()

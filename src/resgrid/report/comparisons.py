@@ -8,7 +8,7 @@ trained weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
@@ -89,12 +89,16 @@ class Comparison:
         return f" after correction for {self.num_comparisons} comparisons"
 
 
-def group(results: Iterable[Result]) -> list[Group]:
-    """The grid's own cells among `results`, by architecture and optimizer, in the order of their tables."""
+def group(results: Iterable[Result], factors: Mapping[str, float]) -> list[Group]:
+    """The grid's cells at the rates of `factors` (by `resnet20-sgd`; else the base rate) among `results`.
+
+    By architecture and optimizer, in the order of their tables.
+    """
     replicates: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        if result.cell.is_base:
-            replicates.setdefault((result.cell.architecture, result.cell.optimizer.name), []).append(result)
+        cell, key = result.cell, (result.cell.architecture, result.cell.optimizer.name)
+        if cell.study is None and cell.rate_factor == factors.get("-".join(key), 1):
+            replicates.setdefault(key, []).append(result)
     optimizers = list(OPTIMIZERS)
     return [
         Group(architecture=architecture, optimizer=optimizer, results=replicates[architecture, optimizer])

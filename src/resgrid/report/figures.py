@@ -21,6 +21,7 @@ from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.comparisons import Comparison
 from resgrid.report.findings import Findings, StudyPoint
+from resgrid.report.rates import RateChoice
 from resgrid.report.statistics import Interval, confusion, reliability
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -229,6 +230,40 @@ def study(points: Sequence[StudyPoint]) -> Chart:
     return Chart(points[0].factor.capitalize(), _spec(*layers, height=280), _columns(data))
 
 
+def rates(choices: Sequence[RateChoice]) -> Chart:
+    """An architecture's accuracy by rate: a line an optimizer, a dot a seed, a ring at the chosen rate.
+
+    It is of validation images, as the choice is, and of test images where there are none.
+    """
+    split = "validation" if any(v is not None for v in choices[0].base.validation) else "test"
+    data: list[dict[str, Any]] = [
+        {"optimizer": choice.optimizer, "rate": point.learning_rate, "seed": seed}
+        | {"accuracy": None if value is None else round(100 * value, 3)}
+        | {"chosen": choice.not_chosen is None and point.factor == choice.factor}
+        for choice in choices
+        for point in choice.curve
+        for seed, value in zip(choice.seeds, getattr(point, split), strict=True)
+    ]
+    names = [choice.optimizer for choice in choices]
+    colours = alt.Scale(domain=names, range=[OF_OPTIMIZER[name] for name in names])
+    title = f"{split} accuracy, %"
+    x = alt.X("rate:Q", title="learning rate", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"))
+    y = alt.Y("accuracy:Q", title=title, scale=alt.Scale(zero=False))
+    mean = alt.Y("mean(accuracy):Q", title=title, scale=alt.Scale(zero=False))
+    colour = alt.Color("optimizer:N", scale=colours)
+    known = alt.Chart().transform_filter("isValid(datum.accuracy)")
+    layers = [
+        known.mark_line(strokeWidth=2).encode(x=x, y=mean, color=colour),
+        known.mark_point(size=40).encode(
+            x=x, y=y, color=colour, tooltip=_tip("optimizer", "rate", "seed", "accuracy")
+        ),
+        known.transform_filter("datum.chosen")
+        .mark_point(size=300, filled=False, strokeWidth=2)
+        .encode(x=x, y=mean, color=colour),
+    ]
+    return Chart(f"Accuracy by rate, {choices[0].architecture}", _spec(*layers, height=320), _columns(data))
+
+
 def charts(findings: Findings) -> dict[str, list[Chart]]:
     """The charts of each part of the page; a part without data has none."""
     parts: dict[str, list[Chart]] = {
@@ -239,6 +274,9 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
         ],
         "studies": [
             study(list(points)) for _, points in groupby(findings.studies, key=lambda point: point.factor)
+        ],
+        "rates": [
+            rates(list(choices)) for _, choices in groupby(findings.rates, key=lambda each: each.architecture)
         ],
     }  # fmt: skip
     if findings.trained:

@@ -11,7 +11,7 @@ from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import as_csv, headline
 from resgrid.report.page import markdown, page
 
-PARTS = ("answer", "differences")  # of the page, whose charts are PNGs as well
+PARTS = ("answer", "differences", "rates")  # of the page, whose charts are PNGs as well
 
 
 def write_report(findings: Findings, out: Path) -> None:
@@ -19,7 +19,7 @@ def write_report(findings: Findings, out: Path) -> None:
     charts = figures.charts(findings)
     contents = {
         "leaderboard.csv": as_csv(findings.frame),
-        "metrics.json": json.dumps(headline(findings.frame), indent=2) + "\n",
+        "metrics.json": json.dumps(headline(findings.frame, findings.factors), indent=2) + "\n",
         "findings.json": json.dumps(findings.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": markdown(findings),
         "index.html": page(findings, charts),

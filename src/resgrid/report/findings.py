@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from resgrid.progress import duration
 from resgrid.report.comparisons import Comparison, Group, answer, compare, group, how_to_read, mean_accuracy
 from resgrid.report.leaderboard import by_optimizer, leaderboard, missing
 from resgrid.report.published import as_text, differing, publication
+from resgrid.report.rates import RateChoice, choose_rates, sentences
 from resgrid.report.statistics import Interval, pareto_front
 from resgrid.run_status import started_at
 
@@ -69,7 +70,18 @@ class Findings:
 
     def __post_init__(self) -> None:
         self.frame = leaderboard(self.results, self.meta, self.test.labels.numpy())
-        self.groups = group(self.results)
+        counts = self.meta.num_images
+        choices = choose_rates(
+            self.frame,
+            num_validation=counts.get("validation", 0),
+            num_test=counts["test"],
+            num_classes=len(self.meta.class_names),
+        )
+        self.rates = [choice for choice in choices if len(choice.curve) > 1]  # none without factors
+        self.factors = {f"{each.architecture}-{each.optimizer}": each.factor for each in self.rates}
+        self.rate_sentences = sentences(self.rates)
+        self.table = by_optimizer(self.frame, self.factors)
+        self.groups = group(self.results, self.factors)
         optimizers, depths = compare(self.groups)
         self.families = {"Optimizers": optimizers, "Depths": depths}
         num_test = self.meta.num_images["test"]
@@ -97,8 +109,15 @@ class Findings:
         return (
             f"Asked: {asked or 'how accurate a network'} is the most accurate on {images} of "
             f"{len(self.meta.class_names)} classes ({self.meta.source}), with "
-            f"{seeds} seed{'s' if seeds != 1 else ''} a cell."
+            f"{seeds} seed{'s' if seeds != 1 else ''} a cell{self._chosen_on}."
         )
+
+    @property
+    def _chosen_on(self) -> str:
+        sizes = sorted({len(each.curve) for each in self.rates if each.not_chosen is None})
+        images = self.meta.num_images.get("validation", 0)
+        of = " or ".join(map(str, sizes))
+        return f", each at the best of {of} rates, chosen on {images:,} validation images" if sizes else ""
 
     @property
     def baseline(self) -> str:
@@ -131,7 +150,7 @@ class Findings:
             "answer": self.answer,
             "how_to_read": self.how_to_read,
             "missing": missing(self.frame),
-            "table": by_optimizer(self.frame).to_dict(orient="index"),
+            "table": self.table.to_dict(orient="index"),
             "groups": [
                 {
                     "architecture": each.architecture,
@@ -157,6 +176,8 @@ class Findings:
                 for what, family in self.families.items()
                 for each in family
             ],
+            "rate_sentences": self.rate_sentences,
+            "rates": [_rate(each) for each in self.rates],
             "studies": [
                 {
                     "factor": each.factor,
@@ -198,6 +219,24 @@ class Findings:
 def _interval(interval: Interval) -> dict[str, Any]:
     values = interval._asdict()
     return {key: None if value != value else value for key, value in values.items()}  # NaN is not JSON
+
+
+def _rate(choice: RateChoice) -> dict[str, Any]:
+    return {
+        "architecture": choice.architecture,
+        "optimizer": choice.optimizer,
+        "factor": choice.factor,
+        "learning_rate": choice.chosen.learning_rate,
+        "not_chosen": choice.not_chosen and choice.not_chosen.name.lower(),
+        "missing": list(choice.missing),
+        "bracket": choice.bracket and choice.bracket.name.lower(),
+        "to_try": list(choice.to_try),
+        "plateau": list(choice.plateau),
+        "seeds": list(choice.seeds),
+        "curve": [asdict(point) for point in choice.curve],
+        "expected_test_accuracy": [_interval(each) for each in choice.expected],
+        "one_seed_cost": choice.one_seed_cost,
+    }
 
 
 def _published(groups: list[Group], meta: Meta) -> list[Published]:

@@ -7,7 +7,7 @@ stands beside it, marked as what it is: an epoch that was chosen by looking at t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,25 @@ def never_predicted(predictions: Predictions, meta: Meta, classes: Sequence[str]
     return [name for name in classes if name not in predicted]
 
 
-def by_optimizer(frame: pd.DataFrame) -> pd.DataFrame:
-    """Architecture x optimizer: test accuracy of the grid's own cells, as text with its spread over seeds."""
-    grid = frame[frame["study"].isna() & (frame["rate_factor"] == 1)]
+def at_rates(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFrame:
+    """The grid's cells at the rates of `factors`, by `resnet20-sgd`; elsewhere the base rate."""
+    compared = (frame["architecture"] + "-" + frame["optimizer"]).map(lambda name: factors.get(name, 1.0))
+    return frame[frame["study"].isna() & (frame["rate_factor"] == compared)]
+
+
+def by_optimizer(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFrame:
+    """Architecture x optimizer: test accuracy at the rates of `factors`, as text with its spread over seeds.
+
+    Where several rates were tried, and so `factors` has one, the text names the rate.
+    """
+    grid = at_rates(frame, factors)
     architectures = sorted(grid["architecture"].unique(), key=place_of)
     optimizers = [name for name in OPTIMIZERS if name in set(grid["optimizer"])]
     table = pd.DataFrame(index=pd.Index(architectures, name="architecture"), columns=optimizers, dtype=object)
     for (architecture, optimizer), cells in grid.groupby(["architecture", "optimizer"]):
-        table.loc[architecture, optimizer] = spread(cells)
+        tried = f"{architecture}-{optimizer}" in factors
+        rate = f" at {cells['learning_rate'].iloc[0]:g}" if tried else ""
+        table.loc[architecture, optimizer] = spread(cells) + rate
     return table
 
 
@@ -212,8 +223,8 @@ def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
     return tabulate(rows, headers=list(frame.columns), tablefmt=form, colalign=align, disable_numparse=True)
 
 
-def headline(frame: pd.DataFrame) -> dict[str, Any]:
-    """The figures for `dvc metrics show`: how much there is, and the best at its own rate."""
+def headline(frame: pd.DataFrame, factors: Mapping[str, float]) -> dict[str, Any]:
+    """The figures for `dvc metrics show`: how much there is, and the best at the rates that are compared."""
     completed = frame[frame["status"] == "completed"]
     counts = frame["status"].value_counts()
     head: dict[str, Any] = {
@@ -223,8 +234,10 @@ def headline(frame: pd.DataFrame) -> dict[str, Any]:
         "stale": int(counts.get("stale", 0) + counts.get("other data", 0)),
         "missing": int(counts.get("missing", 0) + counts.get("failed", 0)),
     }
-    if len(completed := completed[completed["rate_factor"] == 1]):
-        best = completed.iloc[0]
+    is_compared = completed["cell"].isin(at_rates(frame, factors)["cell"])
+    compared = completed[completed["study"].notna() | is_compared]
+    if len(compared):
+        best = compared.iloc[0]
         head |= {"best_cell": best["cell"], "best_cell_test_accuracy": float(best["test_accuracy"])}
     return head
 

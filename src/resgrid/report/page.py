@@ -26,7 +26,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.report import figures, tables
 from resgrid.report.figures import Chart
 from resgrid.report.findings import Findings
-from resgrid.report.leaderboard import as_csv, by_optimizer, missing, readable, text_table
+from resgrid.report.leaderboard import as_csv, missing, readable, text_table
 
 NUM_CURVES = 4  # cells that are shown before a person chooses
 NUM_MISTAKES = 12  # a cell; half as many in a page of many cells
@@ -50,7 +50,7 @@ def markdown(findings: Findings, slot: Callable[..., str] = lambda name, instead
         meta=findings.meta,
         frame=findings.frame,
         missing=missing(findings.frame),
-        accuracy=_table(by_optimizer(findings.frame).reset_index()),
+        accuracy=_table(findings.table.reset_index()),
         every_cell=readable(findings.frame),
         tables=tables,
         table=_table,
@@ -128,7 +128,7 @@ def _grid(findings: Findings) -> dict[str, list[dict[str, Any]]]:
     def shade(name: str) -> float:
         return round((highest - errors[name]) / span, 3) if span else 0.5
 
-    table = by_optimizer(findings.frame)
+    table = findings.table
     rows: dict[str, list[dict[str, Any]]] = {}
     for group in findings.groups:
         place = {

@@ -131,6 +131,34 @@ def choose_rates(
     return choices
 
 
+def sentences(choices: Sequence[RateChoice]) -> list[str]:
+    """What the choice leaves open: why there is none, and where the best rate may lie beyond those tried."""
+    lines: dict[str, None] = {}
+    for each in choices:
+        name = f"{each.architecture}-{each.optimizer}"
+        to_try = " and ".join(f"{factor:g}" for factor in each.to_try)
+        if each.not_chosen is NotChosen.NO_VALIDATION:
+            line = (
+                "No rate is chosen, without validation images: set preprocess.validation_fraction, "
+                "such as to 0.1. All is compared at the base rates."
+            )
+        elif each.not_chosen is NotChosen.INCOMPLETE:
+            line = (
+                f"{each.architecture} is compared at its base rates: none is chosen before every factor has "
+                f"a current result for every seed of every optimizer. Missing: {', '.join(each.missing)}."
+            )
+        elif each.bracket is Bracket.AT_END:
+            line = f"{name}: the best factor, {each.factor:g}, is an end of those tried: not bracketed" + (
+                f": try {to_try}." if to_try else "."
+            )
+        elif each.bracket is Bracket.REACHES_END:
+            line = f"{name}: the top reaches the end, so the best may lie beyond: try {to_try}."
+        else:
+            continue
+        lines[line] = None
+    return list(lines)
+
+
 def _point(rows: pd.DataFrame, seeds: Sequence[int]) -> RatePoint:
     by_seed = rows.set_index("seed")
 

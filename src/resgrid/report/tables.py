@@ -7,6 +7,7 @@ import pandas as pd
 from resgrid.report.comparisons import Comparison
 from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import remarks
+from resgrid.report.rates import RatePoint
 
 
 def comparisons(rows: list[Comparison]) -> pd.DataFrame:
@@ -53,6 +54,43 @@ def costs(findings: Findings) -> pd.DataFrame:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
+
+
+def rates(findings: Findings) -> pd.DataFrame:
+    """A row an optimizer of an architecture: the rate that it is compared at, beside its base rate."""
+
+    def accuracy(point: RatePoint) -> str:
+        diverged = f" ({point.num_diverged} diverged)" if point.num_diverged else ""
+        return _percent(point.test_accuracy) + diverged
+
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": f"{each.architecture}-{each.optimizer}",
+            "rate": f"{each.chosen.learning_rate:g}",
+            "factor": f"{each.factor:g}",
+            "validation %": _percent(each.chosen.validation_accuracy),
+            "test %": accuracy(each.chosen),
+            "within 1 point": ", ".join(f"{factor:g}" for factor in each.plateau),
+            "factors tried": ", ".join(f"{point.factor:g}" for point in each.curve),
+            "base rate": f"{each.base.learning_rate:g}",
+            "test % there": accuracy(each.base),
+        }
+        for each in findings.rates
+    )
+
+
+def tries(findings: Findings) -> pd.DataFrame:
+    """A row an optimizer of an architecture: the test accuracy that k of its rates, tried once, lead to."""
+    rows = []
+    for each in (choice for choice in findings.rates if choice.not_chosen is None):
+        row = {"architecture, optimizer": f"{each.architecture}-{each.optimizer}"}
+        for k, interval in enumerate(each.expected, start=1):
+            has_ends = interval.low == interval.low
+            row[f"k = {k}"] = interval.text() if has_ends else _percent(interval.estimate)
+        cost = each.one_seed_cost
+        row["cost of one seed, points"] = "" if cost is None else f"{100 * cost:+.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
 def trust(findings: Findings) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resgrid.config import Params
 from resgrid.errors import ResgridError
-from resgrid.grid import expand
+from resgrid.grid import compared_factors, expand
 from resgrid.project import read_json
 from resgrid.run_status import Run as Result
 from resgrid.run_status import data_digest, find_runs, started_at
@@ -110,7 +110,9 @@ def sync(
                 report.superseded += mark_superseded(store, of_former_cell)
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
             asked = registry_uri(store.uri)
-            report.champions = promote_champions(store, current, data_digest(pipeline_folder))
+            cells = _compared(params, pipeline_folder)
+            compared = [run for run in current if run.data.tags["cell"] in cells]
+            report.champions = promote_champions(store, compared, data_digest(pipeline_folder))
             asked = store.uri
             report.accuracies = {cell: _accuracy(current, cell) for cell in report.champions.values() if cell}
             try:
@@ -121,6 +123,17 @@ def sync(
     except (MlflowException, OSError) as error:
         raise unusable(asked, error) from None
     return report
+
+
+def _compared(params: Params, pipeline_folder: Path) -> set[str]:
+    """The cells that may be champion: studies, and the grid's at the rates that `evaluate` compared."""
+    findings = pipeline_folder / "reports/findings.json"
+    factors = compared_factors(read_json(findings)) if findings.is_file() else {}
+    return {
+        cell.id
+        for cell in expand(params)
+        if cell.study or cell.rate_factor == factors.get(f"{cell.architecture}-{cell.optimizer.name}", 1)
+    }
 
 
 def _accuracy(runs: list[Run], cell: str) -> str:

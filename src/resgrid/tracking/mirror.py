@@ -5,7 +5,7 @@ repeated. A trainer calls it while it trains, with a snapshot from memory; `sync
 `runs/<cell>/`. An epoch has the same time in both (`epoch_ends`), and MLflow keeps a point of the same key,
 time, step and value once.
 
-Metrics have 14 keys in all, once an epoch at most: MLflow's charts get slow with many
+Metrics have 15 keys in all, once an epoch at most: MLflow's charts get slow with many
 (https://github.com/mlflow/mlflow/issues/24012). Times are in milliseconds since 1970, as MLflow's are.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import os
 import platform
 import tempfile
@@ -42,7 +43,7 @@ from resgrid.tracking.store import Store
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
     from mlflow.entities import DatasetInput, LoggedModel, Run
 
-FORMAT = 2  # of a complete run; a higher number makes `sync` complete all of them anew
+FORMAT = 3  # of a complete run; a higher number makes `sync` complete all of them anew
 SCORES = (
     "train_loss", "train_accuracy", "test_loss", "test_accuracy", "validation_loss", "validation_accuracy",
 )  # fmt: skip
@@ -118,7 +119,9 @@ class Snapshot:
 
     def points(self) -> list[Point]:
         """Every point of its metrics, of the epochs and of the outcome."""
-        points = [
+        rate = math.log10(self.cell.optimizer.lr)  # since MLflow's charts have no logarithmic axis
+        points = [Point("log10_learning_rate", 0, self.started // 1000, rate)]
+        points += [
             Point(key, int(epoch["epoch"]), end, epoch[key])
             for epoch, end in zip(self.epochs, self._ends(), strict=True)
             for key in EACH_EPOCH
@@ -186,7 +189,11 @@ def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
 
 def params_of(cell: Cell) -> dict[str, str]:
     """Every number that makes the cell, each under a key of its own, since MLflow compares single params."""
-    values = flat(cell.numbers) | {"family": cell.family, "depth": cell.depth}
+    values = flat(cell.numbers) | {
+        "family": cell.family,
+        "depth": cell.depth,
+        "rate_factor": f"{cell.rate_factor:g}",
+    }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
