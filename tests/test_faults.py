@@ -313,4 +313,4 @@ def test_a_clock_that_jumps_changes_no_result_and_loses_none(
         assert 0 < timing["train_seconds"] < 600
     assert pipeline.stale() - ALWAYS == {"evaluate"}  # timing.json alone is new
     assert all(path.read_bytes() == content for path, content in before)
-    assert pipeline.run("resgrid", "sync").returncode == 0
+    assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
