@@ -101,7 +101,7 @@ def test_edited_rates_leave_results_stale_with_their_own_numbers_and_back_they_a
     }
     why = "resnet20-sgd-0 stale: trained with learning_rate 0.05 → 0.7 (params.yaml now)"
     assert why in project.resgrid("compare")  # before evaluate has run again
-    assert "Results: 2 completed, 1 diverged, 2 stale, 1 failed." in project.resgrid("status")
+    assert "6 cells: 2 completed, 1 diverged, 2 stale, 1 failed." in project.resgrid("status")
 
     done = project.run("dvc", "repro", "--single-item", "evaluate")
     assert done.returncode == 0, done.stderr
