@@ -594,9 +594,9 @@ def test_a_training_that_is_cut_off_ends_its_run(
     params = make_params()
 
     def train() -> None:
-        with tracking.LiveRun(params.name, only_cell(params), meta.digest, 1) as run:
+        with tracking.LiveRun(params.name, only_cell(params), meta.digest, 1_700_000_000_000_000) as run:
             run.log_epochs(rows(trained.epochs[:1]))
-            wait_for(trained.epochs[:1], 1)
+            wait_for(trained.epochs[:1], 1_700_000_000_000_000)
             raise error
 
     with pytest.raises(type(error)):
@@ -610,11 +610,12 @@ def test_a_training_that_is_cut_off_ends_its_run(
 
 def wait_for(epochs: list[Epoch], started: int) -> None:
     """Until a run has them: the end of a training that is stopped waits for little."""
-    while True:
+    for _ in range(600):
         runs = [run for run in all_runs() if run.info.start_time == started // 1000]
         if any(len(history(run, "train_loss")) == len(epochs) for run in runs):
             return
         time.sleep(0.1)
+    raise TimeoutError("no run has them")
 
 
 def _terminated(signum: int, frame: object) -> None:
