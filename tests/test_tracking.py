@@ -916,9 +916,9 @@ def test_of_two_trainings_at_once_the_one_that_wrote_the_folder_last_is_current(
         earlier.complete(folder)  # where by now the other one's files lie
     log_live(trained, pipeline, meta)
     tracking.sync(params, pipeline)
-    assert {run.info.start_time: run.data.tags["grid"] for run in all_runs()} == {
-        (started - 1) // 1000: "superseded",
-        started // 1000: "current",
+    assert {int(run.data.tags["key"].split("-")[1]): run.data.tags["grid"] for run in all_runs()} == {
+        started - 1: "superseded",
+        started: "current",
     }
 
 
