@@ -42,7 +42,7 @@ def install(patch: pytest.MonkeyPatch) -> list[GraphedStep]:
 
 
 def graph_on_cpu(patch: pytest.MonkeyPatch) -> None:
-    """Let the CPU count as a device whose steps are graphed."""
+    """Let the CPU count as a device whose steps are graphed unless `fit` is told otherwise."""
 
     def graphed(*arguments: Any) -> Execution:
         return replace(choose_execution(*arguments), graphed=True)

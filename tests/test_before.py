@@ -21,11 +21,13 @@ from test_run import CPU, PLAIN, folder, train  # noqa: F401  # `folder` is a fi
 
 from resgrid.config import Engine, Recipe, load_params
 from resgrid.grid import Cell, expand
+from resgrid.provenance import code_digest
 from resgrid.training.device import device_name
 
 ROOT = Path(__file__).parents[1]
 BEFORE = Path(__file__).parent / "data/before.json"
 PIPELINES = (".", "examples/depth", "examples/digits", "examples/optimizers")
+CODE_DIGEST = "sha256:a6bf0722e227ac3f4ae88fcce7887cfd1775364e6cc5e68a32518e0a40174caf"
 TRAINED = {  # one a family, and one an optimizer
     "resnet20": "resnet20-sgd-0",
     "resnet10": "resnet10-adam-0",
@@ -90,6 +92,11 @@ def test_a_cell_of_each_family_has_the_weights_that_it_had(
     if machine() != before["machine"]:
         pytest.skip(f"the digests are of {', '.join(before['machine'])}; here it is {', '.join(machine())}")
     assert weights_digest(architecture, folder, tmp_path) == before["weights"][architecture]
+
+
+def test_recorded_results_are_of_the_code_as_it_is() -> None:
+    """Another digest makes every result stale, those in docs/results among them: change it only on purpose."""
+    assert code_digest() == CODE_DIGEST
 
 
 def test_make_it_anew(folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -442,13 +442,13 @@ def test_too_little_memory_names_the_batch_size():
 # --- the device --------------------------------------------------------------------------------------
 
 
-def test_the_device_is_the_one_that_is_told(monkeypatch):
+def test_the_device_is_the_one_that_is_named(monkeypatch):
     monkeypatch.setenv("RESGRID_DEVICE", "cpu")
     assert devices.choose_device() == torch.device("cpu")
     monkeypatch.setenv("RESGRID_DEVICE", "toaster")
     assert devices.choose_device("cpu") == torch.device("cpu")  # an argument goes before the variable
     with pytest.raises(
-        ResgridError, match=r"^RESGRID_DEVICE=toaster: there is no device of that name. Here .*cpu"
+        ResgridError, match=r"^RESGRID_DEVICE=toaster: no device has that name. This machine has .*cpu"
     ):
         devices.choose_device()
 
@@ -456,7 +456,7 @@ def test_the_device_is_the_one_that_is_told(monkeypatch):
 def test_a_device_that_is_absent_is_refused_with_what_there_is(monkeypatch):
     monkeypatch.delenv("RESGRID_DEVICE", raising=False)
     with pytest.raises(
-        ResgridError, match=r"^device=cuda:99: this machine has no such device. Here there is .*cpu"
+        ResgridError, match=r"^device=cuda:99: this machine has no such device. This machine has .*cpu"
     ):
         devices.choose_device("cuda:99")
 

@@ -101,7 +101,7 @@ def test_an_edit_of_the_file_makes_its_cells_stale_and_no_others(project: Projec
         ("x = 1", "AttributeError: module 'architectures.tiny' has no attribute 'build'"),
         ("build = 1 +", "SyntaxError"),
         ("from torch import nn\nbuild = lambda n, d: (nn.Flatten(), nn.Linear(3072, 7))", r"gives \(2, 7\), where logits have \(2, 10\)"),
-        ("from torch import nn\nbuild = lambda n, d: nn.Flatten()", "TypeError: returns one Flatten, where base and head are expected"),
+        ("from torch import nn\nbuild = lambda n, d: nn.Flatten()", "TypeError: it returns one Flatten, where base and head are expected"),
         (None, "there is no architectures/tiny.py. Known are resnet20, "),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("RESGRID_GRAPHS", raising=False)
     threads = torch.get_num_threads()
     if DRY:
         torch.set_num_threads(1)
@@ -85,13 +85,11 @@ def run(training: Generator[Epoch, None, Outcome]) -> tuple[list[Epoch], Outcome
             return epochs, end.value
 
 
-def eager(trained: Cell, patch: pytest.MonkeyPatch) -> tuple[list[Epoch], dict[str, Tensor]]:
+def eager(trained: Cell) -> tuple[list[Epoch], dict[str, Tensor]]:
     """The training without a graph."""
-    with patch.context() as inner:
-        inner.setenv("RESGRID_GRAPHS", "never")
-        inner.setattr("resgrid.training.engine.choose_execution", choose_execution)
-        model = new_model(trained)
-        epochs, outcome = run(fit(trained, model, data(), DEVICE))
+    execution = replace(choose_execution(trained, STEPS * BATCH, DEVICE), graphed=False)
+    model = new_model(trained)
+    epochs, outcome = run(fit(trained, model, data(), DEVICE, execution=execution))
     assert not outcome.graphed
     return epochs, state(model)
 
@@ -120,9 +118,9 @@ if DRY:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_graphed_training_is_the_eager_one_bit_for_bit(name, monkeypatch):
+def test_a_graphed_training_is_the_eager_one_bit_for_bit(name):
     trained = CELLS[name]
-    expected, weights = eager(trained, monkeypatch)
+    expected, weights = eager(trained)
     model = new_model(trained)
     epochs, outcome = run(fit(trained, model, data(), DEVICE))
     assert outcome.graphed
@@ -150,9 +148,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
     assert not differing(state(model), state(whole))
 
 
-def test_after_a_capture_that_fails_training_is_the_eager_one(monkeypatch, capsys):
+def test_after_a_capture_that_fails_training_is_the_eager_one(monkeypatch, caplog):
     trained = CELLS["dropout"]
-    expected, weights = eager(trained, monkeypatch)
+    expected, weights = eager(trained)
     add, calls = Totals.add, []
 
     def reads(totals: Totals, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -166,17 +164,16 @@ def test_after_a_capture_that_fails_training_is_the_eager_one(monkeypatch, capsy
     monkeypatch.setattr(Totals, "add", reads)
     model = new_model(trained)
     epochs, outcome = run(fit(trained, model, data(), DEVICE))
-    assert capsys.readouterr().err.startswith("resgrid: no CUDA graph, so steps are slower: ")
+    assert caplog.messages[0].startswith("no CUDA graph, so steps are slower: ")
     assert not outcome.graphed
     assert not differing(state(model), weights)
     assert epochs == expected
 
 
 def test_of_two_processes_under_mps_one_is_killed_and_the_other_ends_or_goes_on(tmp_path):
-    told: list[str] = []
-    with mps.daemon(told.append) as variables:
+    with mps.daemon() as variables:
         if not variables and not DRY:
-            pytest.skip(f"no MPS here, or a daemon runs already {told}")
+            pytest.skip("no MPS here, or a daemon runs already")
 
         def start(name: str) -> subprocess.Popen[bytes]:
             path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])

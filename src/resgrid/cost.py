@@ -20,6 +20,7 @@ from resgrid import mps
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
+from resgrid.models import ARCHITECTURES, gflop_of
 from resgrid.progress import duration
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# GFLOP of training with one image, forward and backward, a multiplication and an addition counted as two.
-# They put the architectures in order, and carry a measured speed over to one that has not been measured; one
-# that is not here comes first, and its time is unknown until a cell of it has been trained.
-GFLOP = {
-    "resnet20": 0.24, "resnet32": 0.41, "resnet44": 0.58, "resnet56": 0.75, "resnet110": 1.52,
-    "resnet10": 1.52, "resnet18": 3.33, "resnet26": 5.14,
-    "vgg16": 1.88, "resnet20v1": 0.24,
-}  # fmt: skip
 # Images/s grow with the threads to this power: 1,572 with two against 958.5 with one (ResNet-20).
 THREADS_POWER = 0.71
 TIMED_BATCH = 32  # images: enough for a figure within a third or so, and a second at most a step on a laptop
@@ -84,20 +77,24 @@ def estimate_durations(
 
     At the speed of its architecture, else at the GFLOP/s of the others.
     """
-    known = [GFLOP[name] * speed for name, speed in speeds.items() if name in GFLOP]
+    known = [gflop * speed for name, speed in speeds.items() if (gflop := gflop_of(name))]
     seconds = {}
     for cell in cells if num_images else ():
         speed = speeds.get(cell.architecture)
-        if speed is None and known and cell.architecture in GFLOP:
-            speed = median(known) / GFLOP[cell.architecture]
+        if speed is None and known and (gflop := gflop_of(cell.architecture)):
+            speed = median(known) / gflop
         if speed:
             seconds[cell.id] = cell.recipe.epochs * (num_images or 0) / speed
     return seconds
 
 
 def work(cell: Cell) -> float:
-    """GFLOP an image x epochs, by which cells are put in order while their times are unknown."""
-    return GFLOP.get(cell.architecture, max(GFLOP.values())) * cell.recipe.epochs
+    """GFLOP an image x epochs, by which cells are put in order while their times are unknown.
+
+    An architecture from elsewhere comes first: its time is unknown until a cell of it has been trained.
+    """
+    largest = max(entry.gflop for entry in ARCHITECTURES.values())
+    return (gflop_of(cell.architecture) or largest) * cell.recipe.epochs
 
 
 def seconds_per_image(cell: Cell, device: torch.device) -> float:

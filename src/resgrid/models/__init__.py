@@ -36,22 +36,23 @@ class Architecture:
     name: str
     family: str
     blocks: tuple[int, ...]  # units a stage, or convolutions a block
+    gflop: float  # to train with one image, forward and backward; a multiplication and an addition are two
     dropout_rates: Literal[0, 1, 3] = 0  # how many its recipe gives
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     entry.name: entry
     for entry in (
-        Architecture("resnet20", "cifar_resnet", (3, 3, 3)),
-        Architecture("resnet32", "cifar_resnet", (5, 5, 5)),
-        Architecture("resnet44", "cifar_resnet", (7, 7, 7)),
-        Architecture("resnet56", "cifar_resnet", (9, 9, 9)),
-        Architecture("resnet110", "cifar_resnet", (18, 18, 18)),
-        Architecture("resnet10", "wide_resnet", (1, 1, 1, 1), dropout_rates=1),
-        Architecture("resnet18", "wide_resnet", (2, 2, 2, 2), dropout_rates=1),
-        Architecture("resnet26", "wide_resnet", (3, 3, 3, 3), dropout_rates=1),
-        Architecture("vgg16", "vgg", (2, 2, 3, 3, 3), dropout_rates=3),
-        Architecture("resnet20v1", "cifar_resnet_v1", (3, 3, 3)),
+        Architecture("resnet20", "cifar_resnet", (3, 3, 3), 0.24),
+        Architecture("resnet32", "cifar_resnet", (5, 5, 5), 0.41),
+        Architecture("resnet44", "cifar_resnet", (7, 7, 7), 0.58),
+        Architecture("resnet56", "cifar_resnet", (9, 9, 9), 0.75),
+        Architecture("resnet110", "cifar_resnet", (18, 18, 18), 1.52),
+        Architecture("resnet10", "wide_resnet", (1, 1, 1, 1), 1.52, dropout_rates=1),
+        Architecture("resnet18", "wide_resnet", (2, 2, 2, 2), 3.33, dropout_rates=1),
+        Architecture("resnet26", "wide_resnet", (3, 3, 3, 3), 5.14, dropout_rates=1),
+        Architecture("vgg16", "vgg", (2, 2, 3, 3, 3), 1.88, dropout_rates=3),
+        Architecture("resnet20v1", "cifar_resnet_v1", (3, 3, 3), 0.24),
     )
 }
 
@@ -66,6 +67,12 @@ def family_of(architecture: str) -> str:
     """The family whose depths are compared; an architecture from elsewhere is one by itself."""
     entry = ARCHITECTURES.get(architecture)
     return entry.family if entry else architecture
+
+
+def gflop_of(architecture: str) -> float | None:
+    """GFLOP to train with one image; None for an architecture from elsewhere."""
+    entry = ARCHITECTURES.get(architecture)
+    return entry.gflop if entry else None
 
 
 def dropout_rates(architecture: str) -> int:
@@ -109,7 +116,7 @@ def build_model(
     `build(num_classes, dropout)` returns base and head, whose initial weights stay as it draws them.
     Under `torch.device("meta")` the model has shapes and nothing else, and draws nothing.
 
-    Raises ResgridError: for an architecture that there is not, or whose code fails.
+    Raises ResgridError for an architecture that does not exist, or whose code fails.
     """
     from resgrid.models.classifier import Classifier, check, initialize
 
@@ -124,10 +131,10 @@ def build_model(
             case (base, head):
                 model = Classifier(base, head)
             case other:
-                raise TypeError(f"returns one {type(other).__name__}, where base and head are expected")
+                raise TypeError(f"it returns one {type(other).__name__}, where base and head are expected")
         check(model, num_classes)
     except Exception as error:  # whatever the code of somebody else raises
-        raise ResgridError(f"{origin}: build({num_classes}, {dropout}): {_said(error)}") from error
+        raise ResgridError(f"{origin}: build({num_classes}, {dropout}): {_describe(error)}") from error
     return model
 
 
@@ -152,8 +159,8 @@ def _from_elsewhere(
         spec.loader.exec_module(module)
         return origin, module.build
     except Exception as error:
-        raise ResgridError(f"{origin}: {_said(error)}") from error
+        raise ResgridError(f"{origin}: {_describe(error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

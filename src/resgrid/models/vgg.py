@@ -72,7 +72,7 @@ def imagenet_vgg16_base(model: nn.Module) -> None:
     they only divide by sqrt(1 + 1e-3). The weights want torchvision's input: channels normalised by the
     mean 0.485, 0.456, 0.406 and the deviation 0.229, 0.224, 0.225.
 
-    Raises ResgridError: where the file can neither be downloaded nor read.
+    Raises ResgridError where the file can neither be downloaded nor read.
     """
     from torchvision.models import VGG16_Weights  # 1.4 s, which only this function needs
 
@@ -83,9 +83,9 @@ def imagenet_vgg16_base(model: nn.Module) -> None:
         weights = entry.get_state_dict(progress=True, map_location="cpu", weights_only=True, check_hash=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ResgridError(
-            f"{file}: torchvision's ImageNet weights cannot be had: {_first_line(error)}. Delete this file "
-            f"if it is there, and try again with a network; or download {entry.url} elsewhere and put it "
-            f"into {folder} (under $TORCH_HOME)."
+            f"{file}: torchvision's ImageNet weights cannot be downloaded or read: {_first_line(error)}. "
+            f"Delete this file if it exists and try again with a network; or download {entry.url} elsewhere "
+            f"and put it into {folder} (under $TORCH_HOME)."
         ) from None
 
     convolutions = [part for part in model.get_submodule("base").modules() if isinstance(part, nn.Conv2d)]

@@ -43,12 +43,12 @@ OnStep = Callable[[int, int], None]  # images done in this epoch, images in an e
 
 
 class Checkpoints(Protocol):
-    """Where a training's state is kept after each epoch, so that it can go on from there."""
+    """Where a training's state is saved after each epoch, so that another start can continue from there."""
 
     def restore(
         self, model: nn.Module, optimizer: optim.Optimizer, draws: torch.Generator
     ) -> list[dict[str, Any]]:
-        """Put all of them into the state after the last epoch kept; the fields of each `Epoch` so far."""
+        """Put all of them into the state after the last epoch saved; returns the fields of each `Epoch`."""
 
     def save(
         self,
@@ -57,7 +57,7 @@ class Checkpoints(Protocol):
         optimizer: optim.Optimizer,
         draws: torch.Generator,
     ) -> None:
-        """Keep the state after the last of `epochs`."""
+        """Save the state after the last of `epochs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +125,22 @@ def fit(
     device: torch.device,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
+    execution: Execution | None = None,
 ) -> Generator[Epoch, None, Outcome]:
     """Train `model` in place as `cell` says: yields an `Epoch` after each, and returns the `Outcome`.
 
     After every epoch, or the last alone (`engine.scored_epochs`), the model is scored on the test split, and
     on the validation split if there is one, in the precision of training; after the last one in fp32, so that
-    its figures are the outcome's. Where a loss
-    or a weight is not finite at the end of an epoch, training has diverged: that epoch is not yielded, the
-    model gets back the weights it had before it, and these are scored in fp32.
+    its figures are the outcome's. Where a loss or a weight is not finite at the end of an epoch, training has
+    diverged: that epoch is not yielded, the model gets back the weights it had before it, and these are
+    scored in fp32.
 
     `on_step` is called after every step, without waiting for the device. Dropout draws from torch's global
-    generator, which is seeded here: do not run two of these in turn in one process.
+    generator, which is seeded here: do not run two of these in turn in one process. `execution` is as
+    `choose_execution` returns it, unless given.
 
-    With `checkpoints`, training goes on after the last epoch that an earlier start has left there, yields the
-    epochs that follow, and leaves its own. On the CPU the outcome is bit for bit that of one start alone.
+    With `checkpoints`, training continues after the last epoch that an earlier start saved there, yields the
+    epochs that follow, and saves them. On the CPU the outcome is bit for bit that of one start alone.
 
     Raises ResgridError if the training split has fewer images than a batch, or the memory is too small.
     """
@@ -149,7 +151,7 @@ def fit(
             f"images of the training split; write {len(data.train.labels)} or less."
         )
     with _explained_memory_error(cell, device):
-        execution = choose_execution(cell, len(data.train.labels), device)
+        execution = execution or choose_execution(cell, len(data.train.labels), device)
         _place(model, device)
         model.base.requires_grad_(recipe.approach == "end_to_end")
         optimizer = build_optimizer(cell, model)
@@ -169,7 +171,7 @@ def fit(
         epochs: list[Epoch] = []
         if checkpoints is not None:
             epochs = [Epoch(**fields) for fields in checkpoints.restore(model, optimizer, draws)]
-        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        finite = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # of the last epoch
         steps, lr = (epochs[-1].step, epochs[-1].learning_rate) if epochs else (0, 0.0)
         for number in range(len(epochs) + 1, recipe.epochs + 1):
             started = time.perf_counter()
@@ -200,7 +202,7 @@ def fit(
             losses |= {"validation": validation_scores.loss} if validation_scores else {}
             broken = [f"the {name} loss" for name, loss in losses.items() if not math.isfinite(loss)]
             if broken or not _all_finite(model):
-                model.load_state_dict(kept)
+                model.load_state_dict(finite)
                 return Outcome(
                     status="diverged",
                     cause=f"{(broken or ['a weight'])[0]} was not finite at the end of epoch {number} of "
@@ -212,7 +214,7 @@ def fit(
                     graphed=isinstance(step, GraphedStep) and step.graphed,
                 )
             for name, tensor in model.state_dict().items():
-                kept[name].copy_(tensor)
+                finite[name].copy_(tensor)
             epochs.append(
                 Epoch(
                     epoch=number,
@@ -254,7 +256,7 @@ def fit(
 
 
 class Totals:
-    """Sums over an epoch's steps, kept on the device so that no step waits for it."""
+    """Sums over an epoch's steps, on the device, so that no step waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device)
@@ -360,11 +362,11 @@ def _explained_memory_error(cell: Cell, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and not used on the CPU
-        told = re.search(rf"[^.\n]*({NO_MEMORY})[^\n]*", str(error))
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not told:
+        reason = re.search(rf"[^.\n]*({NO_MEMORY})[^\n]*", str(error))
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not reason:
             raise
         raise OutOfMemory(
             f"{cell.key('batch_size')}: the memory of {device} is too small for {cell.architecture} "
             f"with batches of {cell.recipe.batch_size} images; write a smaller batch_size, or end what else "
-            f"uses the memory. torch says: {told[0].strip() if told else 'out of memory'}"
+            f"uses the memory. torch says: {reason[0].strip() if reason else 'out of memory'}"
         ) from None

@@ -10,11 +10,13 @@ learning rate that changes, and a rate that is a Python number would be frozen i
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, optim
+
+log = logging.getLogger(__name__)
 
 WARM_UPS = 3  # before the capture: cuDNN times its algorithms, and libraries take their workspaces
 
@@ -26,8 +28,8 @@ class GraphedStep:
     holds the addresses of parameters, buffers, gradients and totals: change these in place, and never set a
     gradient to None. Shapes, train or eval mode, and what requires a gradient are fixed as well.
 
-    Where the capture fails (no memory, a driver or a build of torch that cannot), stderr says so in one line
-    and the steps are computed eagerly; `graphed` says which it is.
+    Where the capture fails (no memory, a driver or a build of torch that cannot), one warning is logged and
+    the steps are computed eagerly; `graphed` says which of the two it is.
     """
 
     def __init__(
@@ -66,8 +68,7 @@ class GraphedStep:
             replay = capture(self)
             self.graphed = True
         except RuntimeError as error:  # as torch raises all of CUDA's errors, too little memory among them
-            why = str(error).partition("\n")[0]
-            print(f"resgrid: no CUDA graph, so steps are slower: {why}", file=sys.stderr, flush=True)
+            log.warning("no CUDA graph, so steps are slower: %s", str(error).partition("\n")[0])
             replay = self.eager
         finally:  # the warm-up has moved running statistics and totals
             with torch.no_grad():

@@ -18,9 +18,9 @@ from resgrid.weights import load_weights
 
 
 def initial_model(cell: Cell, num_classes: int, fetched: Path | None = None) -> Classifier:
-    """The cell's model, its weights drawn with the cell's seed or taken from where the recipe says.
+    """The cell's model, its weights drawn with the cell's seed or read from where the recipe says.
 
-    `fetched` is the file of weights in MLflow, which the caller fetches.
+    `fetched` is the file of weights from MLflow, which the caller downloads.
     Raises ResgridError as `load_initial_weights` does.
     """
     torch.manual_seed(stream_seed(cell.seed, "weights"))
@@ -32,9 +32,10 @@ def initial_model(cell: Cell, num_classes: int, fetched: Path | None = None) -> 
 def load_initial_weights(
     cell: Cell, model: Classifier, num_classes: int, fetched: Path | None = None
 ) -> None:
-    """Put what the recipe starts from into `model`, which comes with weights drawn at random.
+    """Load the recipe's initial weights into `model`, whose weights were drawn at random.
 
-    From a file with another number of classes the base alone is taken; the head stays as it was drawn.
+    From a file with another number of classes the base alone is loaded; the head stays as it was drawn.
+    Raises ResgridError for a file that does not exist, has another checksum, or is of another architecture.
     """
     key = cell.key("initial_weights")
     match cell.recipe.initial_weights:
@@ -47,9 +48,11 @@ def load_initial_weights(
             file = Path(path)
             if not file.is_file():
                 raise ResgridError(f"{key}.path: there is no file {path} in {Path.cwd()}.")
-            verify(file, checksum, f"Bring back the file that was meant, or write this into {key}.checksum.")
+            verify(
+                file, checksum, f"Restore that file, or write the checksum of this one into {key}.checksum."
+            )
         case MlflowWeights():
-            assert fetched is not None, "the caller fetches weights from MLflow"
+            assert fetched is not None, "the caller downloads weights from MLflow"
             file = fetched
     info, tensors = load_weights(file)
     if info.architecture != cell.architecture:

@@ -13,7 +13,7 @@ from resgrid.config import Constant, Cosine, Drop, Piecewise, Recipe
 
 
 def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """What the learning rate is multiplied by at `step`, counted from 0 over the whole run.
+    """The factor of the learning rate at `step`, counted from 0 over the whole run.
 
     schedule · warm-up / (1 + time_decay · step). The warm-up is He et al.'s for ResNet-110: its factor on
     the scheduled rate for its steps, and then the scheduled rate at once.
