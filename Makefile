@@ -37,18 +37,19 @@ install: $(VENV)/installed  ## Make .venv with the locked dependencies and this 
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || command -v uv >/dev/null || { echo "$$NO_PYTHON"; exit 1; }
-	@echo "Setting up .venv: about 3 GB to fetch the first time, most of it torch"
-	if [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv $(VENV); else uv venv --seed --clear --python 3.13 $(VENV); fi
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(VENV)/bin/uv pip install --python $(VENV) --compile-bytecode --require-hashes -r requirements.lock
-	$(VENV)/bin/uv pip install --python $(VENV) --quiet --no-deps --editable .
+	@echo "Setting up .venv, which takes minutes: about 3 GB to fetch the first time, most of it torch"
+	@if [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv $(VENV); else uv venv --quiet --seed --clear --python 3.13 $(VENV); fi
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV) --compile-bytecode --require-hashes -r requirements.lock
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV) --no-deps --editable .
 	@touch $@
 
 demo: install  ## Run the whole pipeline on handwritten digits: minutes on a laptop
-	cd examples/digits && dvc repro && resgrid sync && resgrid compare
+	@cd examples/digits && dvc repro && resgrid sync
 	@echo
-	@echo "The report:  examples/digits/reports/index.html"
-	@echo "Browse and compare the runs in MLflow:  make ui PIPELINE=examples/digits"
+	@echo "Next: open examples/digits/reports/index.html, then"
+	@echo "  source .venv/bin/activate && cd examples/digits"
+	@echo "  resgrid ui        # browse and compare the runs in MLflow; Ctrl-C ends it"
 
 up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them
 	@resgrid up
