@@ -1,6 +1,6 @@
 """How often the report's 95 % intervals hold the truth: `python benchmarks/intervals.py`, ten seconds.
 
-For each setting 10,000 data sets are drawn from a known truth. Prints the tables of docs/reliability.md.
+For each setting 10,000 data sets are drawn from a known truth. Prints the tables of benchmarks/intervals.md.
 Accuracies of seeds are normal around means that are drawn from 90 to 97 %, so that the truth lies anywhere
 between two counts of images.
 """

@@ -8,7 +8,7 @@ Real PostgreSQL, S3 server, Prefect, MLflow and DVC, as `tests/cluster.py` start
   and the S3 server.
 - 12 cells of 10 s on three real workers: what a worker adds to each cell.
 
-The figures depend on the machine and on what else runs there: run it on an idle one. Ours: docs/scale.md.
+The figures depend on the machine and on what else runs there: run it on an idle one. Ours: pool_scale.md.
 """
 
 from __future__ import annotations
