@@ -13,23 +13,15 @@ the run is complete; `grid` is `current` on one run a cell, `stale` on that of a
 `dvc exp apply` and `sync` make them current.
 """
 
-from resgrid.tracking.from_files import SyncReport, sync
-from resgrid.tracking.live import LiveRun
-from resgrid.tracking.registry import find_weights
-from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, shown, store_uri
-from resgrid.tracking.view import WORK, serve
-
-__all__ = [
-    "WORK",
-    "LiveRun",
-    "Store",
-    "SyncReport",
-    "fetch_weights",
-    "find_weights",
-    "open_store",
-    "project_root",
-    "serve",
-    "shown",
-    "store_uri",
-    "sync",
-]
+from resgrid.tracking.from_files import SyncReport as SyncReport
+from resgrid.tracking.from_files import sync as sync
+from resgrid.tracking.live import LiveRun as LiveRun
+from resgrid.tracking.store import Store as Store
+from resgrid.tracking.store import fetch_weights as fetch_weights
+from resgrid.tracking.store import find_weights as find_weights
+from resgrid.tracking.store import open_store as open_store
+from resgrid.tracking.store import project_root as project_root
+from resgrid.tracking.store import shown as shown
+from resgrid.tracking.store import store_uri as store_uri
+from resgrid.tracking.view import WORK as WORK
+from resgrid.tracking.view import serve as serve
