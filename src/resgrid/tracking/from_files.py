@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from resgrid import watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
@@ -28,7 +30,7 @@ from resgrid.project import read_json
 from resgrid.run_status import Run as Result
 from resgrid.run_status import data_digest, find_runs, started_at
 from resgrid.tracking.mirror import Snapshot, mirror, run_key, runs_of, synced, this_process
-from resgrid.tracking.store import CHAMPION, Store, open_store, registry_uri, shown, sync_lock, unusable
+from resgrid.tracking.store import CHAMPION, Store, open_store, registry_uri, shown, store_folder, unusable
 from resgrid.tracking.view import VIEW_QUERY, save_default_view
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def sync(
 
     report, asked = SyncReport(store.name, shown(store.uri)), store.uri
     try:
-        with sync_lock(store.uri):
+        with FileLock(store_folder(store.uri) / ".resgrid/sync.lock"):  # one `sync` at a time
             runs: dict[str, list[Run]] = {}
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
@@ -258,27 +260,23 @@ def _promote(store: Store, name: str, model: RegisteredModel | None, runs: list[
     if reigning is not None and reigning.run_id == best.info.run_id:
         return None
     version = next((each.version for each in versions if each.run_id == best.info.run_id), None)
-    client.set_registered_model_alias(name, CHAMPION, str(version or _register(store, name, best, split)))
+    if version is None:  # with its lineage as tags
+        tags, accuracy = best.data.tags | best.data.params, best.data.metrics[f"{split}_accuracy"]
+        from_run = ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")
+        lineage = {key: tags[key] for key in (*from_run, "architecture", "optimizer", "seed") if key in tags}
+        lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
+        assert best.outputs is not None, "a complete run has its model"
+        logged = client.get_logged_model(best.outputs.model_outputs[0].model_id)
+        version = client.create_model_version(
+            name,
+            logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
+            best.info.run_id,
+            lineage,
+            description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {tags['epochs']}.",
+            model_id=logged.model_id,
+        ).version
+    client.set_registered_model_alias(name, CHAMPION, str(version))
     return str(best.data.tags["cell"])
-
-
-def _register(store: Store, name: str, run: Run, split: str) -> int:
-    """Make a version of the model that the run has logged, with the lineage as its tags; its number."""
-    tags, accuracy = run.data.tags | run.data.params, run.data.metrics[f"{split}_accuracy"]
-    from_run = ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")
-    lineage = {key: tags[key] for key in (*from_run, "architecture", "optimizer", "seed") if key in tags}
-    lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
-    assert run.outputs is not None, "a complete run has its model"
-    logged = store.client.get_logged_model(run.outputs.model_outputs[0].model_id)
-    version = store.client.create_model_version(
-        name,
-        logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
-        run.info.run_id,
-        lineage,
-        description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {tags['epochs']}.",
-        model_id=logged.model_id,
-    )
-    return int(version.version)
 
 
 def _log_comparison(store: Store, reports: Path) -> str | None:

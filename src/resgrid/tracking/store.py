@@ -250,7 +250,7 @@ def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
 
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # 2 s that are better not spent under the lock
 
-    lock = FileLock(_folder(uri) / ".resgrid/mlflow.lock", timeout=120)
+    lock = FileLock(store_folder(uri) / ".resgrid/mlflow.lock", timeout=120)
     with lock:  # several that make the tables at once break the migration
         with closing(sqlite3.connect(database, timeout=20)) as connection:  # fails at once on a damaged file
             connection.execute("PRAGMA journal_mode=WAL")  # reads beside a write; the file remembers it
@@ -267,19 +267,14 @@ def is_local(uri: str) -> bool:
     return _database(uri) is not None
 
 
-def _folder(uri: str) -> Path:
+def store_folder(uri: str) -> Path:
     """Where the database lies, with artifacts and locks beside it."""
     database = _database(uri)
     return database.parent if database else project_root()
 
 
 def _artifact_root(uri: str) -> Path:
-    return _folder(uri) / "mlruns"
-
-
-def sync_lock(uri: str) -> FileLock:
-    """One `sync` at a time on this machine, for a store."""
-    return FileLock(_folder(uri) / ".resgrid/sync.lock")
+    return store_folder(uri) / "mlruns"
 
 
 def registry_uri(uri: str) -> str:

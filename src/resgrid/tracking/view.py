@@ -1,8 +1,8 @@
 """MLflow's pages: how its page of runs shows an experiment, and how they are served.
 
-The page shows the current cells, the best on top, and charts of them. MLflow keeps such a view as JSON in a
-tag of the experiment (its button "Share" makes them) and finds it by the key in the page's address. What a
-newer MLflow does not know of it, it leaves out.
+The page shows the current cells, the best on top, and MLflow's own charts of them. MLflow keeps such a view
+as JSON in a tag of the experiment (its button "Share" makes them) and finds it by the key in the page's
+address. What a newer MLflow does not know of it, it leaves out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from typing import Any
 
 from resgrid import watch
 from resgrid.errors import ResgridError
@@ -27,13 +26,6 @@ TAG = "mlflow.sharedViewState.resgrid"
 log = logging.getLogger(__name__)
 
 
-def _curve(name: str, metric: str) -> dict[str, Any]:
-    axes = {"xAxisKey": "step", "xAxisScaleType": "linear", "scaleType": "linear", "range": {}}
-    y = {"metricKey": metric, "selectedMetricKeys": [metric], "yAxisKey": "metric", "yAxisExpressions": []}
-    chart = {"uuid": name, "displayName": name, "type": "LINE", "metricSectionId": "grid", "deleted": False}
-    return chart | axes | y | {"isGenerated": False, "runsCountToCompare": 100, "lineSmoothness": 0}
-
-
 METRICS = ("test_accuracy", "train_accuracy", "test_loss", "train_seconds")
 PARAMS = ("architecture", "optimizer", "learning_rate", "seed", "num_parameters")
 VIEW = {
@@ -42,12 +34,6 @@ VIEW = {
     "orderByAsc": False,
     "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
     "runsHiddenMode": "FIRST_20_RUNS",
-    "compareRunSections": [{"uuid": "grid", "name": "The grid", "display": True, "isReordered": False}],
-    "compareRunCharts": [
-        _curve("Training accuracy", "train_accuracy"),
-        _curve("Test accuracy", "test_accuracy"),
-        _curve("Training loss", "train_loss"),
-    ],
 }
 
 
