@@ -834,28 +834,6 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
     assert str(second) == f"MLflow: 1 unchanged, 1 missing, in 'small digits' of {uri}"
 
 
-@pytest.mark.parametrize("arrived", [0, 1, 2])
-def test_sync_completes_the_run_of_a_training_that_lost_the_server(
-    pipeline: Path, trained: Trained, meta: Meta, arrived: int
-) -> None:
-    params, epochs, folder = make_params(), trained.epochs, put(trained, pipeline)
-    started = started_in(folder)
-    with live(meta, started) as run:
-        run.log_epochs(rows(epochs[:arrived]))
-    partial = the_run()
-    report = tracking.sync(params, pipeline)
-    assert report.cells == {CELL: "completed"}
-    complete = the_run()
-    assert complete.info.run_id == partial.info.run_id
-    client = tracking.open_store("small digits").client
-    assert history(complete, "train_loss") == [(e.epoch, e.train_loss) for e in epochs]
-    assert [file.path for file in client.list_artifacts(complete.info.run_id)] == sorted(FILES)
-    assert complete.data.tags["grid"] == "current"
-    before = snapshot()
-    assert tracking.sync(params, pipeline).cells == {CELL: "unchanged"}
-    assert snapshot() == before
-
-
 def test_sync_finishes_a_completion_that_was_interrupted(
     pipeline: Path, trained: Trained, meta: Meta
 ) -> None:

@@ -12,6 +12,7 @@ The run of the comparison has the files of `reports/`; MLflow shows its leaderbo
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from resgrid.project import read_json
 from resgrid.run_status import Run as Result
 from resgrid.run_status import data_digest, find_runs, started_at
 from resgrid.tracking.mirror import Snapshot, mirror, run_key, runs_of, synced, this_process
-from resgrid.tracking.store import CHAMPION, Store, open_store, registry_uri, shown, store_folder, unusable
+from resgrid.tracking.store import CHAMPION, REGISTRY, Store, open_store, shown, store_folder, unusable
 from resgrid.tracking.view import VIEW_QUERY, save_default_view
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def sync(
                     on_cell(done, len(results))
             for of_former_cell in runs.values():
                 report.superseded += mark_superseded(store, of_former_cell)
-            asked, cells = registry_uri(store.uri), _compared(params, pipeline_folder)
+            asked, cells = os.environ.get(REGISTRY) or store.uri, _compared(params, pipeline_folder)
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
             compared = [run for run in current if run.data.tags["cell"] in cells]
             report.champions = _promote_champions(store, compared, data_digest(pipeline_folder))
@@ -225,8 +226,7 @@ def _promote_champions(store: Store, runs: Sequence[Run], data_digest: str | Non
             for name in (store.name, f"{store.name}+{run.data.params['architecture']}"):
                 candidates.setdefault(name, []).append(run)
     ours = store.client.search_registered_models(f"name LIKE '{store.name}%'", max_results=1000)
-    models = {model.name: model for model in ours}
-    moved: dict[str, str | None] = {}
+    models, moved = {model.name: model for model in ours}, dict[str, str | None]()
     for name, compared in candidates.items():
         if cell := _promote(store, name, models.get(name), compared):
             moved[name] = cell
@@ -289,8 +289,7 @@ def _log_comparison(store: Store, reports: Path) -> str | None:
         return None
     client, number = store.client, store.experiment_id
     files = [file for file in sorted(reports.glob("[!.]*")) if file.is_file()]
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
     earlier = client.search_runs([number], "tags.summary = 'current'")
     if any(run.data.tags.get("reports_sha256") == digest for run in earlier):
         return None

@@ -34,8 +34,7 @@ class LiveRun:
     files are written. The run ends as FINISHED, as KILLED by Ctrl-C or SystemExit (into which the command
     line turns SIGTERM), or as FAILED by another exception, which its description then names.
 
-    Nothing here raises, and only the end waits: for a store elsewhere at most END_SECONDS. Where MLflow
-    fails, one warning says so, training goes on, and `sync` completes the run another day.
+    Nothing here raises, and only the end waits: for a store elsewhere at most END_SECONDS.
     """
 
     def __init__(

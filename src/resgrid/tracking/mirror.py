@@ -127,11 +127,8 @@ def mirror(store: Store, snapshot: Snapshot, files: bool = True) -> str:
     tag `synced`. With 250 epochs the look at a run takes 220 ms.
     """
     points = snapshot.points()
-    match = _find(store, snapshot, points)
-    if match is None:
-        _create(store, snapshot)
-        match = _find(store, snapshot, points)  # of two processes that made one each, both take the same
-        assert match is not None
+    while (match := _find(store, snapshot, points)) is None:
+        _create(store, snapshot)  # of two processes that made one each, both then find the same
     run, missing = match
     run_id = str(run.info.run_id)
     _log_params(store, run, snapshot)

@@ -21,7 +21,7 @@ from filelock import FileLock
 from resgrid.config import InitialWeights, MlflowWeights, load_params
 from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.grid import find_cell
-from resgrid.project import project_root as project_root
+from resgrid.project import project_root
 from resgrid.provenance import experiment
 from resgrid.run_status import WEIGHTS, refuse_diverged, trained_run
 
@@ -40,6 +40,7 @@ SETTINGS = {  # environment variables that MLflow reads; whoever has set one kee
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # of a server's
 }
 
+REGISTRY = "MLFLOW_REGISTRY_URI"  # where models are registered, unless in the store
 PIPELINE = "pipeline"  # the experiment's tag: whose it is
 CHAMPION = "champion"  # the alias of the best of a registered model
 
@@ -124,11 +125,10 @@ def pipeline_identity(folder: Path | None = None) -> str:
             return []
         return done.stdout.splitlines()
 
-    known = git("rev-parse", "--is-shallow-repository", "--show-prefix")
-    if not known:
-        return f":{folder.relative_to(project_root(folder))}"
-    first = git("rev-list", "--max-parents=0", "HEAD")[-1:] if known[0] == "false" else []
-    return f"{''.join(first)}:{''.join(known[1:]).rstrip('/') or '.'}"
+    outside = ["true", str(folder.relative_to(project_root(folder)))]
+    is_shallow, *path = git("rev-parse", "--is-shallow-repository", "--show-prefix") or outside
+    first = git("rev-list", "--max-parents=0", "HEAD")[-1:] if is_shallow == "false" else []
+    return f"{''.join(first)}:{''.join(path).rstrip('/') or '.'}"
 
 
 def _check_owner(uri: str, present: Experiment, ours: str) -> None:
@@ -165,7 +165,7 @@ def fetch(model: str, what: str) -> Path:
     no such thing, or it has no weights file.
     """
     uri = store_uri()
-    asked = registry_uri(uri) if model.startswith("models:/") else uri
+    asked = (os.environ.get(REGISTRY) or uri) if model.startswith("models:/") else uri
     folder = project_root() / ".resgrid" / "weights"
     try:
         client, _ = _connect(uri)
@@ -269,17 +269,11 @@ def is_local(uri: str) -> bool:
 
 def store_folder(uri: str) -> Path:
     """Where the database lies, with artifacts and locks beside it."""
-    database = _database(uri)
-    return database.parent if database else project_root()
+    return (_database(uri) or project_root() / "mlflow.db").parent
 
 
 def _artifact_root(uri: str) -> Path:
     return store_folder(uri) / "mlruns"
-
-
-def registry_uri(uri: str) -> str:
-    """Where the models of the store at `uri` are registered."""
-    return os.environ.get("MLFLOW_REGISTRY_URI") or uri
 
 
 def unusable(uri: str, error: Exception) -> ConnectionLost:

@@ -25,7 +25,6 @@ TAG = "mlflow.sharedViewState.resgrid"
 
 log = logging.getLogger(__name__)
 
-
 METRICS = ("test_accuracy", "train_accuracy", "test_loss", "train_seconds")
 PARAMS = ("architecture", "optimizer", "learning_rate", "seed", "num_parameters")
 VIEW = {
@@ -58,8 +57,7 @@ def serve(port: int, name: str) -> None:
     if not is_local(uri):
         print(f"MLflow: {shown(uri)}{page}")
         return
-    print("MLflow's pages are ready in some seconds, until Ctrl-C:", flush=True)
-    print(f"http://127.0.0.1:{port}{page}", flush=True)
+    print(f"MLflow's pages, in some seconds, until Ctrl-C:\nhttp://127.0.0.1:{port}{page}", flush=True)
     command = [sys.executable, "-m", *server(uri, port)]
     command += ["--uvicorn-opts", "--log-level warning --no-access-log"]
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # the terminal was closed
