@@ -108,13 +108,13 @@ class LiveRun:
 
     def _send(self) -> tuple[Store, str]:
         """The epochs so far; the store and the run's id."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
         snapshot = self._snapshot
         if self._store is None:
             os.environ |= {k: v for k, v in IMPATIENT.items() if os.environ.get(k) in (None, SETTINGS[k])}
             self._store = open_store(self._name)
         if self._run_id is None:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
             self._run_id = mirror(self._store, snapshot)
             self._store.client.set_tag(self._run_id, "process", this_process())
             self._store.client.update_run(self._run_id, "RUNNING")
