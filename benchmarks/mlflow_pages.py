@@ -30,7 +30,7 @@ from urllib.parse import quote
 from websockets.sync.client import ClientConnection, connect
 
 from resgrid.config import load_params
-from resgrid.tracking.store import QUIET_SERVER, SETTINGS, open_store, server
+from resgrid.tracking.store import SETTINGS, open_store, server
 from resgrid.tracking.view import VIEW_QUERY
 
 DEADLINE = 120.0
@@ -152,7 +152,7 @@ def main() -> None:
         ]  # fmt: skip
         mlflow = [sys.executable, "-m", *server(store.uri, port)]
         with (
-            running(mlflow, answers(f"http://127.0.0.1:{port}/health"), SETTINGS | QUIET_SERVER),
+            running(mlflow, answers(f"http://127.0.0.1:{port}/health"), SETTINGS),
             running(chromium, answers(f"http://127.0.0.1:{debugging}/json/version"), {}),
         ):
             for name, (address, shown) in pages.items():

@@ -196,7 +196,7 @@ class _Services:
         self.mlflow = f"http://{HOST}:{port}"
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
-        self.env = SETTINGS | self.env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.env = SETTINGS | self.env
         self._spawn("mlflow", *server(uri, port))
 
     def pause(self) -> None:

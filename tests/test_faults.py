@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -13,10 +20,14 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import SmallDisks
+from mlflow.entities import Run
+from ports import free_port
 from ruamel.yaml import YAML
 from small import ALWAYS, GRID, ROOT, Project
 
 from resgrid import tracking
+from resgrid.config import load_params
+from resgrid.tracking.store import SETTINGS, server
 
 CELL = "resnet20-sgd-0"
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)  # Debian's package `faketime`
@@ -135,7 +146,7 @@ def test_a_checkout_elsewhere_records_nothing_until_a_rebuild_and_then_all_of_it
     assert version.source.startswith(here)
     assert version.tags["git_commit"] == commit
     again = pipeline.run("resgrid", "sync")
-    assert "(nothing to add)" in again.stdout, again.stdout + again.stderr
+    assert f"{len(cells)} unchanged, " in again.stdout, again.stdout + again.stderr
 
 
 def test_a_deleted_database_is_filled_again_from_the_run_folders(pipeline: Project) -> None:
@@ -250,9 +261,9 @@ def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
     assert f"Logging {CELL} to MLflow failed" in done.stderr
 
     disks.resize(disk, "100m")
-    for said in ("completed", "(nothing to add)"):
-        synced = pipeline.run("resgrid", "sync", MLFLOW_TRACKING_URI=uri)
-        assert said in synced.stdout, synced.stdout + synced.stderr
+    for outcome in ("completed", "unchanged"):
+        synced = pipeline.run("resgrid", "sync", "--json", MLFLOW_TRACKING_URI=uri)
+        assert json.loads(synced.stdout)["cells"][CELL] == outcome, synced.stdout + synced.stderr
     store = tracking.open_store("small", pipeline.root)
     runs = store.client.search_runs([store.experiment_id], f"tags.cell = '{CELL}' and tags.grid = 'current'")
     (run,) = runs
@@ -314,3 +325,112 @@ def test_a_clock_that_jumps_changes_no_result_and_loses_none(
     assert pipeline.stale() - ALWAYS == {"evaluate"}  # timing.json alone is new
     assert all(path.read_bytes() == content for path, content in before)
     assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
+
+
+# --- kills ------------------------------------------------------------------------------------------
+
+
+def points(store: tracking.Store, run: Run) -> dict[str, list[tuple[int, float | None]]]:
+    """(step, value) of every metric of a run, without values that the clock or the machine makes."""
+    measured = ("images_per_second", "train_seconds", "peak_memory_bytes")
+    return {
+        key: sorted(
+            (point.step, None if key in measured else point.value)
+            for point in store.client.get_metric_history(run.info.run_id, key)
+        )
+        for key in run.data.metrics
+        if not key.startswith("system/")
+    }
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_undisturbed_training(
+    pipeline: Project, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    """The trainer, DVC with it, or MLflow's server: at a random time, or between metrics, model and tags."""
+    assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    params = load_params(pipeline.root / "params.yaml")
+    store = tracking.open_store("small", pipeline.root)
+
+    def runs() -> list[Run]:
+        return list(store.client.search_runs([store.experiment_id], f"tags.cell = '{CELL}'"))
+
+    def current() -> Run:
+        [run] = [run for run in runs() if run.data.tags.get("grid") == "current"]
+        return run
+
+    def is_there(what: str, before: set[str]) -> bool:
+        """Whether a new run has it, but not yet what comes next."""
+        for run in runs():
+            if run.info.run_id in before or "synced" in run.data.tags:
+                continue
+            models = store.client.search_logged_models(
+                [store.experiment_id], f"source_run_id = '{run.info.run_id}'"
+            )
+            here = {"run": True, "metrics": "train_loss" in run.data.metrics, "model": bool(models)}
+            here["outcome"] = "weights_sha256" in run.data.tags
+            if here[what]:
+                return True
+        return False
+
+    undisturbed = points(store, current())
+    assert [step for step, _ in undisturbed["test_accuracy"]] == [1, 2]
+    drawn = random.Random(0)
+    targets, moments = ("trainer", "group", "server"), ("any", "run", "metrics", "outcome", "model")
+    for number in range(kills):
+        target, moment = targets[number % 3], drawn.choice(moments)
+        where = f"kill {number}: {target} at {moment}"
+        before = {run.info.run_id for run in runs()}
+        shutil.rmtree(pipeline.root / ".resgrid/checkpoints", ignore_errors=True)
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment |= {"RESGRID_THREADS": "1"}
+        served = None
+        if target == "server":
+            port = free_port()
+            command = [sys.executable, "-m", *server(store.uri, port)]
+            served = subprocess.Popen(
+                command, env=SETTINGS | os.environ, start_new_session=True, stderr=subprocess.DEVNULL
+            )
+            environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
+            while not answers(port):
+                assert served.poll() is None
+                time.sleep(0.1)
+        command = ["resgrid", "train", CELL, "--afresh"]
+        if target == "group":
+            command = ["dvc", "repro", "-f", "-s", f"train@{CELL}"]
+        process = subprocess.Popen(
+            command, cwd=pipeline.root, env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        until = time.monotonic() + drawn.uniform(2, 12)
+        while process.poll() is None:
+            if time.monotonic() > until if moment == "any" else is_there(moment, before):
+                break
+        for victim in [served] if served else [process]:
+            with suppress(ProcessLookupError):
+                (os.kill if target == "trainer" else os.killpg)(victim.pid, signal.SIGKILL)
+            victim.wait()
+        process.wait()
+        if target != "server":  # goes on, or does nothing where it had ended
+            done = pipeline.run("resgrid", "train", CELL)
+            assert done.returncode == 0, f"{where}\n{done.stderr}"
+        for outcomes in ({"completed", "created", "unchanged"}, {"unchanged"}):
+            report = tracking.sync(params, pipeline.root)
+            assert report.cells[CELL] in outcomes, where
+        run = current()
+        assert (run.info.status, run.info.run_id in before) == ("FINISHED", False), where
+        assert points(store, run) == undisturbed, where
+        [model] = store.client.search_logged_models(
+            [store.experiment_id], f"source_run_id = '{run.info.run_id}'"
+        )
+        assert (model.status, len(run.outputs.model_outputs)) == ("READY", 1), where
+        assert all(each.info.status != "RUNNING" for each in runs()), where
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

@@ -18,15 +18,12 @@ import numpy as np
 import pytest
 import test_tracking
 import torch
-from mlflow import MlflowClient
 from ports import free_port
 
 from resgrid import tracking
 from resgrid.cli import main
-from resgrid.config import Digits, Params, Preprocess, parse_params
-from resgrid.data.dataset import Split, content_digest, load_split, save, split_digest
-from resgrid.data.fetch import download
-from resgrid.data.preprocess import preprocess
+from resgrid.config import Params, parse_params
+from resgrid.data.dataset import load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.predict import probabilities
@@ -50,48 +47,16 @@ def make_params(*seeds: int) -> Params:
     return parse_params(raw_params(*seeds))
 
 
+digits, empty_database, pipeline = test_tracking.digits, test_tracking.empty_database, test_tracking.pipeline
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline's folder without a store: 64 training and 32 test digits, and the cells of seeds 0 to 2."""
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cells of seeds 0 to 2."""
     folder = tmp_path_factory.mktemp("trained")
-    data = Digits(source="digits", test_fraction=0.2, split_seed=0)
-    download(data, folder / "raw")
-    settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
-    meta = preprocess(data, settings, folder / "raw", folder / "all")
-    splits = {}
-    for name, number in (("train", 64), ("test", 32)):
-        split = load_split(folder / "all", name)
-        splits[name] = Split(images=split.images[:number], labels=split.labels[:number])
-    digests = {name: split_digest(split) for name, split in splits.items()}
-    update = {
-        "num_images": {"train": 64, "test": 32},
-        "split_digests": digests,
-        "digest": content_digest(meta.class_names, digests),
-    }
-    save(folder / "data" / "processed", meta.model_copy(update=update), splits)
     for cell in expand(make_params(0, 1, 2)):
-        for _ in train_cell(cell, folder / "data" / "processed", folder / "runs" / cell.id, CPU):
-            pass
+        list(train_cell(cell, digits, folder / "runs" / cell.id, CPU))
     return folder
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def pipeline(trained: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with data and no results, current."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / ".dvc").mkdir()
-    shutil.copy(empty_database, tmp_path)
-    shutil.copytree(trained / "data", tmp_path / "data")
-    (tmp_path / "params.yaml").write_text(json.dumps(raw_params(0, 1, 2)))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def put(trained: Path, pipeline: Path, seed: int, **figures: Any) -> None:
@@ -144,13 +109,11 @@ def test_the_champion_is_the_best_of_the_last_epoch_and_carries_its_lineage(
 
 @pytest.mark.parametrize("revision", ["451aebb31d03", "ffffffffffff"])  # older, and not known yet
 def test_a_database_of_another_mlflow_is_named_and_stays_as_it_is(pipeline: Path, revision: str) -> None:
-    with closing(sqlite3.connect(pipeline / "mlflow.db")) as connection, connection:
+    with closing(sqlite3.connect(pipeline.parents[1] / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
-    with pytest.raises(
-        ResgridError, match=r"another version of MLflow .*`mlflow db upgrade sqlite:.*newer one"
-    ):
+    with pytest.raises(ResgridError, match=r"out-of-date database schema .*mlflow db upgrade"):
         tracking.sync(make_params(0), pipeline)
-    with closing(sqlite3.connect(pipeline / "mlflow.db")) as connection:
+    with closing(sqlite3.connect(pipeline.parents[1] / "mlflow.db")) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(revision,)]
 
 
@@ -179,6 +142,43 @@ def test_with_a_validation_split_that_decides_and_not_the_test_split(trained: Pa
     assert champion().tags["chosen_by"] == "validation accuracy"
 
 
+def test_runs_of_the_former_version_get_a_new_one_each_once_and_the_champion_moves_to_it(
+    trained: Path, pipeline: Path
+) -> None:
+    params, store = make_params(0, 1), tracking.open_store("small digits")
+    for seed, accuracy in ((0, 0.80), (1, 0.90)):
+        put(trained, pipeline, seed, test_accuracy=accuracy)
+    tracking.sync(params, pipeline)
+
+    def current() -> dict[str, str]:
+        runs = store.client.search_runs([store.experiment_id], "tags.grid = 'current'")
+        assert len(runs) == len({run.data.tags["cell"] for run in runs}) == 2
+        return {run.data.tags["cell"]: run.info.run_id for run in runs}
+
+    former = current()
+    for cell, run_id in former.items():  # as it left them: another key, whole seconds, no commit
+        for tag in ("key", "synced", "git_commit", "git_dirty"):
+            if tag in store.client.get_run(run_id).data.tags:
+                store.client.delete_tag(run_id, tag)
+        store.client.set_tag(run_id, "synced", "sha256:0123:2")
+        path = pipeline / "runs" / cell / "timing.json"
+        timing = json.loads(path.read_text()) | {"started": "2026-11-01T00:00:00+00:00"}
+        for key in ("commit", "dirty", "flow_run_id", "epoch_images_per_second"):
+            timing.pop(key, None)
+        path.write_text(json.dumps(timing))
+
+    report = tracking.sync(params, pipeline)
+    assert report.cells == dict.fromkeys(former, "created")
+    assert set(report.superseded) == set(former.values())
+    now = current()
+    assert not set(now.values()) & set(former.values())
+    assert report.champions == dict.fromkeys(("small digits", "small digits+resnet20"), "resnet20-sgd-1")
+    assert champion().run_id == now["resnet20-sgd-1"]
+    assert "git_commit" not in champion().tags
+    assert tracking.sync(params, pipeline).cells == dict.fromkeys(former, "unchanged")
+    assert (current(), champion().run_id) == (now, now["resnet20-sgd-1"])
+
+
 def test_a_cell_that_was_trained_on_other_data_is_not_compared(trained: Path, pipeline: Path) -> None:
     put(trained, pipeline, 0, test_accuracy=0.99, data_digest="sha256:" + "0" * 64)
     put(trained, pipeline, 1, test_accuracy=0.50)
@@ -191,9 +191,10 @@ def test_predict_uses_the_champion_unless_told_otherwise(
 ) -> None:
     from PIL import Image
 
+    (pipeline / "params.yaml").write_text(json.dumps(raw_params(0, 1, 2)))
     image = load_split(pipeline / "data" / "processed", "test").images[0].numpy()
     Image.fromarray(image).save(pipeline / "digit.png")
-    with pytest.raises(ResgridError, match=r"the champion, .*`resgrid sync` names one"):
+    with pytest.raises(ResgridError, match=r"the champion, .*`resgrid sync` brings"):
         tracking.find_weights("champion", pipeline / "runs")
     put(trained, pipeline, 0, test_accuracy=0.10)
     put(trained, pipeline, 1, test_accuracy=0.20)
@@ -223,39 +224,21 @@ def test_the_comparison_is_a_run_with_a_table_and_the_reports(trained: Path, pip
     (pipeline / "reports" / ".gitignore").write_text("/leaderboard.csv")
     first = tracking.sync(make_params(1), pipeline)
     store = tracking.open_store("small digits")
-    run = store.client.get_run(first.summary)
+    run = store.client.get_run(first.comparison)
     assert (run.info.run_name, run.info.status) == ("comparison", "FINISHED")
-    files = {item.path for item in store.client.list_artifacts(first.summary)}
-    assert files == {"leaderboard.csv", "leaderboard.json", "index.html"}
-
-    table = json.loads(Path(store.client.download_artifacts(first.summary, "leaderboard.json")).read_text())
-    assert table["columns"] == CSV.splitlines()[0].split(",")
-    assert table["data"] == [
-        ["resnet20-sgd-1", "completed", 0.85, 0.9, 12.5, 700.0, None],
-        ["resnet20-sgd-0", "missing", None, None, None, None, None],
-    ]
-    assert "**2 cells**: 1 completed, 1 missing." in run.data.tags["mlflow.note.content"]
+    files = {item.path for item in store.client.list_artifacts(first.comparison)}
+    assert files == {"leaderboard.csv", "index.html"}
     note = store.client.get_experiment(store.experiment_id).tags["mlflow.note.content"]
-    assert f"#/experiments/{store.experiment_id}/runs/{first.summary}" in note
+    table = f"#/experiments/{store.experiment_id}/runs/{first.comparison}/artifacts/leaderboard.csv"
+    assert table in note
 
-    assert tracking.sync(make_params(1), pipeline).summary is None
+    assert tracking.sync(make_params(1), pipeline).comparison is None
     (pipeline / "reports" / "leaderboard.csv").write_text(CSV.replace("0.85", "0.86"))
     second = tracking.sync(make_params(1), pipeline)
-    assert second.summary not in (None, first.summary)
-    assert store.client.get_run(first.summary).data.tags["summary"] == "superseded"
+    assert second.comparison not in (None, first.comparison)
+    assert store.client.get_run(first.comparison).data.tags["summary"] == "superseded"
     shown = store.client.search_runs([store.experiment_id], "tags.grid = 'current'")
     assert [each.info.run_name for each in shown] == ["resnet20-sgd-1"]
-
-
-def test_a_leaderboard_that_is_none_is_named_after_all_else_was_done(trained: Path, pipeline: Path) -> None:
-    put(trained, pipeline, 1)
-    (pipeline / "reports").mkdir()
-    (pipeline / "reports" / "leaderboard.csv").write_text("")
-    with pytest.raises(
-        ResgridError, match=r"leaderboard\.csv: cannot be read as a comparison .* `dvc repro -f"
-    ):
-        tracking.sync(make_params(1), pipeline)
-    assert champion().tags["cell"] == "resnet20-sgd-1"
 
 
 def test_mlflows_own_server_answers_for_the_champion(trained: Path, pipeline: Path) -> None:
@@ -265,7 +248,7 @@ def test_mlflows_own_server_answers_for_the_champion(trained: Path, pipeline: Pa
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["--model-uri", "models:/small digits@champion", "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{pipeline}/mlflow.db",
+        "MLFLOW_TRACKING_URI": tracking.store_uri(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with (pipeline / "serve.log").open("w") as log:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
-import re
 import shutil
 import signal
 import socket
@@ -16,10 +14,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -30,6 +27,8 @@ import numpy as np
 import pytest
 import torch
 from ports import free_port
+from ruamel.yaml import YAML
+from small import PARAMS, RECIPE
 
 from resgrid import tracking, watch
 from resgrid.cli import main
@@ -40,8 +39,8 @@ from resgrid.data.preprocess import preprocess
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.run_status import FILES
-from resgrid.tracking.mirror import Snapshot, mirror
-from resgrid.tracking.store import _is_within_reach, fetch
+from resgrid.tracking.mirror import Snapshot, mirror, params_of
+from resgrid.tracking.store import fetch
 from resgrid.train import train_cell
 from resgrid.training.engine import Epoch
 from resgrid.weights import load_model
@@ -53,54 +52,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
 ]
 
-CPU = torch.device("cpu")
-RECIPE: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 32,
-    "schedule": {"name": "drop", "every_epochs": 1, "factor": 0.5},
-    "warmup": {"steps": 0, "factor": 1.0},
-    "time_decay": 0.0,
-    "weight_decay": 2.0e-4,
-    "decay_norm_and_bias": False,
-    "dropout": 0.0,
-    "augmentation": {"flip": False, "crop_padding": 0, "rotation_degrees": 0.0, "shift_fraction": 0.0},
-    "normalization": {"name": "scalar"},
-    "approach": "end_to_end",
-    "initial_weights": {"name": "random"},
-}
+SYSTEM = "system/cpu_utilization_percentage"
+CPU, CELL = torch.device("cpu"), "resnet20-sgd-0"
 
 
 def raw_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) -> dict[str, Any]:
     """A grid of ResNet-20 with SGD: one cell a seed."""
-    return {
-        "name": "small digits",
-        "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-        "preprocess": {
-            "resize": "stretch",
-            "validation_fraction": 0.0,
-            "training_fraction": 1.0,
-            "seed": 0,
-        },
-        "grid": {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": list(seeds)},
-        "recipes": {"resnet20": RECIPE | recipe},
-        "tuning": {
-            "resnet20": {
-                "sgd": {"lr": lr},
-                "adam": {"lr": 0.01},
-                "rmsprop": {"lr": 0.01},
-                "adagrad": {"lr": 0.01},
-            }
-        },
-        "optimizers": {
-            "sgd": {"momentum": 0.9, "nesterov": True},
-            "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
-            "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
-            "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
-        },
-        "studies": {},
-        "rates": {"factors": []},
-        "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
-    }
+    data = "{source: digits, test_fraction: 0.2, split_seed: 0}"
+    numbers = RECIPE.format(epochs=2, batch_size=32)
+    text = PARAMS.format(
+        data=data, validation=0.0, training=1.0, seeds=list(seeds), recipe=numbers, studies="{}"
+    )
+    params: dict[str, Any] = YAML(typ="safe").load(text)
+    params["name"] = "small digits"
+    params["grid"]["optimizers"] = ["sgd"]
+    params["tuning"]["resnet20"]["sgd"]["lr"] = lr
+    params["recipes"]["resnet20"] |= recipe
+    return params
 
 
 def make_params(lr: float = 0.01, seeds: tuple[int, ...] = (0,), **recipe: Any) -> Params:
@@ -180,7 +148,7 @@ def pipeline(tmp_path: Path, digits: Path, empty_database: Path, monkeypatch: py
     return folder
 
 
-def put(trained: Trained, pipeline: Path, cell: str = "resnet20-sgd-0") -> Path:
+def put(trained: Trained, pipeline: Path, cell: str = CELL) -> Path:
     """The cell's files where training, or DVC, would put them."""
     folder = pipeline / "runs" / cell
     shutil.rmtree(folder, ignore_errors=True)
@@ -190,9 +158,9 @@ def put(trained: Trained, pipeline: Path, cell: str = "resnet20-sgd-0") -> Path:
 
 def log_live(trained: Trained, pipeline: Path, meta: Meta, lr: float = 0.01, anew: bool = False) -> None:
     """As `resgrid train` does; `anew`: a training of its own with the same result, as by `dvc repro -f`."""
-    params, folder = make_params(lr), put(trained, pipeline)
+    folder = put(trained, pipeline)
     started = rewrite(folder / "timing.json", lambda timing: timing["started"] + 10**9 * anew)
-    with tracking.LiveRun(params.name, only_cell(params), meta.digest, started) as run:
+    with live(meta, started, lr=lr) as run:
         for number in range(len(trained.epochs)):
             run.log_epochs(rows(trained.epochs[: number + 1]))
         run.complete(folder)
@@ -206,7 +174,15 @@ def rewrite(path: Path, started: Callable[[dict[str, Any]], int]) -> int:
     return int(timing["started"])
 
 
-def rows(epochs: list[Epoch]) -> list[dict[str, Any]]:
+def live(meta: Meta, started: int, epochs: Sequence[Epoch] = (), lr: float = 0.01) -> tracking.LiveRun:
+    return tracking.LiveRun("small digits", only_cell(make_params(lr)), meta.digest, started, rows(epochs))
+
+
+def started_in(folder: Path) -> int:
+    return int(json.loads((folder / "timing.json").read_text())["started"])
+
+
+def rows(epochs: Sequence[Epoch]) -> list[dict[str, Any]]:
     return [asdict(epoch) for epoch in epochs]
 
 
@@ -255,22 +231,11 @@ def test_importing_it_imports_neither_mlflow_nor_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_every_folder_of_a_project_has_the_store_in_its_root(pipeline: Path) -> None:
-    root = pipeline.parents[1]
-    assert tracking.store_uri() == f"sqlite:///{root}/mlflow.db"
-    assert tracking.store_uri(root) == f"sqlite:///{root}/mlflow.db"
-
-
-def test_git_marks_a_root_and_without_any_it_is_the_folder_itself(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    assert tracking.project_root(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    (tmp_path / "a" / ".git").mkdir()
-    assert tracking.project_root(tmp_path / "a" / "b") == tmp_path / "a"
-
-
-def test_the_variable_names_another_store_and_a_relative_path_becomes_absolute(
+def test_the_store_lies_in_the_root_or_where_the_variable_says_a_relative_path_becomes_absolute(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root = pipeline.parents[1]
+    assert tracking.store_uri() == tracking.store_uri(root) == f"sqlite:///{root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking.store_uri() == "http://tracking:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
@@ -343,7 +308,7 @@ def test_a_store_lies_in_a_project_of_any_name_and_nothing_outside(
     put(trained, folder)
     for _ in range(2):
         report = tracking.sync(make_params(), folder)
-    assert report.unchanged == ["resnet20-sgd-0"]
+    assert report.cells == {CELL: "unchanged"}
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (root / "mlflow.db").is_file()
     assert tracking.fetch_weights(MlflowWeights(name="mlflow", uri=f"runs:/{the_run().info.run_id}"))
@@ -364,41 +329,6 @@ def test_an_error_names_whom_it_asked_and_keeps_the_remedy(
         tracking.sync(make_params(), pipeline)
 
 
-class _Version2(BaseHTTPRequestHandler):
-    """What MLflow's server of version 2.22 answers to an address that it does not have."""
-
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/version" else 404)
-        self.end_headers()
-        self.wfile.write(b"2.22.0")
-
-    do_POST = do_GET
-
-    def log_message(self, format: str, *values: Any) -> None:
-        pass
-
-
-def test_a_server_of_another_major_version_is_named_and_nothing_is_promised(
-    pipeline: Path,
-    trained: Trained,
-    meta: Meta,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Version2) as old:
-        threading.Thread(target=old.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{old.server_port}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        told = f"{address}: the server runs MLflow 2.22.0, and ResGrid needs one of version 3"
-        with pytest.raises(ResgridError, match=re.escape(told)):
-            tracking.sync(make_params(), pipeline)
-        log_live(trained, pipeline, meta)
-        old.shutdown()
-    [warning] = caplog.messages
-    assert told in warning
-    assert "resgrid sync" not in warning
-
-
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """Real processes, from a server that has imported what takes seconds."""
@@ -408,9 +338,7 @@ def processes() -> ForkServerContext:
 
 
 def live_snapshot(cell: Cell, meta: Meta, started: int) -> Snapshot:
-    return Snapshot(
-        cell=cell, digest=cell.digest, data_digest=meta.digest, started=started, origin={}, epochs=()
-    )
+    return Snapshot(cell=cell, data_digest=meta.digest, started=started, timing={}, epochs=())
 
 
 def _open_and_log(root: Path, cell: Cell, meta: Meta, together: Barrier, number: int) -> None:
@@ -451,14 +379,6 @@ def test_eight_processes_make_one_store_at_once_and_log_into_it(
 # --- live -------------------------------------------------------------------------------------------
 
 
-def test_a_run_leads_back_to_the_flow_that_it_belongs_to(
-    pipeline: Path, trained: Trained, meta: Meta, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RESGRID_FLOW_RUN_ID", "0123-4567")
-    log_live(trained, pipeline, meta)
-    assert the_run().data.tags["flow_run_id"] == "0123-4567"
-
-
 def test_a_trained_cell_is_one_complete_run(
     pipeline: Path, trained: Trained, meta: Meta, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,47 +386,24 @@ def test_a_trained_cell_is_one_complete_run(
     assert capfd.readouterr() == ("", "")  # no link, no bar, no warning of MLflow's
 
     run, client = the_run(), tracking.open_store("small digits").client
-    assert (run.info.run_name, run.info.status) == ("resnet20-sgd-0", "FINISHED")
-    assert run.data.params == {
+    assert (run.info.run_name, run.info.status) == (CELL, "FINISHED")
+    assert run.data.params.keys() >= params_of(only_cell(make_params())).keys()
+    expected_params = {
         "architecture": "resnet20",
-        "family": "cifar_resnet",
         "depth": "20",
-        "rate_factor": "1",
         "optimizer": "sgd",
         "learning_rate": "0.01",
-        "momentum": "0.9",
         "nesterov": "true",
-        "seed": "0",
-        "epochs": "2",
-        "batch_size": "32",
-        "schedule": "drop",
-        "schedule.every_epochs": "1",
-        "schedule.factor": "0.5",
-        "warmup.steps": "0",
-        "warmup.factor": "1.0",
-        "time_decay": "0.0",
-        "weight_decay": "0.0002",
-        "decay_norm_and_bias": "false",
-        "dropout": "0.0",
+        "schedule": "constant",
         "augmentation.flip": "false",
-        "augmentation.crop_padding": "0",
-        "augmentation.rotation_degrees": "0.0",
-        "augmentation.shift_fraction": "0.0",
-        "normalization": "scalar",
-        "approach": "end_to_end",
-        "initial_weights": "random",
-        "precision": "fp32",
-        "compile": "never",
-        "scored_epochs": "all",
-        "num_parameters": "271098",
         "num_trainable": "269722",
-        "num_non_trainable": "1376",
     }
+    assert {key: run.data.params.get(key) for key in expected_params} == expected_params
 
-    files = pipeline / "runs" / "resnet20-sgd-0"
+    files = pipeline / "runs" / CELL
     metrics, timing = (json.loads((files / f"{name}.json").read_text()) for name in ("run", "timing"))
     expected_tags = {
-        "cell": "resnet20-sgd-0",
+        "cell": CELL,
         "data_digest": meta.digest,
         "weights_sha256": metrics["weights_sha256"],
         "status": "completed",
@@ -540,9 +437,7 @@ def test_a_trained_cell_is_one_complete_run(
     assert run.data.metrics["best_test_accuracy"] == metrics["best_test_accuracy"]
     assert run.data.metrics["train_seconds"] == timing["train_seconds"]
 
-    system = {key for key in run.data.metrics if key.startswith("system/")}
-    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
-    assert len(run.data.metrics.keys() - system) == 13  # and two more with a validation split; 15 are allowed
+    assert len(run.data.metrics) == 13  # and two more with a validation split; 15 are allowed
 
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == sorted(FILES)
     for name in FILES:
@@ -555,6 +450,10 @@ def test_a_trained_cell_is_one_complete_run(
         ("small digits-test", "testing"),
     ]
     assert all(meta.digest.startswith(f"sha256:{data.digest}") for data, _ in inputs)
+
+    before = snapshot()
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
+    assert snapshot() == before
 
 
 def test_the_logged_model_predicts_probabilities_for_any_number_of_raw_images(
@@ -591,10 +490,8 @@ def test_the_logged_model_predicts_probabilities_for_any_number_of_raw_images(
 def test_a_training_that_is_cut_off_ends_its_run(
     pipeline: Path, trained: Trained, meta: Meta, error: BaseException, status: str
 ) -> None:
-    params = make_params()
-
     def train() -> None:
-        with tracking.LiveRun(params.name, only_cell(params), meta.digest, 1_700_000_000_000_000) as run:
+        with live(meta, 1_700_000_000_000_000) as run:
             run.log_epochs(rows(trained.epochs[:1]))
             wait_for(trained.epochs[:1], 1_700_000_000_000_000)
             raise error
@@ -625,6 +522,7 @@ def _terminated(signum: int, frame: object) -> None:
 def _train_forever(folder: Path, cell: Cell, meta: Meta, epoch: Epoch) -> None:
     signal.signal(signal.SIGTERM, _terminated)  # as the command line does
     os.chdir(folder)
+    os.environ["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "1"
     with tracking.LiveRun("small digits", cell, meta.digest, time.time_ns() // 1000) as run:
         run.log_epochs(rows([epoch]))
         while True:
@@ -634,7 +532,7 @@ def _train_forever(folder: Path, cell: Cell, meta: Meta, epoch: Epoch) -> None:
 def _wait_for_first_epoch(process: ForkServerProcess) -> Any:
     while True:
         assert process.is_alive()
-        if (runs := all_runs()) and "test_accuracy" in runs[0].data.metrics:
+        if (runs := all_runs()) and {"test_accuracy", SYSTEM} <= runs[0].data.metrics.keys():
             return runs[0]
         time.sleep(0.1)
 
@@ -666,26 +564,23 @@ def test_sigterm_ends_the_run_as_killed_and_after_sigkill_sync_does(
     process.join()
     assert all_runs()[0].info.status == "RUNNING"
     report = tracking.sync(params, pipeline)
-    assert report.missing == ["resnet20-sgd-0"]
+    assert report.cells == {CELL: "missing"}
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 
 
 def test_a_diverged_cell_is_a_finished_run_that_says_so(pipeline: Path, digits: Path, meta: Meta) -> None:
-    params = make_params(lr=1e30)
-    cell, folder = only_cell(params), pipeline / "runs" / "resnet20-sgd-0"
-    list(train_cell(cell, digits, folder, CPU))
-    started = json.loads((folder / "timing.json").read_text())["started"]
-    with tracking.LiveRun(params.name, cell, meta.digest, started) as run:
+    params, folder = make_params(lr=1e30), pipeline / "runs" / CELL
+    list(train_cell(only_cell(params), digits, folder, CPU))
+    with live(meta, started_in(folder), lr=1e30) as run:
         run.complete(folder)
     logged = the_run()
     assert (logged.info.status, logged.data.tags["status"]) == ("FINISHED", "diverged")
     assert logged.data.tags["grid"] == "current"
     assert "**Diverged**: the " in logged.data.tags["mlflow.note.content"]
     assert "train_loss" not in logged.data.metrics  # not one epoch was whole
-    assert (
-        logged.data.metrics["test_accuracy"] == json.loads((folder / "run.json").read_text())["test_accuracy"]
-    )
-    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
+    record = json.loads((folder / "run.json").read_text())
+    assert logged.data.metrics["test_accuracy"] == record["test_accuracy"]
+    assert tracking.sync(params, pipeline).cells == {CELL: "unchanged"}
 
 
 def test_a_run_made_by_sync_names_the_commit_that_trained_and_leaves_out_what_is_not_known(
@@ -747,7 +642,7 @@ def test_training_outlives_a_server_that_is_away_and_no_secret_is_shown(
     assert "anna" not in error
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.sync(make_params(), pipeline).created == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "created"}
 
 
 @pytest.mark.parametrize(("error", "seconds"), [(None, 5), (SystemExit(143), 2)])
@@ -761,11 +656,11 @@ def test_no_epoch_and_no_end_waits_for_a_server_that_never_answers(
     seconds: int,
 ) -> None:
     params, folder = make_params(), put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
+    started = started_in(folder)
 
     def train() -> None:
         nonlocal began
-        with tracking.LiveRun(params.name, only_cell(params), meta.digest, started) as run:
+        with live(meta, started) as run:
             for number in (1, 2):
                 began = time.monotonic()
                 run.log_epochs(rows(trained.epochs[:number]))
@@ -791,18 +686,14 @@ def test_no_epoch_and_no_end_waits_for_a_server_that_never_answers(
         if thread.name == "mlflow":
             thread.join()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.sync(params, pipeline).created == ["resnet20-sgd-0"]
+    assert tracking.sync(params, pipeline).cells == {CELL: "created"}
 
 
 # --- a training that goes on --------------------------------------------------------------------------
 
 
 def _cut_off(meta: Meta, epochs: list[Epoch], started: int) -> None:
-    params = make_params()
-    with (
-        suppress(KeyboardInterrupt),
-        tracking.LiveRun(params.name, only_cell(params), meta.digest, started) as run,
-    ):
+    with suppress(KeyboardInterrupt), live(meta, started) as run:
         run.log_epochs(rows(epochs))
         wait_for(epochs, started)
         raise KeyboardInterrupt
@@ -811,13 +702,12 @@ def _cut_off(meta: Meta, epochs: list[Epoch], started: int) -> None:
 def test_a_training_that_goes_on_does_so_in_its_run_and_no_epoch_is_logged_twice(
     pipeline: Path, trained: Trained, meta: Meta
 ) -> None:
-    params, folder = make_params(), put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
+    folder = put(trained, pipeline)
+    started = started_in(folder)
     _cut_off(meta, trained.epochs[:1], started)
     first = the_run()
     assert first.info.status == "KILLED"
-    earlier = rows(trained.epochs[:1])
-    with tracking.LiveRun(params.name, only_cell(params), meta.digest, started, earlier) as run:
+    with live(meta, started, trained.epochs[:1]) as run:
         run.log_epochs(rows(trained.epochs))
         while len(history(first, "test_loss")) < 2:
             time.sleep(0.1)
@@ -829,7 +719,7 @@ def test_a_training_that_goes_on_does_so_in_its_run_and_no_epoch_is_logged_twice
     for key in whole.data.metrics.keys() - {key for key in whole.data.metrics if key.startswith("system/")}:
         steps = [step for step, _ in history(whole, key)]
         assert len(steps) == len(set(steps)), key
-    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
 
 
 def test_a_training_that_begins_anew_gets_a_run_of_its_own(
@@ -845,18 +735,18 @@ def test_an_epoch_with_other_figures_than_the_result_makes_a_new_run_and_superse
 ) -> None:
     """As on a GPU, where an epoch that a kill has lost is trained again."""
     folder = put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
+    started = started_in(folder)
     first, *_ = trained.epochs
     _cut_off(meta, [replace(first, train_loss=first.train_loss + 1)], started)
     other = the_run().info.run_id
-    assert tracking.sync(make_params(), pipeline).created == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "created"}
     runs = {run.info.run_id: run for run in all_runs()}
     assert runs.pop(other).data.tags["grid"] == "superseded"
     [current] = runs.values()
     assert current.data.tags["grid"] == "current"
     assert history(current, "train_loss") == [(epoch.epoch, epoch.train_loss) for epoch in trained.epochs]
     before = snapshot()
-    assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
     assert snapshot() == before
 
 
@@ -865,53 +755,21 @@ def test_two_processes_that_both_made_a_run_of_one_training_go_on_with_the_same(
 ) -> None:
     store, cell = tracking.open_store("small digits"), only_cell(make_params())
     folder = put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
+    started = started_in(folder)
     tags = {"cell": cell.id, "key": live_snapshot(cell, meta, started).key, "data_digest": meta.digest}
     ids = [store.client.create_run(store.experiment_id, started // 1000, tags).info.run_id for _ in range(2)]
     assert mirror(store, live_snapshot(cell, meta, started)) == min(ids)
     report = tracking.sync(make_params(), pipeline)
-    assert (report.completed, report.superseded) == (["resnet20-sgd-0"], [max(ids)])
-
-
-def _train_and_log(trained: Trained, pipeline: Path, meta: Meta) -> None:
-    os.chdir(pipeline)
-    log_live(trained, pipeline, meta)
-
-
-@pytest.mark.parametrize("moments", [2, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_at_any_moment_a_cell_has_one_whole_current_run_after_a_sync(
-    pipeline: Path, trained: Trained, meta: Meta, processes: ForkServerContext, moments: int
-) -> None:
-    """Before the run is made, between metrics and model, before the last tag: whatever the moment is."""
-    drawn = random.Random(0)
-    for number in range(moments):
-        # A training of its own each time: the run of the one before is whole.
-        rewrite(trained.folder / "timing.json", lambda timing: timing["started"] + 10**6)
-        process = processes.Process(target=_train_and_log, args=(trained, pipeline, meta))
-        process.start()
-        process.join(drawn.uniform(0.2, 6.0))
-        process.kill()
-        process.join()
-        if not (pipeline / "runs/resnet20-sgd-0/run.json").exists():
-            put(trained, pipeline)
-        tracking.sync(make_params(), pipeline)
-        [current] = [run for run in all_runs() if run.data.tags.get("grid") == "current"]
-        assert current.info.status == "FINISHED", number
-        for key in ("train_loss", "test_accuracy", "images_per_second"):
-            assert history(current, key) == [(e.epoch, getattr(e, key)) for e in trained.epochs], number
-        assert [len(run.outputs.model_outputs) for run in all_runs()].count(1) == len(
-            tracking.open_store("small digits").client.search_logged_models([current.info.experiment_id])
-        )
-        assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
+    assert (report.cells, report.superseded) == ({CELL: "completed"}, [max(ids)])
 
 
 def test_of_two_trainings_at_once_the_one_that_wrote_the_folder_last_is_current(
     pipeline: Path, trained: Trained, trained_faster: Trained, meta: Meta
 ) -> None:
     params = make_params()
-    cell, folder = only_cell(params), put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
-    with tracking.LiveRun(params.name, cell, meta.digest, started - 1) as earlier:
+    folder = put(trained, pipeline)
+    started = started_in(folder)
+    with live(meta, started - 1) as earlier:
         earlier.log_epochs(rows(trained_faster.epochs))
         earlier.complete(folder)  # where by now the other one's files lie
     log_live(trained, pipeline, meta)
@@ -920,49 +778,6 @@ def test_of_two_trainings_at_once_the_one_that_wrote_the_folder_last_is_current(
         started - 1: "superseded",
         started: "current",
     }
-
-
-def test_what_a_server_that_went_away_did_not_get_is_brought_once_when_it_is_back(
-    pipeline: Path,
-    trained: Trained,
-    meta: Meta,
-    processes: ForkServerContext,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    params, port = make_params(), free_port()
-    address = f"http://127.0.0.1:{port}"
-
-    def begin() -> ForkServerProcess:
-        process = processes.Process(target=_serve, args=(pipeline, port))
-        process.start()
-        _wait_until_healthy(address, process.is_alive)
-        return process
-
-    server, folder = begin(), put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with tracking.LiveRun(params.name, only_cell(params), meta.digest, started) as run:
-        run.log_epochs(rows(trained.epochs[:1]))
-        while not (all_runs() and history(the_run(), "train_loss")):
-            time.sleep(0.1)
-        server.terminate()
-        server.join()
-        run.log_epochs(rows(trained.epochs))
-        run.complete(folder)
-
-    server = begin()
-    assert tracking.sync(params, pipeline).completed == ["resnet20-sgd-0"]
-    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
-    assert history(the_run(), "train_loss") == [(epoch.epoch, epoch.train_loss) for epoch in trained.epochs]
-    server.terminate()
-    server.join()
-
-
-def test_artifacts_go_to_a_server_or_to_a_folder_that_is_here(tmp_path: Path) -> None:
-    for address in ("mlflow-artifacts:/1", "s3://bucket/1", (tmp_path / "1").as_uri(), str(tmp_path / "1")):
-        assert _is_within_reach(address), address
-    for address in ("file:///nobody%20has/this/1", "/nobody/has/this/1"):
-        assert not _is_within_reach(address), address
 
 
 # --- from the files ---------------------------------------------------------------------------------
@@ -975,7 +790,7 @@ def test_a_cell_that_dvc_restored_gets_the_run_that_training_would_have_logged(
     live = the_run()
     tracking.open_store("small digits").client.delete_run(live.info.run_id)
     report = tracking.sync(make_params(), pipeline)
-    assert report.created == ["resnet20-sgd-0"]
+    assert report.cells == {CELL: "created"}
     assert capfd.readouterr() == ("", "")
 
     restored, client = the_run(), tracking.open_store("small digits").client
@@ -1000,63 +815,23 @@ def test_a_second_sync_changes_nothing(pipeline: Path, trained: Trained, meta: M
     heard: list[tuple[int, int]] = []
     first = tracking.sync(params, pipeline, lambda done, total: heard.append((done, total)))
     assert heard == [(1, 2), (2, 2)]
-    assert (first.created, first.missing) == (["resnet20-sgd-0"], ["resnet20-sgd-1"])
+    assert first.cells == {CELL: "created", "resnet20-sgd-1": "missing"}
     before = snapshot()
     started = time.monotonic()
     second = tracking.sync(params, pipeline)
     assert time.monotonic() - started < 1
     assert snapshot() == before
-    assert second.as_dict() == {
+    uri = f"sqlite:///{pipeline.parents[1]}/mlflow.db"
+    assert asdict(second) == {
         "experiment": "small digits",
-        "store": f"sqlite:///{pipeline.parents[1]}/mlflow.db",
-        "unchanged": ["resnet20-sgd-0"],
-        "completed": [],
-        "created": [],
+        "store": uri,
+        "cells": {CELL: "unchanged", "resnet20-sgd-1": "missing"},
+        "reasons": {},
         "superseded": [],
-        "training": [],
-        "missing": ["resnet20-sgd-1"],
-        "stale": {},
-        "failed": {},
         "champions": {},
-        "accuracies": {},
-        "summary": None,
+        "comparison": None,
     }
-    assert str(second) == (
-        "MLflow: 1 cells of 'small digits' have their complete run in "
-        f"sqlite:///{pipeline.parents[1]}/mlflow.db (nothing to add)\n"
-        "  without a result yet: resnet20-sgd-1"
-    )
-
-
-def test_sync_leaves_a_run_alone_that_training_completed(
-    pipeline: Path, trained: Trained, meta: Meta
-) -> None:
-    log_live(trained, pipeline, meta)
-    before = snapshot()
-    assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
-    assert snapshot() == before
-
-
-@pytest.mark.parametrize("arrived", [0, 1, 2])
-def test_sync_completes_the_run_of_a_training_that_lost_the_server(
-    pipeline: Path, trained: Trained, meta: Meta, arrived: int
-) -> None:
-    params, epochs, folder = make_params(), trained.epochs, put(trained, pipeline)
-    started = json.loads((folder / "timing.json").read_text())["started"]
-    with tracking.LiveRun(params.name, only_cell(params), meta.digest, started) as run:
-        run.log_epochs(rows(epochs[:arrived]))
-    partial = the_run()
-    report = tracking.sync(params, pipeline)
-    assert (report.completed, report.created) == (["resnet20-sgd-0"], [])
-    complete = the_run()
-    assert complete.info.run_id == partial.info.run_id
-    client = tracking.open_store("small digits").client
-    assert history(complete, "train_loss") == [(e.epoch, e.train_loss) for e in epochs]
-    assert [file.path for file in client.list_artifacts(complete.info.run_id)] == sorted(FILES)
-    assert complete.data.tags["grid"] == "current"
-    before = snapshot()
-    assert tracking.sync(params, pipeline).unchanged == ["resnet20-sgd-0"]
-    assert snapshot() == before
+    assert str(second) == f"MLflow: 1 unchanged, 1 missing, in 'small digits' of {uri}"
 
 
 def test_sync_finishes_a_completion_that_was_interrupted(
@@ -1075,7 +850,7 @@ def test_sync_finishes_a_completion_that_was_interrupted(
     store.client.update_run(run_id, status="KILLED")
     artifact = Path(store.client.download_artifacts(run_id, "weights.safetensors"))
     artifact.write_bytes(artifact.read_bytes()[:1000])
-    assert tracking.sync(make_params(), pipeline).completed == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "completed"}
     assert snapshot() == whole
     [model] = store.client.search_logged_models([store.experiment_id])
     assert model.status == "READY"
@@ -1093,24 +868,12 @@ def test_replaced_weights_are_superseded_and_restored_ones_are_current_again(
         return {run.info.run_id: run.data.tags["grid"] for run in all_runs()}
 
     assert grid() == {first: "superseded", second: "current"}  # already, without a sync
-    assert tracking.sync(make_params(lr=0.05), pipeline).unchanged == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(lr=0.05), pipeline).cells == {CELL: "unchanged"}
 
     put(trained, pipeline)  # the params go back, and DVC restores the files from its run cache
     report = tracking.sync(make_params(), pipeline)
-    assert (report.unchanged, report.superseded) == (["resnet20-sgd-0"], [second])
+    assert (report.cells, report.superseded) == ({CELL: "unchanged"}, [second])
     assert grid() == {first: "current", second: "superseded"}
-
-
-def test_of_two_runs_with_the_same_weights_the_newer_is_current(
-    pipeline: Path, trained: Trained, meta: Meta
-) -> None:
-    log_live(trained, pipeline, meta)
-    log_live(trained, pipeline, meta, anew=True)
-    newer, older = all_runs()
-    assert (newer.data.tags["grid"], older.data.tags["grid"]) == ("current", "superseded")
-    before = snapshot()
-    tracking.sync(make_params(), pipeline)
-    assert snapshot() == before
 
 
 def test_the_run_of_a_cell_that_left_the_grid_is_superseded(
@@ -1127,7 +890,7 @@ def test_files_of_other_params_make_no_run(pipeline: Path, trained: Trained) -> 
     put(trained, pipeline)
     report = tracking.sync(make_params(lr=0.05), pipeline)
     why = "stale: trained with learning_rate 0.01 → 0.05 (params.yaml now)"
-    assert report.stale == {"resnet20-sgd-0": why}
+    assert (report.cells, report.reasons) == ({CELL: "stale"}, {CELL: why})
     assert all_runs() == []
 
 
@@ -1137,12 +900,12 @@ def test_an_altered_weights_file_is_reported_and_the_other_cells_are_done(
     params = make_params(seeds=(0, 1), epochs=1)
     for cell in expand(params):
         list(train_cell(cell, digits, pipeline / "runs" / cell.id, CPU))
-    weights = pipeline / "runs" / "resnet20-sgd-0" / "weights.safetensors"
+    weights = pipeline / "runs" / CELL / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     report = tracking.sync(params, pipeline)
-    assert report.created == ["resnet20-sgd-1"]
-    assert "weights.safetensors: the file has changed since it was trained" in report.failed["resnet20-sgd-0"]
-    assert "`dvc repro train@resnet20-sgd-0`" in report.failed["resnet20-sgd-0"]
+    assert report.cells == {CELL: "failed", "resnet20-sgd-1": "created"}
+    assert "weights.safetensors: the file has changed since it was trained" in report.reasons[CELL]
+    assert "`dvc repro train@resnet20-sgd-0`" in report.reasons[CELL]
     assert the_run().info.run_name == "resnet20-sgd-1"
 
 
@@ -1154,7 +917,6 @@ def test_more_figures_than_mlflow_takes_at_once_all_arrive(pipeline: Path, train
     (folder / "history.csv").write_text("\n".join([lines[0], *rows]) + "\n")
     timing = json.loads((folder / "timing.json").read_text())
     timing["epoch_seconds"] = [timing["train_seconds"] / 250] * 250
-    timing["epoch_images_per_second"] = [100.0] * 250
     timing["epoch_images_per_second"] = [timing["images_per_second"]] * 250
     (folder / "timing.json").write_text(json.dumps(timing))
     tracking.sync(make_params(), pipeline)
@@ -1167,7 +929,7 @@ def test_more_figures_than_mlflow_takes_at_once_all_arrive(pipeline: Path, train
 def test_results_without_their_data_get_a_run_as_well(pipeline: Path, trained: Trained, meta: Meta) -> None:
     shutil.rmtree(pipeline / "data")
     put(trained, pipeline)
-    assert tracking.sync(make_params(), pipeline).created == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "created"}
     [train, _] = the_run().inputs.dataset_inputs
     assert meta.digest.startswith(f"sha256:{train.dataset.digest}")
 
@@ -1262,14 +1024,14 @@ def test_all_of_it_works_through_a_server_on_the_same_store(
     before = snapshot()
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
     log_live(trained, pipeline, meta, anew=True)
     newer, older = all_runs()
-    assert tracking.sync(make_params(), pipeline).completed == ["resnet20-sgd-0"]  # files, model
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "completed"}  # files, model
     assert older.data.tags["grid"] == "superseded"
     assert newer.data.tags["grid"] == "current"
     assert newer.data.params == before[older.info.run_id]["params"]
-    assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
+    assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
     path = tracking.fetch_weights(MlflowWeights(name="mlflow", uri=f"runs:/{newer.info.run_id}"))
     assert path is not None
     assert path.read_bytes() == (trained.folder / "weights.safetensors").read_bytes()
@@ -1278,7 +1040,7 @@ def test_all_of_it_works_through_a_server_on_the_same_store(
     (pipeline / "params.yaml").write_text(json.dumps(raw_params()))
     rewrite(pipeline / "runs/resnet20-sgd-0/timing.json", lambda timing: timing["started"] + 10**6)
     assert main(["sync", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["created"] == ["resnet20-sgd-0"]
+    assert json.loads(capsys.readouterr().out)["cells"] == {CELL: "created"}
 
     through_server = snapshot()
     tracking.serve(5000, "small digits")  # starts nothing
@@ -1305,7 +1067,7 @@ def test_a_server_with_a_store_of_its_own_takes_artifacts_and_models_as_well(
         run = the_run()
         assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
         before = snapshot()
-        assert tracking.sync(make_params(), pipeline).unchanged == ["resnet20-sgd-0"]
+        assert tracking.sync(make_params(), pipeline).cells == {CELL: "unchanged"}
         assert snapshot() == before
         model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
         assert model.predict(np.zeros((3, 3, 32, 32), np.float32)).shape == (3, 10)
@@ -1318,10 +1080,9 @@ def test_a_server_with_a_store_of_its_own_takes_artifacts_and_models_as_well(
         process.wait()
 
 
-def test_a_taken_port_is_named(pipeline: Path) -> None:
+def test_a_taken_port_is_named(pipeline: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResgridError, match=f"port {port}: .*--port"):
-            tracking.serve(port)
-    with pytest.raises(ResgridError, match=r"port 70000: .*0-65535.*--port"):
-        tracking.serve(70_000)
+            tracking.serve(port, "small digits")
+    assert "already in use" in "".join(capfd.readouterr())

@@ -87,8 +87,8 @@ def sync(options: argparse.Namespace) -> int:
     refuse_conflict(LOCK)
     with Progress("sync", None, "cells") as progress:
         report = tracking.sync(params, Path.cwd(), progress.update, options.rebuild)
-    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
-    return 1 if report.failed else 0
+    print(json.dumps(asdict(report), indent=2) if options.json else report)
+    return 1 if "failed" in report.cells.values() else 0
 
 
 def gc(options: argparse.Namespace) -> None:

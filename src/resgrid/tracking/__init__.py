@@ -4,8 +4,7 @@ The only package that imports mlflow, and only when something is to be logged or
 and opening a store 2 more.
 
 MLflow is a mirror of the run folders: `sync` fills it from them, and anew where it was deleted. One function,
-`mirror`, logs a training, also while it trains: then from a thread of its own, so that neither these seconds
-nor a server that hangs hold it up (`live`).
+`mirror`, logs a training; while it trains from a thread of its own, so that no server holds it up (`live`).
 
 Tags say what a run is: `key` names the training, `weights_sha256` its result; `synced`, set last, says that
 the run is complete; `grid` is `current` on one run a cell, `stale` on that of a cell that is another by now,
@@ -13,23 +12,14 @@ the run is complete; `grid` is `current` on one run a cell, `stale` on that of a
 `dvc exp apply` and `sync` make them current.
 """
 
-from resgrid.tracking.from_files import SyncReport, sync
-from resgrid.tracking.live import LiveRun
-from resgrid.tracking.registry import find_weights
-from resgrid.tracking.store import Store, fetch_weights, open_store, project_root, shown, store_uri
-from resgrid.tracking.view import WORK, serve
-
-__all__ = [
-    "WORK",
-    "LiveRun",
-    "Store",
-    "SyncReport",
-    "fetch_weights",
-    "find_weights",
-    "open_store",
-    "project_root",
-    "serve",
-    "shown",
-    "store_uri",
-    "sync",
-]
+from resgrid.tracking.from_files import SyncReport as SyncReport
+from resgrid.tracking.from_files import sync as sync
+from resgrid.tracking.live import LiveRun as LiveRun
+from resgrid.tracking.store import Store as Store
+from resgrid.tracking.store import fetch_weights as fetch_weights
+from resgrid.tracking.store import find_weights as find_weights
+from resgrid.tracking.store import open_store as open_store
+from resgrid.tracking.store import shown as shown
+from resgrid.tracking.store import store_uri as store_uri
+from resgrid.tracking.view import WORK as WORK
+from resgrid.tracking.view import serve as serve

@@ -11,37 +11,25 @@ Metrics have 15 keys in all, once an epoch at most: MLflow's charts get slow wit
 
 from __future__ import annotations
 
-import getpass
 import json
 import math
 import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from resgrid import __version__, watch
-from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.project import read_history, read_json
 from resgrid.provenance import experiment
-from resgrid.run_status import (
-    FILES,
-    RUN,
-    WEIGHTS,
-    epoch_ends,
-    epoch_speeds,
-    started_at,
-    verify_weights,
-)
+from resgrid.run_status import FILES, RUN, WEIGHTS, epoch_ends, epoch_speeds, started_at, verify_weights
 from resgrid.tracking.store import Store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import
-    from mlflow.entities import DatasetInput, LoggedModel, Run
+    from mlflow.entities import Run
 
 FORMAT = 3  # of a complete run; a higher number makes `sync` complete all of them anew
 SCORES = (
@@ -50,6 +38,7 @@ SCORES = (
 EACH_EPOCH = (*SCORES, "learning_rate", "images_per_second")
 COUNTS = ("num_parameters", "num_trainable", "num_non_trainable")
 BATCH = 1000  # metrics that MLflow takes at once
+INPUT = "mlflow.data.context"  # the tag that says what a data set is for
 
 
 class Point(NamedTuple):
@@ -66,125 +55,99 @@ class Snapshot:
     """A training as far as it is: its epochs and, once it has ended, the folder with its files."""
 
     cell: Cell
-    digest: str  # of the cell's numbers
     data_digest: str
     started: int  # microseconds since 1970
-    origin: Mapping[str, Any]  # timing.json's commit, dirty, flow_run_id, resgrid; absent in older ones
+    timing: Mapping[str, Any]  # timing.json; while it trains, `commit`, `dirty` and `flow_run_id` alone
     epochs: Sequence[Mapping[str, Any]]  # the columns of history.csv, `seconds` and `images_per_second`
-    folder: Path | None = None  # of its files; with it the two below
-    record: Mapping[str, Any] | None = None  # run.json
-    timing: Mapping[str, Any] | None = None  # timing.json
+    folder: Path | None = None  # of its files, and
+    record: Mapping[str, Any] | None = None  # their run.json, once it has ended
 
     @classmethod
     def from_files(cls, cell: Cell, folder: Path) -> Self:
         """The training that a run folder holds.
 
-        Raises ResgridError for files that are damaged or do not belong together.
+        Raises ResgridError for damaged files, and ValueError for files of different runs.
         """
         record, timing = read_json(folder / RUN), read_json(folder / "timing.json")
-        path = folder / "history.csv"
-        rows = read_history(path)
-        if len(rows) != len(timing["epoch_seconds"]):
-            raise ResgridError(
-                f"{path}: it has {len(rows)} epochs, but timing.json {len(timing['epoch_seconds'])}: they "
-                "are of different runs. `dvc checkout --force` restores them."
-            )
+        rows = read_history(folder / "history.csv")
         for row, seconds, speed in zip(rows, timing["epoch_seconds"], epoch_speeds(timing), strict=True):
             row |= {"seconds": seconds, "images_per_second": speed}
         verify_weights(folder, record, cell.stage)
         return cls(
-            cell=cell,
-            digest=record["cell_digest"],
-            data_digest=record["data_digest"],
-            started=started_at(timing),
-            origin=timing,
-            epochs=rows,
-            folder=folder,
-            record=record,
-            timing=timing,
+            cell=cell, data_digest=record["data_digest"], started=started_at(timing), timing=timing,
+            epochs=rows, folder=folder, record=record,
         )  # fmt: skip
 
     @property
     def key(self) -> str:
         """The identity of the training within its cell's runs."""
-        return run_key(self.digest, self.started)
+        return run_key(self.cell, self.started)
 
     @property
-    def end_time(self) -> int:
-        """When the last epoch ended."""
-        return [self.started // 1000, *self._ends()][-1]
-
-    def _ends(self) -> list[int]:
-        return epoch_ends(self.started, [epoch["seconds"] for epoch in self.epochs])
+    def ends(self) -> list[int]:
+        """When the training began, then when each epoch ended."""
+        start = self.started // 1000
+        return [start, *epoch_ends(self.started, [epoch["seconds"] for epoch in self.epochs])]
 
     def points(self) -> list[Point]:
         """Every point of its metrics, of the epochs and of the outcome."""
+        start, *ends = self.ends
         rate = math.log10(self.cell.optimizer.lr)  # since MLflow's charts have no logarithmic axis
-        points = [Point("log10_learning_rate", 0, self.started // 1000, rate)]
+        points = [Point("log10_learning_rate", 0, start, rate)]
         points += [
             Point(key, int(epoch["epoch"]), end, epoch[key])
-            for epoch, end in zip(self.epochs, self._ends(), strict=True)
+            for epoch, end in zip(self.epochs, ends, strict=True)
             for key in EACH_EPOCH
             if epoch.get(key) is not None
         ]
-        if self.record is None or self.timing is None:
+        if self.record is None:
             return points
-        record, last = self.record, self.epochs[-1] if self.epochs else {}
-        outcome = {key: record[key] for key in (*SCORES, *COUNTS, "best_test_accuracy")}
+        last = self.epochs[-1] if self.epochs else {}
+        outcome = {key: self.record[key] for key in (*SCORES, *COUNTS, "best_test_accuracy")}
         outcome |= {key: self.timing[key] for key in ("train_seconds", "peak_memory_bytes")}
         # After a divergence the scores are other ones than the last epoch's, and come after them.
         return points + [
-            Point(key, record["epochs"], self.end_time + (key in last), value)
+            Point(key, self.record["epochs"], self.ends[-1] + (key in last), value)
             for key, value in outcome.items()
             if value is not None and last.get(key) != value
         ]
 
 
-def run_key(digest: str, started: int) -> str:
-    """The tag `key` of a run: a digest alone is that of a repeated training as well."""
-    return f"{digest.removeprefix('sha256:')[:16]}-{started}"
+def run_key(cell: Cell, started: int) -> str:
+    """The tag `key` of a run: the cell's digest alone is that of a repeated training as well."""
+    return f"{cell.digest.removeprefix('sha256:')[:16]}-{started}"
 
 
-def mirror(
-    store: Store, snapshot: Snapshot, run_id: str | None = None, *, since: int = 0, files: bool = True
-) -> str:
+def mirror(store: Store, snapshot: Snapshot, files: bool = True) -> str:
     """Let a run hold all of `snapshot`; returns its id. Repeated, it changes nothing.
 
-    Without `run_id` the run is found by the training's key, or made. A run with a point that is not the
-    training's does not fit: on a GPU an epoch trained again after a kill has other figures. A caller who
-    knows the run, and that it has the epochs before `since`, saves the look at it. Of a training that has
+    It is the run of the training's key, made if there is none. A run with a point that is not the training's
+    does not fit: on a GPU an epoch trained again after a kill has other figures. Of a training that has
     ended, the outcome comes first, then, unless `files` is false, files and model, and at the very end the
-    tag `synced`.
+    tag `synced`. With 250 epochs the look at a run takes 220 ms.
     """
     points = snapshot.points()
-    if run_id is None:
-        found = _find(store, snapshot, points)
-        if found is None:
-            _create(store, snapshot)
-            found = _find(store, snapshot, points)  # of two processes that made one each, both take the same
-            assert found is not None
-        run, points = found
-        run_id = str(run.info.run_id)
-        _log_params(store, run, snapshot)
-    _log_points(store, run_id, [point for point in points if point.step >= since])
+    while (match := _find(store, snapshot, points)) is None:
+        _create(store, snapshot)  # of two processes that made one each, both then find the same
+    run, missing = match
+    run_id = str(run.info.run_id)
+    _log_params(store, run, snapshot)
+    log_points(store, run_id, missing)
     if snapshot.record is not None:
-        _log_outcome(store, run_id, snapshot)
-        if files:
-            log_files(store, run_id, snapshot)
+        _log_outcome(store, run_id, snapshot, snapshot.record)
+    if snapshot.folder is not None and files:
+        for name in FILES:
+            store.client.log_artifact(run_id, str(snapshot.folder / name))
+        _log_model(store, run, snapshot, snapshot.folder / WEIGHTS)
+        store.client.set_tag(run_id, "synced", synced(snapshot.key))
     return run_id
 
 
 def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
     """The experiment's runs, of one cell or of all; without deleted ones."""
     which = f"tags.cell = '{cell_id}'" if cell_id else "tags.cell LIKE '%'"
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = store.client.search_runs([store.experiment_id], which, max_results=1000, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
+    runs: list[Run] = store.client.search_runs([store.experiment_id], which, max_results=50_000)  # the most
+    return runs
 
 
 def params_of(cell: Cell) -> dict[str, str]:
@@ -222,8 +185,8 @@ def _find(store: Store, snapshot: Snapshot, points: list[Point]) -> tuple[Run, l
 
 
 def _create(store: Store, snapshot: Snapshot) -> None:
-    made, origin, cell = experiment(), snapshot.origin, snapshot.cell
-    commit, dirty = origin.get("commit"), origin.get("dirty")
+    made, cell, timing = experiment(), snapshot.cell, snapshot.timing
+    commit, dirty = timing.get("commit"), timing.get("dirty")
     is_live = snapshot.record is None
     tags = {
         "key": snapshot.key,
@@ -234,10 +197,9 @@ def _create(store: Store, snapshot: Snapshot) -> None:
         "data_digest": snapshot.data_digest,
         "git_commit": commit,
         "git_dirty": None if dirty is None else str(dirty).lower(),
-        "flow_run_id": origin.get("flow_run_id"),
-        "resgrid": origin.get("resgrid", __version__ if is_live else None),
+        "flow_run_id": timing.get("flow_run_id"),
+        "resgrid": timing.get("resgrid", __version__ if is_live else None),
         # MLflow's own, for the columns and links of its pages
-        "mlflow.user": _user(),
         "mlflow.source.name": f"resgrid train {cell.id}",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
@@ -250,44 +212,27 @@ def _create(store: Store, snapshot: Snapshot) -> None:
     )
 
 
-def _user() -> str:
-    with suppress(OSError, KeyError):  # a container's user may have no name
-        return getpass.getuser()
-    return "unknown"
-
-
 def _log_params(store: Store, run: Run, snapshot: Snapshot) -> None:
-    """What is known before training: the numbers, and the data."""
-    from mlflow.entities import Param
+    """What is known before training: the numbers, and the data's splits, by digest alone."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
     from mlflow.exceptions import MlflowException
 
-    params = params_of(snapshot.cell)
-    new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-    store.client.log_batch(run.info.run_id, params=new)
+    params = [Param(key, value) for key, value in params_of(snapshot.cell).items()]
+    store.client.log_batch(run.info.run_id, params=params)
+    digest = snapshot.data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
+    source = json.dumps({"data_digest": snapshot.data_digest})
+    inputs = [
+        DatasetInput(Dataset(f"{store.name}-{split}", digest, "code", source), [InputTag(INPUT, context)])
+        for split, context in (("train", "training"), ("test", "testing"))
+    ]
     if not (run.inputs and run.inputs.dataset_inputs):
-        inputs = _splits(store.name, snapshot.data_digest)
         try:
             store.client.log_inputs(run.info.run_id, inputs)
         except MlflowException:  # of first runs at once, one makes the data sets and others are refused
             store.client.log_inputs(run.info.run_id, inputs)
 
 
-def _splits(name: str, data_digest: str) -> list[DatasetInput]:
-    """The two splits as a run's inputs, by digest alone."""
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = CodeDatasetSource({"data_digest": data_digest})
-    digest = data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
-    inputs = []
-    for split, context in (("train", "training"), ("test", "testing")):
-        dataset = MetaDataset(source, f"{name}-{split}", digest).to_dict()  # type: ignore[abstract]
-        inputs.append(DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", context)]))
-    return inputs
-
-
-def _log_points(store: Store, run_id: str, points: Sequence[Point]) -> None:
+def log_points(store: Store, run_id: str, points: Sequence[Point]) -> None:
     from mlflow.entities import Metric
 
     metrics = [Metric(key, value, time, step) for key, step, time, value in points]
@@ -295,26 +240,21 @@ def _log_points(store: Store, run_id: str, points: Sequence[Point]) -> None:
         store.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
 
-def _log_outcome(store: Store, run_id: str, snapshot: Snapshot) -> None:
+def _log_outcome(store: Store, run_id: str, snapshot: Snapshot, record: Mapping[str, Any]) -> None:
     """What `run.json` and `timing.json` say, and the run's end."""
     from mlflow.entities import Param, RunTag
 
-    record, timing = snapshot.record, snapshot.timing
-    assert record is not None and timing is not None  # noqa: PT018
-    tags = {
+    timing = snapshot.timing
+    tags = {key: str(timing[key]) for key in ("threads", "device", "device_name", "precision")} | {
         "weights_sha256": record["weights_sha256"],
         "status": record["status"],
-        "threads": str(timing["threads"]),
-        "device": timing["device"],
-        "device_name": timing["device_name"],
-        "precision": timing["precision"],
         "compiled": str(timing["compiled"]).lower(),
         "mlflow.note.content": _note(record, timing),
         "grid": "experiment" if experiment() else "current",
     }
     params = [Param(key, str(record[key])) for key in COUNTS]
     store.client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
-    store.client.set_terminated(run_id, "FINISHED", snapshot.end_time)
+    store.client.set_terminated(run_id, "FINISHED", snapshot.ends[-1])
 
 
 def _note(record: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
@@ -327,38 +267,12 @@ def _note(record: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     )
 
 
-def log_files(store: Store, run_id: str, snapshot: Snapshot) -> None:
-    """The files and the model of a training that has ended, then the tag `synced`."""
-    assert snapshot.folder is not None
-    for name in FILES:
-        store.client.log_artifact(run_id, str(snapshot.folder / name))
-    _log_model(store, run_id, snapshot)
-    store.client.set_tag(run_id, "synced", synced(snapshot.key))
-
-
 def synced(key: str) -> str:
     """The tag `synced` of a complete run."""
     return f"{key}:{FORMAT}"
 
 
-def _model_of(store: Store, run: Run, step: int) -> LoggedModel:
-    """The run's logged model, made where there is none; an interruption may have left it unfinished."""
-    from mlflow.entities import LoggedModelOutput
-
-    client, run_id = store.client, run.info.run_id
-    outputs = run.outputs.model_outputs if run.outputs else []
-    if outputs:
-        return client.get_logged_model(outputs[0].model_id)
-    models: list[LoggedModel] = list(
-        client.search_logged_models([store.experiment_id], f"source_run_id = '{run_id}'", max_results=1)
-    )
-    if not models:
-        models = [client.create_logged_model(store.experiment_id, "model", run_id, params=run.data.params)]
-    client.log_outputs(run_id, [LoggedModelOutput(models[0].model_id, step)])
-    return models[0]
-
-
-def _log_model(store: Store, run_id: str, snapshot: Snapshot) -> None:
+def _log_model(store: Store, run: Run, snapshot: Snapshot, weights: Path) -> None:
     """The model in MLflow's own format, with the scores of its weights, unless the run has it.
 
     What `mlflow.pytorch.log_model` does, less its global tracking URI and its trial of the model as a server
@@ -367,35 +281,37 @@ def _log_model(store: Store, run_id: str, snapshot: Snapshot) -> None:
     import mlflow.pytorch
     import numpy as np
     import torch
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     from resgrid.predict import Predictor
     from resgrid.weights import load_model
 
-    client = store.client
-    assert snapshot.folder is not None and snapshot.record is not None  # noqa: PT018
-    logged = _model_of(store, client.get_run(run_id), snapshot.record["epochs"])
+    client, run_id, number = store.client, run.info.run_id, store.experiment_id
+    # An interruption may have left one that is unfinished.
+    models = client.search_logged_models([number], f"source_run_id = '{run_id}'", max_results=1)
+    params = params_of(snapshot.cell)
+    logged = models[0] if models else client.create_logged_model(number, "model", run_id, params=params)
+    if not (run.outputs and run.outputs.model_outputs):
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, len(snapshot.epochs))])
     if logged.status == "READY":
         return
-    classifier, info = load_model(snapshot.folder / WEIGHTS)
+    classifier, info = load_model(weights)
     model = Model(logged.artifact_location, run_id, model_id=logged.model_id)
+    images, labels = TensorSpec(np.dtype(np.float32), (-1, 3, 32, 32)), len(info.class_names)
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pytorch.save_model(
             Predictor(classifier, info),
             f"{folder}/model",
             mlflow_model=model,
             signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, 32, 32))]),
-                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(info.class_names)))]),
+                Schema([images]), Schema([TensorSpec(np.dtype(np.float32), (-1, labels))])
             ),
             input_example=np.random.default_rng(0).random((2, 3, 32, 32), np.float32),  # one fixes the batch
             serialization_format="pt2",  # an exported graph, no pickle
             pip_requirements=[  # inferred, they would cost a third loading
-                f"mlflow=={metadata.version('mlflow')}",
-                f"numpy=={np.__version__}",
-                f"torch=={torch.__version__.partition('+')[0]}",
+                f"{each.__name__}=={each.__version__.partition('+')[0]}" for each in (mlflow, np, torch)
             ],
             metadata=info.model_dump(mode="json"),
         )
