@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resgrid.cell_states import WORDS, CellState, GridRun, cell_states, read_grid_run
 from resgrid.config import load_params
@@ -17,9 +18,6 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.grid import expand
 from resgrid.progress import duration
 from resgrid.stage_record import Record, State
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 REFRESH_SECONDS = 2.0
 BETWEEN_SECONDS = 10.0  # at most, that `dvc repro` takes from one stage to the next
@@ -49,17 +47,22 @@ class Status:
         }
 
     def __str__(self) -> str:
-        lines = [*self._train_all(), self.summary]
-        width = max((len(record.stage) for record, _ in self.running), default=0)
-        for record, line in self.running:
-            since = f"for {duration(time.time() - record.started)}"
-            lines.append(f"  {record.stage:{width}}  {since:>14}  {line}")
-        lines += [
+        rows = [(record.stage, record.started, line) for record, line in self.running]
+        here = {record.stage for record, _ in self.running}
+        rows += [
+            (each.cell.stage, each.since or time.time(), f"in the work pool {each.at_work.slot}")
+            for each in self.cells
+            if each.at_work and each.word == State.RUNNING and each.cell.stage not in here
+        ]
+        width = max((len(stage) for stage, _, _ in rows), default=0)
+        times = [f"for {duration(time.time() - since)}" for _, since, _ in rows]
+        lines = [f"  {row[0]:{width}}  {lasts:>14}  {row[2]}" for row, lasts in zip(rows, times, strict=True)]
+        reasons = [
             f"  {each.cell.id}: {each.word}: {each.reason.splitlines()[0]}"
             for each in self.cells
             if each.word in ("stale", "other data", "failed") and each.reason
         ]
-        return "\n".join(lines)
+        return "\n".join([*self._train_all(), self.summary, *lines, *reasons])
 
     @property
     def summary(self) -> str:
@@ -75,19 +78,6 @@ class Status:
         since = duration(time.time() - self.grid.started)
         line = f"train-all has been running for {since}; {time_left(self.grid)}."
         return [line, *([self.grid.url] if self.grid.url else [])]
-
-    def table(self, height: int) -> Table:
-        """At most `height` rows of cells, those at work first."""
-        from rich.table import Table
-
-        table = Table("cell", "state", "for", "slot", "", title="\n".join([*self._train_all(), self.summary]))
-        last = {record.stage: line for record, line in self.running}
-        order = sorted(self.cells, key=lambda each: (each.word != State.RUNNING, each.word != State.QUEUED))
-        for each in order[: max(1, height)]:
-            since = duration(time.time() - each.since) if each.since else ""
-            told = last.get(each.cell.stage) or each.reason.partition("\n")[0]
-            table.add_row(each.cell.id, each.word, since, each.at_work.slot if each.at_work else "", told)
-        return table
 
 
 def status(pipeline: Pipeline) -> Status:
@@ -110,15 +100,17 @@ def time_left(grid: GridRun) -> str:
 
 
 def watch(pipeline: Pipeline) -> None:
-    """Show the table anew until what runs has ended, or Ctrl-C. A terminal waits for a beginning."""
+    """Show the state anew until what runs has ended, or Ctrl-C. A terminal waits for a beginning."""
     from rich.live import Live
+    from rich.text import Text
 
     last = None if sys.stdout.isatty() else -math.inf  # when something ran
     with Live(auto_refresh=False) as screen:
         try:
             while True:
                 now = status(pipeline)
-                screen.update(now.table(screen.console.height - 10), refresh=True)
+                lines = str(now).splitlines()[: screen.console.height - 1]
+                screen.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
                 if now.is_alive:
                     last = time.monotonic()
                 if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
@@ -129,10 +121,9 @@ def watch(pipeline: Pipeline) -> None:
 
 
 def _last_line(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line.strip()), "")
+    """The last line of a log that is not blank, as far as its last 4 KiB have one."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        text = file.read().decode("utf-8", "replace").rstrip()
+        return text.replace("\r", "\n").rpartition("\n")[2]
+    return ""
