@@ -228,7 +228,10 @@ class _Services:
     def _wait_for(self, name: str, url: str) -> None:
         """Wait for a server of ours, if there is one of that name."""
         deadline = time.monotonic() + START_SECONDS
-        while name in self.children and not _answers(url):
+        while name in self.children:
+            with suppress(httpx.HTTPError):
+                if httpx.get(url, timeout=10.0, trust_env=False).is_success:
+                    return
             self.pause()
             if time.monotonic() > deadline:
                 self._fail(name, f"{name} did not answer within {START_SECONDS:.0f} seconds")
@@ -256,13 +259,6 @@ def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
                 log.info("Port %d is taken: %s takes %d", wanted, what, port)
             return port
     raise ResgridError(f"{what}: no port from {wanted} on is free. Name another: `resgrid up --help`.")
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=10.0, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def _end_left_over(root: Path) -> None:

@@ -31,11 +31,6 @@ class Status:
     cells: list[CellState]
     running: list[tuple[Record, str]]  # stages at work on this machine, each with its log's last line
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether anything is at work."""
-        return bool(self.running) or bool(self.grid and self.grid.is_alive)
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "train_all": asdict(self.grid) | {"alive": self.grid.is_alive} if self.grid else None,
@@ -62,13 +57,9 @@ class Status:
             for each in self.cells
             if each.word in ("stale", "other data", "failed") and each.reason
         ]
-        return "\n".join([*self._train_all(), self.summary, *lines, *reasons])
-
-    @property
-    def summary(self) -> str:
-        """How many cells are in which state."""
         num = Counter(each.word for each in self.cells)
-        return f"{len(self.cells)} cells: {', '.join(f'{num[word]} {word}' for word in WORDS if num[word])}."
+        words = ", ".join(f"{num[word]} {word}" for word in WORDS if num[word])
+        return "\n".join([*self._train_all(), f"{len(self.cells)} cells: {words}.", *lines, *reasons])
 
     def _train_all(self) -> list[str]:
         if self.grid is None:
@@ -111,7 +102,7 @@ def watch(pipeline: Pipeline) -> None:
                 now = status(pipeline)
                 lines = str(now).splitlines()[: screen.console.height - 1]
                 screen.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
-                if now.is_alive:
+                if now.running or (now.grid and now.grid.is_alive):
                     last = time.monotonic()
                 if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
                     return

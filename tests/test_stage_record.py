@@ -82,6 +82,20 @@ def test_another_pipelines_stage_and_an_experiments_copy_do_not_get_in_the_way(
     assert len(list((root / ".resgrid").rglob("*.json"))) == 1
 
 
+def test_a_training_by_hand_is_recorded_and_within_a_stage_of_dvcs_the_stage_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recorded(), recorded(by_hand="train@other"):
+        pass
+    assert [path.stem for path in (root / ".resgrid").rglob("*.json")] == ["train@a-b-0"]
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.delenv("DVC_STAGE")
+    (root / ".dvc").mkdir()
+    with pytest.raises(ResgridError), recorded(), recorded(by_hand="train@a-b-0"):
+        raise ResgridError("no")
+    assert (record(root).status, record(root).why) == ("failed", "no")
+
+
 def test_every_stage_of_a_trained_pipeline_has_left_its_record(small: Project) -> None:
     for stage in ("download", "preprocess", "train@resnet20-sgd-0", "evaluate"):
         latest = read_record(small.root, small.root, stage)

@@ -18,7 +18,7 @@ from typing import Any
 
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
-from resgrid.project import write_whole
+from resgrid.project import project_root, write_whole
 from resgrid.provenance import experiment
 
 RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
@@ -103,10 +103,15 @@ def read_record(root: Path, pipeline: Path, stage: str) -> Record | None:
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Leave a record of what is done within, if DVC runs it as a stage of the project itself."""
+def recorded(by_hand: str = "") -> Iterator[None]:
+    """Leave a record of what is done within, if DVC runs it as a stage of the project itself.
+
+    `by_hand`: the stage that it is without DVC.
+    """
     root, stage = os.environ.get("DVC_ROOT"), os.environ.get("DVC_STAGE", "").rpartition(":")[2]
-    if not root or not stage or experiment():
+    if by_hand and not stage:
+        root, stage = str(project_root()), by_hand
+    elif by_hand or not root or not stage or experiment():  # the whole command is recorded, or nothing
         yield
         return
     project, pipeline = Path(root).resolve(), Path.cwd().resolve()
