@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from queue import SimpleQueue
+from typing import Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -21,7 +22,7 @@ def train_all(
     slots: int | None = None,
     force: bool = False,
     where: str = HERE,
-    device: str | None = None,
+    device: Literal["cpu", "cuda", "mps"] | None = None,
 ) -> State:
     """Bring a pipeline's grid up to date: download, preprocess, every stale cell in parallel, evaluate.
 

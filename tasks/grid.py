@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -37,7 +38,7 @@ from tasks.plan import Plan, Step, await_plan, longest_first, slots_for
 from tasks.pool import Pool
 from tasks.publish import Page, mlflow_address
 from tasks.slots import Slot, whole_machine
-from tasks.spec import DATA_STAGES, DEVICES, RunSpec
+from tasks.spec import DATA_STAGES, RunSpec
 from tasks.status import time_left
 
 EVALUATE = "evaluate"  # after them
@@ -91,15 +92,13 @@ def can_pass(task: Task[..., RunState], run: TaskRun, state: RunState) -> bool:
     return isinstance(error, StageFailed) and error.fault is not None and error.fault.transient
 
 
-@task(
-    name="stage",
-    task_run_name="{title}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=PAUSE_SECONDS,
-    retry_condition_fn=can_pass,
-)
+RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE, "persist_result": False,
+    "retries": RETRIES, "retry_delay_seconds": PAUSE_SECONDS, "retry_condition_fn": can_pass,
+}  # fmt: skip
+
+
+@task(name="stage", task_run_name="{title}", **RETRIED)
 def stage(title: str, slot: Slot, grid: Grid) -> RunState:
     """One stage, under the name by which a person knows it, brought up to date by DVC."""
     return grid.reproduce(title, slot)
@@ -133,8 +132,7 @@ class Grid:
         self.ended: dict[str, RunState] = {}  # by a stage's title
         self.pool: Pool | None = None
         self.state = GridRun(watch.describe(os.getpid()), time.time(), url=runtime.flow_run.ui_url)
-        self._exits = ExitStack()
-        self._lock = threading.Lock()
+        self._exits, self._lock = ExitStack(), threading.Lock()
 
     # --- the steps of a run, as a flow calls them -----------------------------------------------------
 
@@ -295,8 +293,6 @@ class Grid:
     # --- a work pool ----------------------------------------------------------------------------------
 
     def _check_pool(self) -> None:
-        if self.device not in (None, *DEVICES):
-            raise ResgridError(f"device={self.device}: must be {', '.join(DEVICES)}, or not given.")
         if given := "force" if self.force else "slots" if self.num_slots else "":
             raise ResgridError(
                 f"where={self.where}: {given} cannot be given. Results come back through DVC's run cache, "

@@ -88,12 +88,13 @@ class Plan:
         if not num["stale"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
         threads, names = self.slots[0].threads, ", ".join(slot.name for slot in self.slots[:8])
-        each = f"{threads} thread{'s' * (threads > 1)} each"
         time = "unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
         if self.seconds is not None:
             time = f"{duration(self.seconds)}, less what DVC's run cache restores"
         total = f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date."
-        slots = f"By train-all: {len(self.slots)} at a time ({names}; {each}). Expected time: {time}."
+        slots = (
+            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}."
+        )
         return "\n".join([*lines, "", total, slots])
 
 
@@ -159,7 +160,6 @@ def longest_first(steps: Iterable[Step]) -> list[Step]:
 def _steps(
     needs: Mapping[str, list[str]], status: Mapping[str, list[Any]], states: Mapping[str, CellState]
 ) -> list[Step]:
-
     def upstream(stage: str) -> list[str]:
         return [name for each in needs[stage] for name in (each, *upstream(each))]
 

@@ -66,7 +66,6 @@ def watch_runs(client: SyncPrefectClient) -> None:
     A worker that dies before the flow begins leaves its run Pending, or Submitting, which follows at once and
     so is no sign of life. One that dies in the moment of the beginning leaves it Running without a heartbeat.
     """
-
     for former in (f"no heartbeat for {SILENCE_SECONDS} s", f"taken, but not begun for {START_SECONDS} s"):
         for automation in client.read_automations_by_name(AUTOMATIONS + former):
             client.delete_automation(automation.id)  # it sets a state of a name of its own

@@ -50,8 +50,10 @@ class Status:
             if each.at_work and each.word == State.RUNNING and each.cell.stage not in here
         ]
         width = max((len(stage) for stage, _, _ in rows), default=0)
-        times = [f"for {duration(time.time() - since)}" for _, since, _ in rows]
-        lines = [f"  {row[0]:{width}}  {lasts:>14}  {row[2]}" for row, lasts in zip(rows, times, strict=True)]
+        lines = [
+            f"  {stage:{width}}  {'for ' + duration(time.time() - since):>14}  {line}"
+            for stage, since, line in rows
+        ]
         reasons = [
             f"  {each.cell.id}: {each.word}: {each.reason.splitlines()[0]}"
             for each in self.cells
@@ -96,19 +98,16 @@ def watch(pipeline: Pipeline) -> None:
     from rich.text import Text
 
     last = None if sys.stdout.isatty() else -math.inf  # when something ran
-    with Live(auto_refresh=False) as screen:
-        try:
-            while True:
-                now = status(pipeline)
-                lines = str(now).splitlines()[: screen.console.height - 1]
-                screen.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
-                if now.running or (now.grid and now.grid.is_alive):
-                    last = time.monotonic()
-                if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
-                    return
-                time.sleep(REFRESH_SECONDS)
-        except KeyboardInterrupt:
-            return
+    with Live(auto_refresh=False) as screen, suppress(KeyboardInterrupt):
+        while True:
+            now = status(pipeline)
+            lines = str(now).splitlines()[: screen.console.height - 1]
+            screen.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
+            if now.running or (now.grid and now.grid.is_alive):
+                last = time.monotonic()
+            if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
+                return
+            time.sleep(REFRESH_SECONDS)
 
 
 def _last_line(log: Path) -> str:

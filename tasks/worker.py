@@ -21,7 +21,6 @@ from socket import gethostname
 
 from filelock import FileLock, Timeout
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Crashed, Failed
 
@@ -33,13 +32,14 @@ from resgrid.dvc.process import StageFailed, acquire, reproduce
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.stage_record import Fault
-from tasks.grid import PAUSE_SECONDS, RETRIES, begin_flow, can_pass, flow_environment
+from tasks.grid import RETRIED, begin_flow, flow_environment
 from tasks.server import BEAT_SECONDS, make_pool, prefect_client
 from tasks.services import POOL, environment, running
 from tasks.slots import Slot, share
 from tasks.spec import DATA_STAGES, RunSpec, checkout, difference, recorded_data
 
 SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
+SERVERS = {"PREFECT_API_URL": "http://server:4200/api", "MLFLOW_TRACKING_URI": "http://server:5000"}
 COMPARE_SECONDS = 3.0  # between two looks whether the checkout is still the one that began
 LEAVE_SECONDS = 15.0  # for the flows to end when the worker is to end
 RESTART_SECONDS = 10.0  # before Prefect's worker is started again, if it ended by itself
@@ -78,15 +78,7 @@ class Mismatch(ResgridError):
     """This clone is not what the cell was placed for."""
 
 
-@task(
-    name="train",
-    task_run_name="{cell}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=PAUSE_SECONDS,
-    retry_condition_fn=can_pass,
-)
+@task(name="train", task_run_name="{cell}", **RETRIED)
 def _train(cell: str, pipeline: Pipeline, spec: RunSpec, slot: Slot) -> None:
     """Raises Mismatch, and StageFailed, which is retried if it is transient."""
     stop = threading.Event()
@@ -144,19 +136,16 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     env = _environment(root)
     storage = remote.name(pipeline)
     shares = share(slots or os.cpu_count() or 1, slots=slots)
-    name = name or gethostname()
     is_coordinator = pool == POOL  # it runs train-all itself, whatever its files
     commit, digest = ("", "") if is_coordinator else checkout(pipeline)
-    queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices())]
-    log.info(
-        "Worker %s, %d slots of %d threads: cells of the work pool %s at %s, results to the DVC remote %s "
-        "and MLflow at %s. Ctrl-C ends it: its cells then go to other workers.",
-        name, len(shares), shares[0].threads, pool, tracking.shown(env["PREFECT_API_URL"]), storage,
-        tracking.shown(env["MLFLOW_TRACKING_URI"]),
-    )  # fmt: skip
+    devices = ["cpu", *(["cuda"] if mps.cards() else []), *(["mps"] if sys.platform == "darwin" else [])]
+    queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices)]
+    log.info("Worker of the work pool %s, with %d slots", pool, len(shares))
+    log.info("Prefect %s, MLflow %s", *(tracking.shown(env[variable]) for variable in SERVERS))
+    log.info("DVC remote %s. Ctrl-C ends it: its cells then go to other workers.", storage)
     env |= {SLOTS: str(len(shares)), watch.VARIABLE: watch.describe(os.getpid())}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    command += ["--name", name, "--limit", str(len(shares))]
+    command += ["--name", name or gethostname(), "--limit", str(len(shares))]
     for queue in queues:
         command += ["--work-queue", queue]
     with prefect_client(env["PREFECT_API_URL"]) as client:
@@ -199,11 +188,6 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
         watch.end_group(process, 0.0)
 
 
-def devices() -> list[str]:
-    """What this machine can train on, as a cell may ask for it."""
-    return ["cpu", *(["cuda"] if mps.cards() else []), *(["mps"] if sys.platform == "darwin" else [])]
-
-
 def _environment(root: Path) -> dict[str, str]:
     """Of Prefect's worker, and so of its flows and trainers."""
     env = environment(
@@ -215,7 +199,7 @@ def _environment(root: Path) -> dict[str, str]:
     if services := running(root):
         env.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
         env.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
-    for variable, server in (("PREFECT_API_URL", "server:4200/api"), ("MLFLOW_TRACKING_URI", "server:5000")):
+    for variable, example in SERVERS.items():
         if not env.get(variable, "").startswith(("http://", "https://")):
-            raise ResgridError(f"{variable} names no server: set it to an address such as http://{server}.")
+            raise ResgridError(f"{variable} names no server: set it to an address such as {example}.")
     return env

@@ -180,7 +180,7 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
         state.unlink()
     assert plan_of(repository).seconds is None
     assert (
-        "Expected time: unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
+        "Expected: unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
         in str(plan_of(repository))
     )
 
