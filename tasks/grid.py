@@ -120,8 +120,7 @@ class Grid:
         self, pipeline: Pipeline, num_slots: int | None, force: bool, where: str, device: str | None
     ) -> None:
         self.pipeline, self.num_slots, self.force = pipeline, num_slots, force
-        self.where, self.device = where, device
-        self.stop = threading.Event()
+        self.where, self.device, self.stop = where, device, threading.Event()
         self.page, self.env = Page(pipeline), flow_environment()
         self.plan: Plan
         self.chosen: list[str] = []
