@@ -42,26 +42,23 @@ class Status:
         }
 
     def __str__(self) -> str:
-        rows = [(record.stage, record.started, line) for record, line in self.running]
-        here = {record.stage for record, _ in self.running}
-        rows += [
-            (each.cell.stage, each.since or time.time(), f"in the work pool {each.at_work.slot}")
-            for each in self.cells
-            if each.at_work and each.word == State.RUNNING and each.cell.stage not in here
-        ]
-        width = max((len(stage) for stage, _, _ in rows), default=0)
-        lines = [
-            f"  {stage:{width}}  {'for ' + duration(time.time() - since):>14}  {line}"
-            for stage, since, line in rows
-        ]
-        reasons = [
-            f"  {each.cell.id}: {each.word}: {each.reason.splitlines()[0]}"
-            for each in self.cells
-            if each.word in ("stale", "other data", "failed") and each.reason
-        ]
+        last = {record.stage: line for record, line in self.running}
+        stages = {record.stage: record.started for record, _ in self.running}
+        rows: list[tuple[str, str, float | None, str]] = []
+        for each in self.cells:
+            slot = each.at_work.slot if each.at_work else ""
+            text = last.get(each.cell.stage) or slot or each.reason.partition("\n")[0]
+            rows.append((each.cell.id, each.word, each.since, text))
+            stages.pop(each.cell.stage, None)
+        rows += [(stage, State.RUNNING, started, last[stage]) for stage, started in stages.items()]
+        rows.sort(key=lambda row: (row[1] != State.RUNNING, row[1] != State.QUEUED))  # those at work first
+        width, lines = max(len(row[0]) for row in rows), []
+        for title, word, since, text in rows:
+            lasts = f"for {duration(time.time() - since)}" if since else ""
+            lines.append(f"  {title:{width}}  {word:11}  {lasts:14}  {text}".rstrip())
         num = Counter(each.word for each in self.cells)
         words = ", ".join(f"{num[word]} {word}" for word in WORDS if num[word])
-        return "\n".join([*self._train_all(), f"{len(self.cells)} cells: {words}.", *lines, *reasons])
+        return "\n".join([*self._train_all(), f"{len(self.cells)} cells: {words}.", *lines])
 
     def _train_all(self) -> list[str]:
         if self.grid is None:
