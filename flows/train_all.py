@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from queue import SimpleQueue
+from typing import Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from resgrid import mps
-from tasks.grid import EVALUATE, HERE, grid_run, sync
+from tasks.grid import EVALUATE, HERE, grid_run
 from tasks.slots import Slot
 from tasks.spec import DATA_STAGES
 
@@ -21,7 +22,7 @@ def train_all(
     slots: int | None = None,
     force: bool = False,
     where: str = HERE,
-    device: str | None = None,
+    device: Literal["cpu", "cuda", "mps"] | None = None,
 ) -> State:
     """Bring a pipeline's grid up to date: download, preprocess, every stale cell in parallel, evaluate.
 
@@ -47,6 +48,6 @@ def train_all(
         for cell in grid.oom_cells:  # too little memory beside others
             grid.run(cell, grid.slots[0])
         grid.run(EVALUATE)  # what there is, whether or not cells failed
-        sync(grid, return_state=True)  # after it, for the comparison goes to MLflow as well
-        grid.publish()
+        grid.sync()  # after it, for the comparison goes to MLflow as well
+        grid.page.leaderboard()
         return grid.verdict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.grid import grid_run, sync
+from tasks.grid import grid_run
 from tasks.spec import DATA_STAGES, RunSpec
 from tasks.worker import train_for
 
@@ -26,5 +26,5 @@ def train_cell(cell: str, pipeline: str = ".", force: bool = False, spec: RunSpe
         if all(grid.run(name) for name in DATA_STAGES):
             for stale in grid.queue():
                 grid.run(stale, grid.slots[0])
-            sync(grid, return_state=True)
+            grid.sync()
         return grid.verdict()

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -25,20 +26,19 @@ from prefect.tasks import Task
 
 from resgrid import watch
 from resgrid.cell_states import GRID, RESTORED, TRAINED, UNCHANGED, CellRun, GridRun
+from resgrid.cost import expect, finish_time
 from resgrid.dvc import remote
-from resgrid.dvc.ask import remote as dvc_remote
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run_logged
+from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run
 from resgrid.errors import ResgridError
 from resgrid.grid import choose
 from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
-from resgrid.progress import duration
 from resgrid.stage_record import Fault, State, state_file
-from tasks.plan import Plan, Step, await_plan, expect, finish_time, longest_first, slots_for
+from tasks.plan import Plan, Step, await_plan, longest_first, slots_for
 from tasks.pool import Pool
-from tasks.publish import Page, flow_environment, mlflow_address, mlflow_run
+from tasks.publish import Page, mlflow_address
 from tasks.slots import Slot, whole_machine
-from tasks.spec import DATA_STAGES, DEVICES, RunSpec
+from tasks.spec import DATA_STAGES, RunSpec
 from tasks.status import time_left
 
 EVALUATE = "evaluate"  # after them
@@ -63,12 +63,9 @@ def grid_run(
     Raises ResgridError for a folder that is no pipeline, for params that cannot be used, for cells that do
     not exist, and for what a work pool needs and does not have.
     """
-    for name in ("resgrid", "tasks"):  # Prefect takes their messages, and leaves the level to us
-        logging.getLogger(name).setLevel(logging.INFO)
-    asked, pipeline, stop = time.time(), Pipeline.find(folder), threading.Event()
-    end_with_worker()
-    with acquire(pipeline.lock(GRID), "another train-all, which is at work in this pipeline", stop):
-        grid = Grid(pipeline, slots, force, where, device, asked, stop)
+    grid = Grid(Pipeline.find(folder), slots, force, where, device)
+    begin_flow()
+    with acquire(grid.pipeline.lock(GRID), "another train-all, which is at work in this pipeline", grid.stop):
         try:
             grid.choose(cells)
             yield grid
@@ -76,10 +73,17 @@ def grid_run(
             grid.close()
 
 
-def end_with_worker() -> None:
-    """End this process when the worker that started it, if one did, is gone."""
+def begin_flow() -> None:
+    """Have Prefect take our messages, and end this process with the worker that started it, if one did."""
+    for name in ("resgrid", "tasks"):  # Prefect leaves the level to us
+        logging.getLogger(name).setLevel(logging.INFO)
     if runtime.deployment.id:
         watch.watch(watch.describe(os.getppid()), grace_seconds=WORKER_GRACE_SECONDS)
+
+
+def flow_environment() -> dict[str, str]:
+    """By which a trainer's run in MLflow leads back to the flow run that this is called in."""
+    return {"RESGRID_FLOW_RUN_ID": str(runtime.flow_run.id or "")}
 
 
 def can_pass(task: Task[..., RunState], run: TaskRun, state: RunState) -> bool:
@@ -88,66 +92,51 @@ def can_pass(task: Task[..., RunState], run: TaskRun, state: RunState) -> bool:
     return isinstance(error, StageFailed) and error.fault is not None and error.fault.transient
 
 
-@task(
-    name="stage",
-    task_run_name="{title}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=PAUSE_SECONDS,
-    retry_condition_fn=can_pass,
-)
+RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE, "persist_result": False,
+    "retries": RETRIES, "retry_delay_seconds": PAUSE_SECONDS, "retry_condition_fn": can_pass,
+}  # fmt: skip
+
+
+@task(name="stage", task_run_name="{title}", **RETRIED)
 def stage(title: str, slot: Slot, grid: Grid) -> RunState:
     """One stage, under the name by which a person knows it, brought up to date by DVC."""
     return grid.reproduce(title, slot)
 
 
 @task(name="sync", task_run_name="sync", cache_policy=NO_CACHE, persist_result=False)
-def sync(grid: Grid) -> RunState:
+def sync(grid: Grid) -> None:
     """Give every current cell its complete run in MLflow, also those that DVC restored."""
-    try:
-        run_logged(grid.pipeline, "sync", ["resgrid", "sync"], grid.env, grid.stop)
-    except StageFailed as failure:
-        grid.failures["sync"] = failure
-        return Failed(message=str(failure))
-    return Completed()
+    file = grid.pipeline.log("sync")
+    code, tail = run(["resgrid", "sync"], grid.pipeline.folder, grid.env, file, grid.stop)
+    if code:
+        raise StageFailed("sync", f"it ended with status {code}", tail, file)
 
 
 class Grid:
-    """One run: its plan, and the outcome of each stage. A failure is kept for `verdict`."""
+    """One run: its plan, and what became of each stage."""
 
     def __init__(
-        self,
-        pipeline: Pipeline,
-        num_slots: int | None,
-        force: bool,
-        where: str,
-        device: str | None,
-        asked: float,
-        stop: threading.Event,
+        self, pipeline: Pipeline, num_slots: int | None, force: bool, where: str, device: str | None
     ) -> None:
         self.pipeline, self.num_slots, self.force = pipeline, num_slots, force
-        self.where, self.device, self.asked, self.stop = where, device, asked, stop
-        self.page = Page(pipeline)
-        self.env = flow_environment()
+        self.where, self.device, self.stop = where, device, threading.Event()
+        self.page, self.env = Page(pipeline), flow_environment()
         self.plan: Plan
         self.chosen: list[str] = []
-        self.failures: dict[str, StageFailed] = {}
-        self.outcomes: dict[str, str] = {}  # by a stage's title: TRAINED, RESTORED or UNCHANGED
+        self.has_changed = False  # whether any stage was trained or restored
         self.oom_cells: list[str] = []  # that ran out of memory beside others
         self.slots: list[Slot] = [whole_machine()]
         self.futures: dict[str, PrefectFuture[RunState]] = {}
+        self.ended: dict[str, RunState] = {}  # by a stage's title
         self.pool: Pool | None = None
-        self.state = GridRun(watch.describe(os.getpid()), asked, url=runtime.flow_run.ui_url)
-        self._exits = ExitStack()
-        self._lock = threading.Lock()
+        self.state = GridRun(watch.describe(os.getpid()), time.time(), url=runtime.flow_run.ui_url)
+        self._exits, self._lock = ExitStack(), threading.Lock()
 
     # --- the steps of a run, as a flow calls them -----------------------------------------------------
 
     def choose(self, patterns: list[str] | None) -> None:
         """Plan, and see which cells are selected."""
-        if self.device not in (None, *DEVICES):
-            raise ResgridError(f"device={self.device}: must be {', '.join(DEVICES)}, or not given.")
         if self.where != HERE:
             self._check_pool()
         elif self.device:
@@ -158,9 +147,8 @@ class Grid:
 
     def run(self, title: str, slot: Slot | None = None) -> bool:
         """Bring one stage up to date while nothing else runs; whether it is."""
-        self.failures.pop(title, None)
-        self._note_if_lost(title, stage(title, slot or whole_machine(), self, return_state=True))
-        return title not in self.failures
+        self.ended[title] = stage(title, slot or whole_machine(), self, return_state=True)
+        return self.ended[title].is_completed()
 
     def submit(self, title: str, slot: Slot, then: Callable[[Slot], None]) -> None:
         """Begin to bring a stage up to date on a free slot, which `then` gets back after the last retry."""
@@ -171,11 +159,15 @@ class Grid:
         """Until all that was submitted has ended."""
         for title, future in self.futures.items():
             future.wait()
-            self._note_if_lost(title, future.state)
+            self.ended[title] = future.state
+
+    def sync(self) -> None:
+        """Complete the runs in MLflow."""
+        self.ended["sync"] = sync(self, return_state=True)
 
     def queue(self) -> list[str]:
-        """The chosen cells that are not up to date, the longest first; the others are shown as being so."""
-        if any(self.outcomes.get(name, UNCHANGED) != UNCHANGED for name in DATA_STAGES):
+        """The chosen cells that are not up to date, the longest first; the others get a task that says so."""
+        if self.has_changed:  # the data
             self.plan = await_plan(self.pipeline, self.num_slots, self.stop)
         chosen = [self.plan.by_title[title] for title in self.chosen]
         steps = longest_first(step for step in chosen if not self._is_fresh(step))
@@ -194,22 +186,22 @@ class Grid:
         self._show()
         return todo
 
-    def publish(self) -> None:
-        """The leaderboard, and how far the grid came, on Prefect's page."""
-        self.page.leaderboard(self.pipeline.folder / "reports/leaderboard.csv")
-        self._show()
-
     def verdict(self) -> RunState:
         """Completed, or Failed with each failure: what, why, the end of its log and where the rest is."""
+        failures = {
+            title: state.result(raise_on_failure=False)
+            for title, state in self.ended.items()
+            if state.is_failed() or state.is_crashed()
+        }
         num = Counter(each.became for each in self.state.cells.values())
-        num["failed"] = sum(title in self.state.cells for title in self.failures)
+        num["failed"] = sum(title in self.state.cells for title in failures)
         words = (TRAINED, RESTORED, UNCHANGED, "failed")
         summary = ", ".join(f"{num[word]} {word}" for word in words if num[word])
-        if not self.failures:
+        if not failures:
             return Completed(message=f"{len(self.chosen)} cells: {summary}" if self.chosen else "up to date")
-        reasons = "\n".join(str(failure) for failure in self.failures.values())
-        missing = ", ".join(self.failures)
-        return Failed(message=f"{missing} failed ({summary or 'nothing was trained'}).\n{reasons}")
+        reasons = "\n".join(str(error) for error in failures.values())
+        message = f"{', '.join(failures)} failed ({summary or 'nothing was trained'}).\n{reasons}"
+        return Failed(message=message)
 
     def close(self) -> None:
         """End what still runs, and forget this run: the records and results say what came of it."""
@@ -225,31 +217,30 @@ class Grid:
         """The state that the stage's task ends in; raises StageFailed."""
         step, attempt = self.plan.by_title[title], runtime.task_run.run_count
         force = self.force and step.cell is not None
-        if self._is_fresh(step) and not (title == EVALUATE and set(self.outcomes.values()) - {UNCHANGED}):
+        if self._is_fresh(step) and not (title == EVALUATE and self.has_changed):
             return Completed(name="Up to date")
         if force and attempt == 1:  # or an interrupted training would go on
             delete(checkpoint_files(checkpoint_folder(self.pipeline.root, self.pipeline.folder), title))
         state, became = None, ""
 
         def follow(is_running: bool) -> None:
-            """Take down that it has begun, or that it waits for another worker."""
+            """Note that it has begun, or that it waits for another worker."""
             now = State.RUNNING if is_running else State.QUEUED
             self._set(title, CellRun(now, attempt, slot.name, time.time() if is_running else None))
 
         try:
             if self.pool and step.cell:
-                outcome = self.pool.train(title, step.stage, follow)
+                self.pool.train(title, step.stage, follow)
+                has_run = True
             else:
                 follow(True)
                 env = {**slot.env, **self.env}
-                outcome = reproduce(self.pipeline, step.stage, env, force=force, stop=self.stop)
-            self.failures.pop(title, None)
-            became = TRAINED if outcome.ran else RESTORED if step.state == "stale" else UNCHANGED
-            self.outcomes[title] = became
+                has_run = reproduce(self.pipeline, step.stage, env, force=force, stop=self.stop)
+            became = TRAINED if has_run else RESTORED if step.state == "stale" else UNCHANGED
+            self.has_changed |= became != UNCHANGED
         except Stopped:
             return Cancelled(message="ended together with its run")
         except StageFailed as failure:
-            self.failures[title] = failure
             if failure.fault == Fault.MEMORY and self._num_running() > 1:
                 state = State.QUEUED
                 self.oom_cells.append(title)
@@ -259,10 +250,9 @@ class Grid:
             raise
         finally:
             self._set(title, CellRun(state, attempt, became=became))
-        if outcome.ran and step.cell:
-            self.page.link(title, mlflow_run(self.pipeline.root, self.plan.params.name, title))
-        name = "Completed" if outcome.ran else became.capitalize()
-        return Completed(name=name, message=f"took {duration(outcome.seconds)}")
+        if has_run and step.cell:
+            self.page.link(self.plan.params.name, title)
+        return Completed(name="Completed" if has_run else became.capitalize())
 
     def _set(self, title: str, run: CellRun) -> None:
         if title in self.state.cells:
@@ -278,10 +268,10 @@ class Grid:
         with self._lock:
             cells = self.state.cells
             at_work = {title: each for title, each in cells.items() if each.state}
-            steps = {title: self.plan.by_title[title] for title in at_work}
-            seconds = expect(self.pipeline, self.plan.params, steps.values(), self.slots[0])
+            slot, pipeline = self.slots[0], self.pipeline
+            seconds = expect(self.plan.params, pipeline.folder, pipeline.root, slot.threads, slot.on_card)
+            known = {title: seconds.get(self.plan.by_title[title].stage) for title in at_work}
             self.state.num_slots = max(1, self._num_running()) if self.pool else len(self.slots)
-            known = {title: seconds[step.stage] for title, step in steps.items() if step.stage in seconds}
             self.state.until = finish_time(known, at_work, self.state.num_slots)
             self.state.save(self.pipeline.root, self.pipeline.folder)
             text = f"{len(cells) - len(at_work)} of {len(cells)} cells done"
@@ -297,14 +287,7 @@ class Grid:
         if step.state != "up to date" or not self.force or not step.cell:
             return step.state == "up to date"
         record = self.pipeline.record(step.stage)
-        return bool(record and record.status == State.DONE and (record.ended or 0.0) > self.asked)
-
-    def _note_if_lost(self, title: str, state: RunState) -> None:
-        """A stage that failed without a failure of its own: on a full disk, or where Prefect ran no task."""
-        if not (state.is_completed() or state.is_cancelled() or title in self.failures):
-            why = f"its task did not run: {state.message}"
-            self.failures[title] = StageFailed(title, why, [], self.pipeline.log(title))
-            self._set(title, CellRun())
+        return bool(record and record.status == State.DONE and (record.ended or 0.0) > self.state.started)
 
     # --- a work pool ----------------------------------------------------------------------------------
 
@@ -319,7 +302,7 @@ class Grid:
                 f"where={self.where}: there is no MLflow server to which all workers could record. Start "
                 "`make up`, or let MLFLOW_TRACKING_URI name one."
             )
-        dvc_remote(self.pipeline)
+        remote.name(self.pipeline)
 
     def _open_pool(self, num_cells: int) -> None:
         """Let the workers of a pool train the cells: these get the data, and each cell a run at once."""

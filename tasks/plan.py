@@ -6,23 +6,21 @@ that the last ones to run are short and the slots end together.
 
 from __future__ import annotations
 
-import heapq
-import json
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from resgrid.cell_states import CellRun, CellState, cell_states
+from resgrid.cell_states import CellState, cell_states
 from resgrid.config import Params, load_params
-from resgrid.cost import estimate_durations, measured_speeds, recorded_speeds, timings, work
-from resgrid.dvc.ask import Busy, ask, runs_before
+from resgrid.cost import expect, makespan, timings, work
+from resgrid.dvc.ask import Busy, ask
+from resgrid.dvc.lock import repair
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import Stopped, repair
+from resgrid.dvc.process import Stopped
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.progress import duration
@@ -77,21 +75,11 @@ class Plan:
         return makespan([step.seconds or 0.0 for step in stale], len(self.slots)) + rest
 
     def as_dict(self) -> dict[str, Any]:
+        stages = [asdict(step) | {"cell": step.cell.id if step.cell else None} for step in self.steps]
+        slots = [{"name": slot.name, "threads": slot.threads} for slot in self.slots]
         return {
-            "pipeline": self.pipeline.name,
-            "slots": [{"name": slot.name, "threads": slot.threads} for slot in self.slots],
-            "seconds": self.seconds,
-            "stages": [
-                {
-                    "stage": step.stage,
-                    "cell": step.cell.id if step.cell else None,
-                    "state": step.state,
-                    "why": list(step.why),
-                    "seconds": step.seconds,
-                }
-                for step in self.steps
-            ],
-        }
+            "pipeline": self.pipeline.name, "slots": slots, "seconds": self.seconds, "stages": stages,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         width = max(len(step.title) for step in self.steps)
@@ -100,12 +88,13 @@ class Plan:
         if not num["stale"]:
             return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
         threads, names = self.slots[0].threads, ", ".join(slot.name for slot in self.slots[:8])
-        each = f"{threads} thread{'s' * (threads > 1)} each"
         time = "unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
         if self.seconds is not None:
             time = f"{duration(self.seconds)}, less what DVC's run cache restores"
         total = f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date."
-        slots = f"By train-all: {len(self.slots)} at a time ({names}; {each}). Expected time: {time}."
+        slots = (
+            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}."
+        )
         return "\n".join([*lines, "", total, slots])
 
 
@@ -117,7 +106,7 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, measure: bool = F
     """
     params = load_params(pipeline.folder / "params.yaml")
     check_links(pipeline.folder)
-    repair(pipeline, threading.Event())
+    repair(pipeline)
     cells = {cell.stage: cell for cell in expand(params)}
     answer = ask(pipeline)
     if missing := [cell.id for stage, cell in cells.items() if stage not in answer.needs]:
@@ -130,7 +119,9 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, measure: bool = F
     steps = _steps(answer.needs, answer.status, by_stage)
     stale = [step.cell for step in steps if step.cell and step.state == "stale"]
     shares = slots_for(pipeline, params, stale or list(cells.values()), slots)
-    seconds = expect(pipeline, params, steps, shares[0], measure=measure)
+    seconds = expect(
+        params, pipeline.folder, pipeline.root, shares[0].threads, shares[0].on_card, measure=measure
+    )
     timed = tuple(replace(step, seconds=seconds.get(step.stage)) for step in steps)
     return Plan(pipeline, params, timed, tuple(shares))
 
@@ -166,106 +157,40 @@ def longest_first(steps: Iterable[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: work(step.cell) if step.cell else 0.0, reverse=True)
 
 
-def makespan(seconds: Iterable[float], num_slots: int) -> float:
-    """When the last of these ends, each started in turn on the slot that is free first."""
-    ends = [0.0] * num_slots
-    for taken in seconds:
-        heapq.heapreplace(ends, ends[0] + taken)
-    return max(ends)
-
-
-def finish_time(seconds: Mapping[str, float], at_work: Mapping[str, CellRun], num_slots: int) -> float | None:
-    """When the last of the cells at work should end, which take so long; None while any is unknown.
-
-    Those that run first, then the longest.
-    """
-    if set(at_work) - set(seconds):
-        return None
-    now = time.time()
-    left = {title: seconds[title] - (now - (each.began or now)) for title, each in at_work.items()}
-    order = sorted(left, key=lambda title: (at_work[title].began is None, -left[title]))
-    return now + makespan([max(0.0, left[title]) for title in order], num_slots)
-
-
-def expect(
-    pipeline: Pipeline, params: Params, steps: Iterable[Step], slot: Slot, *, measure: bool = False
-) -> dict[str, float]:
-    """Seconds for each stage of which anything is known.
-
-    A cell goes at the speed of its architecture; without one, and for the other stages, it takes as long as
-    the latest attempt that was done.
-    """
-    steps = list(steps)
-    cells = expand(params)
-    num_images = num_train(pipeline, params, measure=measure)
-    speeds = recorded_speeds(cells, pipeline.folder, slot.threads, slot.sharing if slot.card else None)
-    if measure:
-        from resgrid.training.device import choose_device
-
-        speeds |= measured_speeds((step.cell for step in steps if step.cell), choose_device())
-    records = {step.stage: pipeline.record(step.stage) for step in steps}
-    lasted = {stage: record.seconds for stage, record in records.items() if record and record.seconds}
-    own = {step.cell.id for step in steps if step.cell and step.cell.architecture in speeds}
-    by_id = estimate_durations(cells, num_images, speeds)
-    by_stage = {step.stage: by_id[step.cell.id] for step in steps if step.cell and step.cell.id in by_id}
-    return by_stage | {
-        step.stage: lasted[step.stage] for step in steps if step.stage in lasted and step.title not in own
-    }
-
-
-def num_train(pipeline: Pipeline, params: Params, *, measure: bool) -> int | None:
-    """Training images of the data that are here; with `measure` also those that would be downloaded."""
-    # Read here and not by resgrid.data, which imports torch and so takes 2 s.
-    try:
-        meta = json.loads((pipeline.folder / "data/processed/meta.json").read_text(encoding="utf-8"))
-        return int(meta["num_images"]["train"])
-    except (OSError, ValueError, KeyError, TypeError):
-        if not measure:
-            return None
-    from resgrid.data.fetch import known_num_train
-
-    return known_num_train(params.data)
-
-
 def _steps(
     needs: Mapping[str, list[str]], status: Mapping[str, list[Any]], states: Mapping[str, CellState]
 ) -> list[Step]:
-    before = runs_before(needs)
+    def upstream(stage: str) -> list[str]:
+        return [name for each in needs[stage] for name in (each, *upstream(each))]
+
     steps = []
     for stage in needs:
         state = states.get(stage)
         step = Step(stage, state.cell if state else None, "up to date", ())
         if stage in status:
             step = replace(step, state="stale", why=tuple(_reasons(status[stage], state)))
-        elif waits := [name for name in before[stage] if name in status]:
+        elif waits := [name for name in dict.fromkeys(upstream(stage)) if name in status]:
             more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
             step = replace(step, state="after", why=(f"after {waits[0]}{more}",))
         steps.append(step)
     return steps
 
 
-_CHANGES = {"deleted": "is missing", "not in cache": "is not in DVC's cache"}
-
-
 def _reasons(status: list[Any], state: CellState | None) -> list[str]:
     """Why a stage is stale: a cell's own reason, else what DVC names."""
     if state and state.reason:
         return [state.reason]
-    changes = [
-        how for entry in status if isinstance(entry, dict) for kind in entry.values() for how in kind.values()
-    ]
-    if "new" in changes:  # dependencies that dvc.lock does not have
-        return ["has never run here"]
+    words = {"deleted": "is missing", "not in cache": "is not in DVC's cache"}
     reasons = []
     for entry in status:
         if isinstance(entry, str):
-            reasons.append({"changed command": "its command has changed"}.get(entry, entry))
+            reasons.append("its command has changed" if entry == "changed command" else entry)
             continue
-        for kind in entry.values():
-            for path, how in kind.items():
-                keys = list(how) if isinstance(how, dict) else [path]  # the params of a file
-                word = "has changed" if isinstance(how, dict) else _CHANGES.get(how, "has changed")
-                reasons += [f"{key} {word}" for key in keys]
+        for path, how in (item for kind in entry.values() for item in kind.items()):
+            if how == "new":  # a dependency that dvc.lock does not have
+                return ["has never run here"]
+            keys = how if isinstance(how, dict) else {path: how}  # the params of a file
+            reasons += [f"{key} {words.get(value, 'has changed')}" for key, value in keys.items()]
     return reasons
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -30,18 +30,21 @@ from prefect.states import Cancelled, Cancelling, Crashed
 
 from resgrid.dvc import remote
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import Outcome, StageFailed, Stopped
+from resgrid.dvc.process import StageFailed, Stopped
 from resgrid.errors import ResgridError
 from resgrid.stage_record import Fault
 from tasks.server import ACTIVE, AWAY, WATCHED, make_pool, named, read_runs, watch_runs
 from tasks.spec import DATA_STAGES, DEVICES, RunSpec
 
 FLOW = "train-cell"
+COPIED = (  # from the flow's deployment to a pool's
+    "flow_id", "description", "entrypoint", "path", "pull_steps", "parameter_openapi_schema", "job_variables",
+)  # fmt: skip
 FORMER_QUEUES = ("default", *DEVICES)  # where the version before placed cells
 POLL_SECONDS = 2.0
 MAX_PLACED = 10  # times that a cell is placed, when its runs crash or are cancelled by others
 AWAY_SECONDS = 20.0  # between two looks while the remote is away
-IDLE_SECONDS = 60.0  # without a cell at work, or a worker's look into a queue, after which a person is told
+IDLE_SECONDS = 60.0  # without a cell at work, or a worker's look into a queue, after which it is logged
 
 Answer = TypeVar("Answer")
 
@@ -66,47 +69,41 @@ class Pool:
         self._asking, self._recording = threading.Lock(), threading.Lock()
         self._active: dict[UUID, FlowRun] = {}  # those of this spec, when last asked
         self._asked = 0.0
-        self._worked = time.monotonic()  # when a cell last was at work
+        self._reminded = time.monotonic()
         self._is_away = self._is_remote_away = False
         self._ended: set[str] = set()  # stages whose result is to be recorded
         self._deployment = _deploy(client, name)
 
-    def train(self, cell: str, stage: str, follow: Callable[[bool], None]) -> Outcome:
+    def train(self, cell: str, stage: str, follow: Callable[[bool], None]) -> None:
         """Have a worker train the cell; its result is here when this returns.
 
         `follow` is called with True whenever the cell begins to run, with False when it waits again.
         Raises StageFailed, and Stopped, by which its run is cancelled.
         """
-        began, why = time.monotonic(), ""
+        why = ""
         for _ in range(MAX_PLACED):
-            run = self._join(cell) or self._ask(lambda: self._place(cell))
+            run = self._ask(lambda: self._join_or_place(cell))
             state = self._wait(run.id, follow)
             if state.is_failed():
                 where = f"flow run {run.name} ({run.id})"
-                raise StageFailed(stage, state.message or "it failed", [], where, None)
+                raise StageFailed(stage, state.message or "it failed", [], where)
             if not (state.is_cancelled() or state.is_cancelling()) and self._record(stage):
-                return Outcome(stage, True, time.monotonic() - began, self.pipeline.log(stage))
+                return
             why = f"{state.name}: {state.message or 'no reason given'}"
-            log.info(
-                "%s: its run ended without a result in the DVC remote, so it is placed again (%s)", cell, why
-            )
+            log.info("%s: no result in the DVC remote, so it is placed again (%s)", cell, why)
             follow(False)
         where = f"Prefect's runs with the tags {self.spec.tag} and {cell}"
-        raise StageFailed(
-            stage, f"it was placed {MAX_PLACED} times; the last run ended as {why}", [], where, None
-        )
+        why = f"it was placed {MAX_PLACED} times; the last run ended as {why}"
+        raise StageFailed(stage, why, [], where)
 
-    def _join(self, cell: str) -> FlowRun | None:
-        """The cell's run that has not ended, if there is one."""
-        for run in self._ask(self._read_active).values():
+    def _join_or_place(self, cell: str) -> FlowRun:
+        """The cell's run that has not ended, or a new one."""
+        for run in self._read_active().values():
             if cell in run.tags:
                 log.info("%s: joins the flow run %s, which has been placed before", cell, run.id)
                 return run
-        return None
-
-    def _place(self, cell: str) -> FlowRun:
         # In a thread without an event loop it answers at once.
-        run = run_deployment(
+        placed = run_deployment(
             self._deployment,
             parameters={"cell": cell, "pipeline": self.pipeline.name, "spec": self.spec.model_dump()},
             flow_run_name=cell,
@@ -115,8 +112,8 @@ class Pool:
             timeout=0,
             as_subflow=False,
         )
-        assert isinstance(run, FlowRun)
-        return run
+        assert isinstance(placed, FlowRun)
+        return placed
 
     def _wait(self, run: UUID, follow: Callable[[bool], None]) -> State:
         """The state in which a run has ended: Crashed as well if somebody has deleted it."""
@@ -131,16 +128,14 @@ class Pool:
                     follow(True)
                 self._pause(POLL_SECONDS)
         except Stopped:
-            with suppress(*AWAY):  # then the run goes on, and its result is kept
+            with suppress(*AWAY):  # then the run goes on
                 self._client.set_flow_run_state(run, Cancelling())
             raise
 
     def _state(self, run: UUID) -> State:
-        if found := self._read_active().get(run):
-            assert found.state is not None
-            return found.state
+        active = self._read_active().get(run)
         try:
-            state = self._client.read_flow_run(run).state
+            state = (active or self._client.read_flow_run(run)).state
         except ObjectNotFound:
             return Crashed(message="Somebody has deleted its flow run.")
         assert state is not None
@@ -158,12 +153,10 @@ class Pool:
 
     def _remind(self) -> None:
         """Log it if cells wait and nobody listens."""
-        now = time.monotonic()
-        if not self._active or any(run.state and run.state.is_running() for run in self._active.values()):
-            self._worked = now
-        if now - self._worked < IDLE_SECONDS:
+        is_at_work = any(run.state and run.state.is_running() for run in self._active.values())
+        if is_at_work or not self._active or time.monotonic() - self._reminded < IDLE_SECONDS:
             return
-        self._worked = now
+        self._reminded = time.monotonic()
         queue = self._client.read_work_queue_by_name(self.spec.queue, work_pool_name=self.name)
         if queue.last_polled and datetime.now(UTC) - queue.last_polled < timedelta(seconds=IDLE_SECONDS):
             return  # its workers are busy
@@ -179,19 +172,16 @@ class Pool:
         while True:
             try:
                 answer = question()
+                self._is_away = False
+                return answer
             except AWAY as error:
                 is_refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
                 if is_refused or isinstance(error, ObjectNotFound):
                     raise
                 if not self._is_away:
-                    log.warning(
-                        "Prefect's server does not answer (%s); the cells go on", type(error).__name__
-                    )
+                    log.warning("Prefect's server does not answer; the cells go on (%r)", error)
                 self._is_away = True
                 self._pause(POLL_SECONDS)
-            else:
-                self._is_away = False
-                return answer
 
     def _record(self, stage: str) -> bool:
         """Whether the cell's result is here, as the remote gives it; waits for a remote that is away.
@@ -205,14 +195,11 @@ class Pool:
                 self._pause(0.0)
                 if stage not in self._ended:
                     return True  # another one's `dvc` has recorded it
-                everyone = sorted(self._ended)
-                for stages in (everyone, [stage]):
+                for stages in dict.fromkeys([tuple(sorted(self._ended)), (stage,)]):
                     fault = remote.record(self.pipeline, stages, self.env, self._stop)
                     if fault is None:
                         self._ended -= {*stages}
                         return True
-                    if stages == [stage]:
-                        break
                 if fault == Fault.NO_RESULT and remote.answers(self.pipeline, DATA_STAGES[-1]):
                     self._ended.remove(stage)
                     return False
@@ -238,30 +225,16 @@ def _deploy(client: SyncPrefectClient, name: str) -> UUID:
     make_pool(client, name)
     watch_runs(client)
     # Of a pod silence means less: it may be on its way, or send no heartbeats.
-    tags = [WATCHED] if client.read_work_pool(name).type == "process" else []
+    watched = [WATCHED] if client.read_work_pool(name).type == "process" else []
+    copied: dict[str, Any] = {key: getattr(base, key) for key in COPIED}
     deployment = client.create_deployment(
-        flow_id=base.flow_id,
-        name=name,
-        description=base.description,
-        tags=[*base.tags, *tags],
-        entrypoint=base.entrypoint,
-        path=base.path,
-        pull_steps=base.pull_steps,
-        parameter_openapi_schema=base.parameter_openapi_schema,
-        job_variables=base.job_variables,
-        work_pool_name=name,
+        name=name, tags=[*base.tags, *watched], work_pool_name=name, **copied
     )
-    former = read_runs(
-        client,
-        ["SCHEDULED"],
-        deployments={"id": {"any_": [str(deployment)]}},
-        work_pool_queues=named(*FORMER_QUEUES),
-    )
-    for run in former:
+    of_former: dict[str, Any] = {
+        "deployments": {"id": {"any_": [str(deployment)]}}, "work_pool_queues": named(*FORMER_QUEUES),
+    }  # fmt: skip
+    for run in read_runs(client, ["SCHEDULED"], **of_former):
         why = "Placed by an earlier version, in a queue that no worker asks any more."
         client.set_flow_run_state(run.id, Cancelled(message=why), force=True)
-    if former:
-        log.info(
-            "Cancelled %s: an earlier version has placed them", ", ".join(sorted(r.name for r in former))
-        )
+        log.info("Cancelled %s, which an earlier version has placed", run.name)
     return deployment

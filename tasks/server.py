@@ -66,29 +66,22 @@ def watch_runs(client: SyncPrefectClient) -> None:
     A worker that dies before the flow begins leaves its run Pending, or Submitting, which follows at once and
     so is no sign of life. One that dies in the moment of the beginning leaves it Running without a heartbeat.
     """
-
-    def events(*names: str) -> set[str]:
-        return {f"prefect.flow-run.{name}" for name in names}
-
     for former in (f"no heartbeat for {SILENCE_SECONDS} s", f"taken, but not begun for {START_SECONDS} s"):
         for automation in client.read_automations_by_name(AUTOMATIONS + former):
             client.delete_automation(automation.id)  # it sets a state of a name of its own
-    ended = events("Completed", "Failed", "Crashed", "Cancelled")
     for name, after, expect, seconds in (
-        ("no heartbeat", events("Running", "heartbeat"), events("heartbeat"), SILENCE_SECONDS),
-        ("taken, not begun", events("Pending"), events("Running"), START_SECONDS),
+        ("no heartbeat", {"Running", "heartbeat"}, "heartbeat", SILENCE_SECONDS),
+        ("taken, not begun", {"Pending"}, "Running", START_SECONDS),
     ):
         title = f"{AUTOMATIONS}Crashed after {seconds} s, {name}"
         if client.read_automations_by_name(title):
             continue
+        expected = {expect, "Completed", "Failed", "Crashed", "Cancelled"}
         trigger = EventTrigger(
-            after=after,
-            expect=expect | ended,
+            after={f"prefect.flow-run.{event}" for event in after},
+            expect={f"prefect.flow-run.{event}" for event in expected},
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related={
-                "prefect.resource.role": "tag",
-                "prefect.resource.id": f"prefect.tag.{WATCHED}",
-            },
+            match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{WATCHED}"},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -99,21 +92,17 @@ def watch_runs(client: SyncPrefectClient) -> None:
         client.create_automation(AutomationCore(name=title, trigger=trigger, actions=[action]))
 
 
-def cancel_runs(client: SyncPrefectClient, pool: str, why: str, seconds: float) -> None:
-    """Have a pool's workers cancel what they are at; wait for that `seconds` at most."""
-    for run in read_runs(client, TAKEN, work_pools=named(pool)):
-        client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
-    deadline = time.monotonic() + seconds
-    while read_runs(client, TAKEN, work_pools=named(pool)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+def end_runs(client: SyncPrefectClient, pool: str, why: str, seconds: float = 0.0) -> int:
+    """End the flow runs of a pool that have no end; return the number of those that its workers did not end.
 
-
-def finalize_orphans(client: SyncPrefectClient, pool: str, why: str) -> int:
-    """End the flow runs of a pool that nobody has ended, once it has no worker; return their number.
-
-    A run that was being cancelled becomes cancelled, any other crashed.
+    For `seconds` its workers cancel them. Then one that was being cancelled becomes cancelled, any other
+    crashed, and so their tasks.
     """
-    runs = read_runs(client, TAKEN, work_pools=named(pool))
+    deadline = time.monotonic() + seconds
+    for run in read_runs(client, TAKEN, work_pools=named(pool)) if seconds else ():
+        client.set_flow_run_state(run.id, Cancelling(message=why), force=True)
+    while (runs := read_runs(client, TAKEN, work_pools=named(pool))) and time.monotonic() < deadline:
+        time.sleep(0.2)
     for run in runs:
         of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
         active = TaskRunFilter.model_validate({"state": {"type": {"any_": TAKEN}}})

@@ -1,4 +1,4 @@
-"""`resgrid up`: a Prefect server, an MLflow server and a worker on this machine, until they are told to end.
+"""`resgrid up`: a Prefect server, an MLflow server and a worker on this machine, until a signal.
 
 All of them listen on loopback alone and keep their state in the project's `.resgrid`.
 
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from resgrid import watch
 from resgrid.config import load_params
+from resgrid.dvc.process import Stopped
 from resgrid.errors import ResgridError
 from resgrid.stage_record import read_state, write_state
 
@@ -57,11 +57,10 @@ class Addresses:
 
 
 def running(root: Path) -> Addresses | None:
-    """The services that `up` keeps running for the project in `root`, if it does."""
+    """The services that `up` keeps running for the project in `root`, if all of them answer."""
     state: Any = read_state(root / STATE)
-    if not state or not watch.alive(state["by"]):
-        return None
-    return Addresses(state["prefect"], state["mlflow"])
+    is_up = state and "prefect" in state and watch.alive(state["by"])
+    return Addresses(state["prefect"], state["mlflow"]) if is_up else None
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:
@@ -79,21 +78,11 @@ def environment(root: Path, **more: str) -> dict[str, str]:
     }
 
 
-def _local_environment(root: Path, prefect: str) -> dict[str, str]:
-    """That of the services of this machine, with Prefect at the address `prefect`."""
+def no_proxy() -> dict[str, str]:
+    """No proxy on the way to this machine itself."""
     given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
     direct = ",".join(name for name in dict.fromkeys([*map(str.strip, given), HOST, "localhost"]) if name)
-    return environment(
-        root,
-        # Before whatever else has a module called tasks or flows.
-        PYTHONPATH=os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
-        PYTHONUNBUFFERED="1",
-        PREFECT_API_URL=f"{prefect}/api",
-        PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
-        PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
-        NO_PROXY=direct,
-        no_proxy=direct,
-    )
+    return {"NO_PROXY": direct, "no_proxy": direct}
 
 
 def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
@@ -123,16 +112,12 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
             services.start(prefect_port, mlflow_port)
             while True:
                 services.pause()
-        except ShutdownRequested:
+        except Stopped:
             log.info("\nStopping: the worker, then MLflow, then Prefect")
         finally:
             services.end()
     log.info("All ended.")
     return 0
-
-
-class ShutdownRequested(Exception):
-    """A signal asked for the end."""
 
 
 class _Services:
@@ -142,47 +127,55 @@ class _Services:
         self.root, self.stop = root, stop
         self.children: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
         self.env: dict[str, str] = {}
-        self.prefect = self.mlflow = ""
+        # services.json: for `running`, and for the next start, should this one be killed.
+        self.prefect = ""
+        self.state: dict[str, Any] = {"by": watch.describe(os.getpid()), "children": {}}
 
     def start(self, prefect_port: int, mlflow_port: int) -> None:
-        """Start everything and wait until each answers. Raises ResgridError, or ShutdownRequested."""
+        """Start everything and wait until each answers. Raises ResgridError, or Stopped."""
         from resgrid import tracking
 
         _end_left_over(self.root)
         port = _free_port("Prefect", prefect_port)
         self.prefect = f"http://{HOST}:{port}"
-        given_url = os.environ.get("PREFECT_API_URL", f"{self.prefect}/api")
-        self.env = _local_environment(self.root, self.prefect)
+        self.env = environment(
+            self.root,
+            # Before whatever else has a module called tasks or flows.
+            PYTHONPATH=os.pathsep.join(filter(None, (str(self.root), os.environ.get("PYTHONPATH")))),
+            PYTHONUNBUFFERED="1",
+            PREFECT_API_URL=f"{self.prefect}/api",
+            PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+            PREFECT_WORKER_QUERY_SECONDS="1",  # how long a run waits to be taken; 10 by default
+            **no_proxy(),
+        )
         os.environ.update(self.env)  # before Prefect is imported here
         self._spawn("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(port))
-        self._start_mlflow(mlflow_port, port)
-        self._wait_for("prefect", lambda: _answers(f"{self.prefect}/api/health"))
+        mlflow = self._start_mlflow(mlflow_port, port)
+        self._wait_for("prefect", f"{self.prefect}/api/health")
         log.info("Prefect      %s", self.prefect)
         from tasks import server
 
         with server.prefect_client(f"{self.prefect}/api") as client:
             server.make_pool(client, POOL)
-            if num := server.finalize_orphans(client, POOL, "The services ended while it ran."):
+            if num := server.end_runs(client, POOL, "The services ended while it ran."):
                 log.info("Flow runs of an earlier time that had no end, now recorded as crashed: %d", num)
             worker = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
             self._spawn("worker", *worker)
             if self._spawn("deploy", "prefect", "--no-prompt", "deploy", "--all").wait():
                 self._fail("deploy", "`prefect deploy` failed")
-            del self.children["deploy"]
-            self._wait_for("mlflow", lambda: _answers(f"{self.mlflow}/health"))
-            log.info("MLflow       %s/#/experiments?%s", self.mlflow, tracking.WORK)  # not its home page
+            del self.children["deploy"], self.state["children"]["deploy"]
+            self._wait_for("mlflow", f"{mlflow}/health")
+            log.info("MLflow       %s/#/experiments?%s", mlflow, tracking.WORK)  # not its home page
             log.info("Deployments  %s", ", ".join(sorted(each.name for each in client.read_deployments())))
-        self._write()
+        write_state(self.root / STATE, self.state | {"prefect": self.prefect, "mlflow": mlflow})
         log.info(
             "\nNow, in another terminal in this folder, after `source .venv/bin/activate`:"
             "\n  prefect deployment run train-all -p pipeline=examples/digits --watch"
             "\nWithout -p it trains the grid of this folder's own params.yaml. Ctrl-C here ends all of it."
         )
-        if given_url != f"{self.prefect}/api":
-            log.info("PREFECT_API_URL is %s here: `prefect` in this terminal asks that server.", given_url)
 
-    def _start_mlflow(self, port: int, taken: int) -> None:
-        """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server."""
+    def _start_mlflow(self, port: int, taken: int) -> str:
+        """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server; return its address."""
         from resgrid import tracking
         from resgrid.tracking.store import SETTINGS, server, shown
 
@@ -190,35 +183,32 @@ class _Services:
         if "MLFLOW_TRACKING_URI" in self.env:
             self.env["MLFLOW_TRACKING_URI"] = uri  # a relative path would mean a store for each pipeline
         if uri.startswith(("http://", "https://", "databricks")):
-            self.mlflow = shown(uri)
-            return
+            return shown(uri)
         port = _free_port("MLflow", port, taken)
-        self.mlflow = f"http://{HOST}:{port}"
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
         self.env = SETTINGS | self.env
         self._spawn("mlflow", *server(uri, port))
+        return f"http://{HOST}:{port}"
 
     def pause(self) -> None:
-        """Sleep a little. Raises ResgridError if a child has ended by itself, and ShutdownRequested."""
+        """Sleep a little. Raises ResgridError if a child has ended by itself, and Stopped."""
         for name, process in self.children.items():
             if (code := process.poll()) is not None:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
                 self._fail(name, f"{name} ended by itself ({how})")
         if self.stop.wait(POLL_SECONDS):
-            raise ShutdownRequested
+            raise Stopped
 
     def end(self) -> None:
         """End everything: flow runs, the worker, MLflow, Prefect; nothing is left when this returns."""
         if "worker" in self.children:
             from tasks import server
 
-            why = "The services were stopped while it ran."
-            with suppress(*server.AWAY, ResgridError), server.prefect_client(f"{self.prefect}/api") as client:
-                if self.children["worker"].poll() is None:
-                    server.cancel_runs(client, POOL, why, CANCEL_SECONDS)
-                watch.end_group(self.children["worker"], GRACE_SECONDS["worker"])
-                server.finalize_orphans(client, POOL, why)
+            why, url = "The services were stopped while it ran.", f"{self.prefect}/api"
+            with suppress(*server.AWAY, ResgridError), server.prefect_client(url) as client:
+                seconds = CANCEL_SECONDS if self.children["worker"].poll() is None else 0.0
+                server.end_runs(client, POOL, why, seconds)
         for name, grace_seconds in GRACE_SECONDS.items():
             if name in self.children:
                 watch.end_group(self.children[name], grace_seconds)
@@ -230,23 +220,18 @@ class _Services:
                 [sys.executable, "-m", *arguments], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self._write()
+        with suppress(ProcessLookupError):  # it has ended by itself, which `pause` will say
+            self.state["children"][name] = watch.describe(self.children[name].pid)
+        write_state(self.root / STATE, self.state)
         return self.children[name]
 
-    def _write(self) -> None:
-        """services.json: for `running`, and for the next start, should this one be killed."""
-        children = {}
-        for name, process in self.children.items():
-            with suppress(ProcessLookupError):  # it ended by itself, which `pause` will say
-                children[name] = watch.describe(process.pid)
-        by = watch.describe(os.getpid())
-        content = {"by": by, "prefect": self.prefect, "mlflow": self.mlflow, "children": children}
-        write_state(self.root / STATE, content)
-
-    def _wait_for(self, name: str, answers: Callable[[], bool]) -> None:
+    def _wait_for(self, name: str, url: str) -> None:
         """Wait for a server of ours, if there is one of that name."""
         deadline = time.monotonic() + START_SECONDS
-        while name in self.children and not answers():
+        while name in self.children:
+            with suppress(httpx.HTTPError):
+                if httpx.get(url, timeout=10.0, trust_env=False).is_success:
+                    return
             self.pause()
             if time.monotonic() > deadline:
                 self._fail(name, f"{name} did not answer within {START_SECONDS:.0f} seconds")
@@ -255,9 +240,9 @@ class _Services:
         return self.root / f".resgrid/logs/{name}.log"
 
     def _fail(self, name: str, what: str) -> NoReturn:
-        lines = self._log(name).read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-12:]
-        tail = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
-        raise ResgridError(f"{what}. The end of its log:\n{tail}\n    All of it: {self._log(name)}")
+        lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        tail = "".join(f"\n    {line}" for line in lines)
+        raise ResgridError(f"{what}. The end of its log:{tail}\n    All of it: {self._log(name)}")
 
 
 def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
@@ -276,26 +261,15 @@ def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
     raise ResgridError(f"{what}: no port from {wanted} on is free. Name another: `resgrid up --help`.")
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=10.0, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
-
-
 def _end_left_over(root: Path) -> None:
-    """End the services of an `up` that was killed and could not end them itself, with their flows."""
-    state: Any = read_state(root / STATE) or {}
-    left = {name: each for name, each in state.get("children", {}).items() if watch.alive(each)}
+    """Kill the services that a killed `up` could not end itself, with their flows and trainers."""
+    state: Any = read_state(root / STATE) or {"children": {}}
+    left = {name: each for name, each in state["children"].items() if watch.alive(each)}
     if left:
         log.info("Ending what an earlier start left running: %s", ", ".join(left))
-    processes = []
-    for each in left.values():
+    processes = [psutil.Process(int(each.partition(":")[0])) for each in left.values()]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(each.partition(":")[0]))
-            processes += [process, *process.children(recursive=True)]
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                end(process)
-        _, processes = psutil.wait_procs(processes, 5.0)
+            process.kill()
+    psutil.wait_procs(processes, 5.0)

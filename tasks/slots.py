@@ -10,37 +10,19 @@ take turns on a card and gain nothing (see `resgrid.mps`), so each card has one.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resgrid import mps
+from resgrid.cost import CUDA_GIB
 from resgrid.errors import ResgridError
 from resgrid.project import available_memory, num_cores
 
 GIB = 2**30
 CPU_BYTES = int(1.5 * GIB)  # of a training process: torch, the data and the activations of a batch
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # what each process takes of a card before it holds a tensor
-
-# Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
-# of ResNet-20 (seen on an H100 and an H200) and 3.8 of ResNet-10 (H100); of the others three times what their
-# steps alone took, as it is with these two. Used until a cell's timing.json has a measured
-# `peak_memory_bytes`; an architecture that is not here counts as the largest.
-CUDA_GIB = {
-    "resnet20": 1.3, "resnet32": 1.9, "resnet44": 2.5, "resnet56": 3.1, "resnet110": 4.7,
-    "resnet10": 3.8, "resnet18": 4.4, "resnet26": 5.6,
-    "vgg16": 5.3,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU as CUDA_VISIBLE_DEVICES names it."""
-
-    name: str
-    free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +35,13 @@ class Slot:
     sharing: int = 1  # slots on that card, with this one
 
     @property
+    def on_card(self) -> int | None:
+        """How many cells share its card; None of a slot on the CPU."""
+        return self.sharing if self.card else None
+
+    @property
     def env(self) -> dict[str, str]:
-        """What the cell's process is told of it."""
+        """The variables by which the cell's process keeps to it."""
         env = {"RESGRID_THREADS": str(self.threads)}
         if self.card is not None:
             env |= {
@@ -77,10 +64,9 @@ def share(
     `footprints` are measured peaks of what torch took of a card, in bytes. Raises ResgridError for no slots.
     """
     if slots is not None and slots < 1:
-        raise ResgridError(f"slots={slots}: must be at least 1, or not given: then they are found.")
+        raise ResgridError(f"slots={slots}: must be at least 1, or not given.")
     cores = num_cores()
-    devices = cards()
-    if devices:
+    if devices := mps.cards():
         known = {name: int(gib * GIB) for name, gib in CUDA_GIB.items()} | dict(footprints or {})
         most = max(known.values())
         largest = max((known.get(name, most) for name in architectures), default=most)
@@ -88,7 +74,8 @@ def share(
         return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
     if slots is None:
         # Metal's one queue gains little from sharing, and its memory is the machine's.
-        room = 1 if _on_metal() else (available_memory() or CPU_BYTES * cores) // CPU_BYTES
+        on_metal = sys.platform == "darwin" and os.environ.get("RESGRID_DEVICE") in (None, "", "auto", "mps")
+        room = 1 if on_metal else (available_memory() or CPU_BYTES * cores) // CPU_BYTES
         slots = max(1, min(cores, num_cells, room))
     return [Slot(f"cpu {i + 1}/{slots}", max(1, cores // slots)) for i in range(slots)]
 
@@ -99,7 +86,7 @@ def whole_machine() -> Slot:
 
 
 def _on_cards(
-    devices: list[Card],
+    devices: list[mps.Card],
     each: int,
     num_cells: int,
     cores: int,
@@ -120,48 +107,3 @@ def _on_cards(
     return [
         Slot(f"cuda:{name} {turn + 1}/{sharing[name]}", threads, name, sharing[name]) for turn, name in turns
     ]
-
-
-def cards() -> list[Card]:
-    """The GPUs that training would use: none if RESGRID_DEVICE names something else, or CUDA shows none.
-
-    Asked of the driver and not of torch, whose import takes 2 s and whose context takes memory of each card.
-    """
-    device = os.environ.get("RESGRID_DEVICE") or "auto"
-    if not re.fullmatch(r"auto|cuda(:\d+)?", device):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        names = [str(i) for i in range(pynvml.nvmlDeviceGetCount())] if visible is None else _listed(visible)
-        if ":" in device:
-            names = names[int(device.partition(":")[2]) :][:1]
-        return [Card(name, pynvml.nvmlDeviceGetMemoryInfo(_handle(name)).free) for name in names]
-    except pynvml.NVMLError as error:
-        raise ResgridError(
-            f"CUDA_VISIBLE_DEVICES={visible}: the driver has no such GPUs: {error}. Give numbers, or names "
-            "as `nvidia-smi -L` lists them; nothing (`CUDA_VISIBLE_DEVICES=`) means the CPU."
-        ) from None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _listed(visible: str) -> list[str]:
-    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-
-
-def _handle(name: str) -> object:
-    import pynvml
-
-    if name.isdecimal():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
-
-
-def _on_metal() -> bool:
-    return sys.platform == "darwin" and (os.environ.get("RESGRID_DEVICE") or "auto") in ("auto", "mps")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from typing import Self
 
@@ -54,14 +55,30 @@ class RunSpec(BaseModel, frozen=True):
 def checkout(pipeline: Pipeline) -> tuple[str, str]:
     """The commit of a checkout, and the digest of it and the versions of the packages.
 
-    Raises ResgridError if files differ from the commit.
+    Raises ResgridError if files differ from the commit that can matter to a cell: DVC rewrites dvc.lock and
+    .gitignore as it works, and of files that git does not know those of the source do.
     """
-    commit, changed = _git_state(pipeline)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(pipeline.root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        lines = git("status", "--porcelain", "-z", "--no-renames").split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        raise ResgridError(f"{pipeline.root}: is in no git repository with a commit.") from None
+    changed = [
+        line[3:]
+        for line in lines
+        if line[3:].rpartition("/")[2] not in ("", "dvc.lock", ".gitignore")
+        and (not line.startswith("??") or line.startswith("?? src/"))
+    ]
     if changed:
-        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise ResgridError(
-            f"{pipeline.root}: {names} differ from the commit, so no other checkout has them. Commit them "
-            "and bring the workers to that commit, or `git checkout` them."
+            f"{pipeline.root}: {', '.join(changed[:3])}{' and others' if changed[3:] else ''} differ from "
+            "the commit, so no other checkout has them. Commit them and bring the workers to that commit, "
+            "or `git checkout` them."
         )
     return commit, _digest({"commit": commit, "versions": installed()})
 
@@ -95,39 +112,11 @@ def installed() -> dict[str, str]:
     needed = [line for line in metadata.requires("resgrid") or () if "extra ==" not in line]
     versions = {}
     for name in ("resgrid", *(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed)):
-        try:
+        with suppress(metadata.PackageNotFoundError):  # of another platform
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # of another platform
-            continue
     return versions
 
 
 def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True)  # PostgreSQL returns keys in an order of its own
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _git_state(pipeline: Pipeline) -> tuple[str, list[str]]:
-    """The commit, and the files that differ from it, as far as they can matter to a cell.
-
-    DVC rewrites dvc.lock and .gitignore as it works; of files that git does not know, those of the source do.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(
-            command, cwd=pipeline.root, capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        status = git("status", "--porcelain", "-z", "--no-renames")
-    except (OSError, subprocess.CalledProcessError):
-        raise ResgridError(f"{pipeline.root}: is in no git repository with a commit.") from None
-    changed = []
-    for line in filter(None, status.split("\0")):
-        path = line[3:]
-        is_own = path.rpartition("/")[2] in ("dvc.lock", ".gitignore")
-        if not is_own and (not line.startswith("??") or path.startswith("src/")):
-            changed.append(path)
-    return commit, changed

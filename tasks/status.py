@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resgrid.cell_states import WORDS, CellState, GridRun, cell_states, read_grid_run
 from resgrid.config import load_params
@@ -17,9 +18,6 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.grid import expand
 from resgrid.progress import duration
 from resgrid.stage_record import Record, State
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 REFRESH_SECONDS = 2.0
 BETWEEN_SECONDS = 10.0  # at most, that `dvc repro` takes from one stage to the next
@@ -33,11 +31,6 @@ class Status:
     cells: list[CellState]
     running: list[tuple[Record, str]]  # stages at work on this machine, each with its log's last line
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether anything is at work."""
-        return bool(self.running) or bool(self.grid and self.grid.is_alive)
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "train_all": asdict(self.grid) | {"alive": self.grid.is_alive} if self.grid else None,
@@ -49,23 +42,23 @@ class Status:
         }
 
     def __str__(self) -> str:
-        lines = [*self._train_all(), self.summary]
-        width = max((len(record.stage) for record, _ in self.running), default=0)
-        for record, line in self.running:
-            since = f"for {duration(time.time() - record.started)}"
-            lines.append(f"  {record.stage:{width}}  {since:>14}  {line}")
-        lines += [
-            f"  {each.cell.id}: {each.word}: {each.reason.splitlines()[0]}"
-            for each in self.cells
-            if each.word in ("stale", "other data", "failed") and each.reason
-        ]
-        return "\n".join(lines)
-
-    @property
-    def summary(self) -> str:
-        """How many cells are in which state."""
+        last = {record.stage: line for record, line in self.running}
+        stages = {record.stage: record.started for record, _ in self.running}
+        rows: list[tuple[str, str, float | None, str]] = []
+        for each in self.cells:
+            slot = each.at_work.slot if each.at_work else ""
+            text = last.get(each.cell.stage) or slot or each.reason.partition("\n")[0]
+            rows.append((each.cell.id, each.word, each.since, text))
+            stages.pop(each.cell.stage, None)
+        rows += [(stage, State.RUNNING, started, last[stage]) for stage, started in stages.items()]
+        rows.sort(key=lambda row: (row[1] != State.RUNNING, row[1] != State.QUEUED))  # those at work first
+        width, lines = max(len(row[0]) for row in rows), []
+        for title, word, since, text in rows:
+            lasts = f"for {duration(time.time() - since)}" if since else ""
+            lines.append(f"  {title:{width}}  {word:11}  {lasts:14}  {text}".rstrip())
         num = Counter(each.word for each in self.cells)
-        return f"{len(self.cells)} cells: {', '.join(f'{num[word]} {word}' for word in WORDS if num[word])}."
+        words = ", ".join(f"{num[word]} {word}" for word in WORDS if num[word])
+        return "\n".join([*self._train_all(), f"{len(self.cells)} cells: {words}.", *lines])
 
     def _train_all(self) -> list[str]:
         if self.grid is None:
@@ -75,19 +68,6 @@ class Status:
         since = duration(time.time() - self.grid.started)
         line = f"train-all has been running for {since}; {time_left(self.grid)}."
         return [line, *([self.grid.url] if self.grid.url else [])]
-
-    def table(self, height: int) -> Table:
-        """At most `height` rows of cells, those at work first."""
-        from rich.table import Table
-
-        table = Table("cell", "state", "for", "slot", "", title="\n".join([*self._train_all(), self.summary]))
-        last = {record.stage: line for record, line in self.running}
-        order = sorted(self.cells, key=lambda each: (each.word != State.RUNNING, each.word != State.QUEUED))
-        for each in order[: max(1, height)]:
-            since = duration(time.time() - each.since) if each.since else ""
-            told = last.get(each.cell.stage) or each.reason.partition("\n")[0]
-            table.add_row(each.cell.id, each.word, since, each.at_work.slot if each.at_work else "", told)
-        return table
 
 
 def status(pipeline: Pipeline) -> Status:
@@ -110,29 +90,27 @@ def time_left(grid: GridRun) -> str:
 
 
 def watch(pipeline: Pipeline) -> None:
-    """Show the table anew until what runs has ended, or Ctrl-C. A terminal waits for a beginning."""
+    """Show the state anew until what runs has ended, or Ctrl-C. A terminal waits for a beginning."""
     from rich.live import Live
+    from rich.text import Text
 
     last = None if sys.stdout.isatty() else -math.inf  # when something ran
-    with Live(auto_refresh=False) as screen:
-        try:
-            while True:
-                now = status(pipeline)
-                screen.update(now.table(screen.console.height - 10), refresh=True)
-                if now.is_alive:
-                    last = time.monotonic()
-                if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
-                    return
-                time.sleep(REFRESH_SECONDS)
-        except KeyboardInterrupt:
-            return
+    with Live(auto_refresh=False) as screen, suppress(KeyboardInterrupt):
+        while True:
+            now = status(pipeline)
+            lines = str(now).splitlines()[: screen.console.height - 1]
+            screen.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
+            if now.running or (now.grid and now.grid.is_alive):
+                last = time.monotonic()
+            if last is not None and time.monotonic() - last > BETWEEN_SECONDS:
+                return
+            time.sleep(REFRESH_SECONDS)
 
 
 def _last_line(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line.strip()), "")
+    """The last line of a log that is not blank, as far as its last 4 KiB have one."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        text = file.read().decode("utf-8", "replace").rstrip()
+        return text.replace("\r", "\n").rpartition("\n")[2]
+    return ""

@@ -19,34 +19,31 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 
-import psutil
 from filelock import FileLock, Timeout
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Crashed, Failed
 
 from resgrid import mps, tracking, watch
 from resgrid.config import load_params
-from resgrid.dvc import ask, remote
+from resgrid.dvc import remote
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, acquire, reproduce
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
-from resgrid.progress import duration
 from resgrid.stage_record import Fault
-from tasks.grid import PAUSE_SECONDS, RETRIES, can_pass, end_with_worker
-from tasks.publish import flow_environment
+from tasks.grid import RETRIED, begin_flow, flow_environment
 from tasks.server import BEAT_SECONDS, make_pool, prefect_client
 from tasks.services import POOL, environment, running
-from tasks.slots import Slot, cards, share
+from tasks.slots import Slot, share
 from tasks.spec import DATA_STAGES, RunSpec, checkout, difference, recorded_data
 
 SLOTS = "RESGRID_SLOTS"  # of this worker: how many cells it trains at once
+SERVERS = {"PREFECT_API_URL": "http://server:4200/api", "MLFLOW_TRACKING_URI": "http://server:5000"}
 COMPARE_SECONDS = 3.0  # between two looks whether the checkout is still the one that began
-LEAVE_SECONDS = 15.0  # for the flows to end when the worker is told to
+LEAVE_SECONDS = 15.0  # for the flows to end when the worker is to end
 RESTART_SECONDS = 10.0  # before Prefect's worker is started again, if it ended by itself
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # between two looks for a free slot
 
 log = logging.getLogger(__name__)
 
@@ -60,39 +57,28 @@ def train_for(cell: str, folder: str, spec: RunSpec) -> State:
     That is Crashed, by which the cell is placed again, where this clone does not match; its worker then ends.
     """
     pipeline = Pipeline.find(folder)
-    end_with_worker()
-    for name in ("resgrid", "tasks"):  # which PREFECT_LOGGING_EXTRA_LOGGERS shows on the flow's page
-        logging.getLogger(name).setLevel(logging.INFO)
+    begin_flow()
     if spec.device and not os.environ.get("RESGRID_DEVICE", "").startswith(spec.device):
         os.environ["RESGRID_DEVICE"] = spec.device  # of this process: by it the slots are cut as well
-    began = time.monotonic()
     with _slot(pipeline) as slot:
         state = _train(cell, pipeline, spec, slot, return_state=True)
     error = state.result(raise_on_failure=False)
     if isinstance(error, Mismatch):
-        _end_worker()
+        worker = os.environ.get(watch.VARIABLE)
+        if worker and watch.alive(worker):  # its next cell would be no better
+            os.kill(int(worker.partition(":")[0]), signal.SIGTERM)
         return Crashed(message=f"{gethostname()}: {error}")
     if isinstance(error, StageFailed):
         where = f"All of it on {gethostname()}: {error.log}"
         return Failed(message="\n".join([error.why, *error.tail, where]))
-    if not state.is_completed():
-        return state
-    return Completed(message=f"{gethostname()} {slot.name}: took {duration(time.monotonic() - began)}")
+    return Completed(message=f"{gethostname()} {slot.name}") if state.is_completed() else state
 
 
 class Mismatch(ResgridError):
     """This clone is not what the cell was placed for."""
 
 
-@task(
-    name="train",
-    task_run_name="{cell}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=PAUSE_SECONDS,
-    retry_condition_fn=can_pass,
-)
+@task(name="train", task_run_name="{cell}", **RETRIED)
 def _train(cell: str, pipeline: Pipeline, spec: RunSpec, slot: Slot) -> None:
     """Raises Mismatch, and StageFailed, which is retried if it is transient."""
     stop = threading.Event()
@@ -111,20 +97,13 @@ def _train(cell: str, pipeline: Pipeline, spec: RunSpec, slot: Slot) -> None:
     _compare(pipeline, spec)  # or a result of other code would go out
     # All outputs that are recorded here before the run cache, of which DVC pushes all: an entry whose
     # outputs are not there would be in the way of another worker's.
-    remote.push(pipeline, [], stop)
-    remote.push(pipeline, ["--run-cache", stage], stop)
+    remote.push(pipeline, [], stop, log=f"push-{stage}")
+    remote.push(pipeline, ["--run-cache", stage], stop, log=f"push-{stage}")
 
 
 def _compare(pipeline: Pipeline, spec: RunSpec) -> None:
     if why := difference(pipeline, spec.commit, spec.digest):
         raise Mismatch(why)
-
-
-def _end_worker() -> None:
-    """End the `resgrid worker` that started this flow, if one did: its next cell would be no better."""
-    worker = os.environ.get(watch.VARIABLE)
-    if worker and watch.alive(worker):
-        os.kill(int(worker.partition(":")[0]), signal.SIGTERM)
 
 
 @contextmanager
@@ -155,21 +134,18 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     pipeline = Pipeline.find(root)
     env = _environment(root)
-    storage = ask.remote(pipeline)
+    storage = remote.name(pipeline)
     shares = share(slots or os.cpu_count() or 1, slots=slots)
-    name = name or gethostname()
     is_coordinator = pool == POOL  # it runs train-all itself, whatever its files
     commit, digest = ("", "") if is_coordinator else checkout(pipeline)
-    queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices())]
-    log.info("Worker      %s, in %s, with %d slots of %d threads", name, root, len(shares), shares[0].threads)
-    log.info("Cells from  the queues %s of the work pool %s", ", ".join(queues), pool)
-    log.info("            at %s", tracking.shown(env["PREFECT_API_URL"]))
-    log.info("Results to  the DVC remote %s", storage)
-    log.info("            and MLflow at %s", tracking.shown(env["MLFLOW_TRACKING_URI"]))
-    log.info("Ctrl-C ends it: the cells that it trains then go to other workers.\n")
+    devices = ["cpu", *(["cuda"] if mps.cards() else []), *(["mps"] if sys.platform == "darwin" else [])]
+    queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices)]
+    log.info("Worker of the work pool %s, with %d slots", pool, len(shares))
+    log.info("Prefect %s, MLflow %s", *(tracking.shown(env[variable]) for variable in SERVERS))
+    log.info("DVC remote %s. Ctrl-C ends it: its cells then go to other workers.", storage)
     env |= {SLOTS: str(len(shares)), watch.VARIABLE: watch.describe(os.getpid())}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    command += ["--name", name, "--limit", str(len(shares))]
+    command += ["--name", name or gethostname(), "--limit", str(len(shares))]
     for queue in queues:
         command += ["--work-queue", queue]
     with prefect_client(env["PREFECT_API_URL"]) as client:
@@ -179,33 +155,37 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         if subprocess.run(deploy, cwd=root, env=env, check=False).returncode:
             raise ResgridError(f"{root / 'prefect.yaml'}: its deployments cannot be registered; see above.")
     stop = watch.stop_on_signals()
-    process = None
-    with ExitStack() as shared_cards:
-        try:
-            env |= shared_cards.enter_context(mps.shared(slot.card for slot in shares))
-            while not stop.is_set():
-                process = subprocess.Popen(command, cwd=root, env=env, process_group=0)
-                compared = time.monotonic()
-                while process.poll() is None and not stop.wait(POLL_SECONDS):
-                    if not is_coordinator and time.monotonic() - compared > COMPARE_SECONDS:
-                        if why := difference(pipeline, commit, digest):
-                            raise ResgridError(f"The worker leaves: {why}")
-                        compared = time.monotonic()
-                if not stop.is_set():
-                    log.warning(
-                        "Prefect's worker ended by itself; it starts again in %.0f s", RESTART_SECONDS
-                    )
-                    stop.wait(RESTART_SECONDS)
-        finally:
-            if process is not None:
-                _leave(process)
+    with ExitStack() as exits:
+        env |= exits.enter_context(mps.shared(slot.card for slot in shares))
+        while not stop.is_set():
+            with _ended(subprocess.Popen(command, cwd=root, env=env, process_group=0)) as process:
+                while process.poll() is None and not stop.wait(COMPARE_SECONDS):
+                    if not is_coordinator and (why := difference(pipeline, commit, digest)):
+                        raise ResgridError(f"The worker leaves: {why}")
+            if not stop.is_set():
+                log.warning("Prefect's worker has ended; it starts again in %.0f s", RESTART_SECONDS)
+                stop.wait(RESTART_SECONDS)
     log.info("The worker has left.")
     return 0
 
 
-def devices() -> list[str]:
-    """What this machine can train on, as a cell may ask for it."""
-    return ["cpu", *(["cuda"] if cards() else []), *(["mps"] if sys.platform == "darwin" else [])]
+@contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """End Prefect's worker, and wait for its flows to end their trainers and to say so.
+
+    Told to end it would kill them at once (see `tasks.services`); without it they end as `begin_flow` has it.
+    """
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's of a group of zombies
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+        watch.end_group(process, 0.0)
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -219,30 +199,7 @@ def _environment(root: Path) -> dict[str, str]:
     if services := running(root):
         env.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
         env.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
-    for variable, what, example in (
-        ("PREFECT_API_URL", "Prefect's server", "http://server:4200/api"),
-        ("MLFLOW_TRACKING_URI", "MLflow's server", "http://server:5000"),
-    ):
+    for variable, example in SERVERS.items():
         if not env.get(variable, "").startswith(("http://", "https://")):
-            raise ResgridError(
-                f"{variable} names no server: set it to the address of {what}, such as {example}."
-            )
+            raise ResgridError(f"{variable} names no server: set it to an address such as {example}.")
     return env
-
-
-def _leave(process: subprocess.Popen[bytes]) -> None:
-    """End Prefect's worker with its flows: these first, so that each ends its trainer and says so.
-
-    The worker's own way to end kills them at once; see `tasks.services`.
-    """
-    asked: set[int] = set()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    with suppress(psutil.NoSuchProcess):
-        # More than once, for while these end it takes new ones.
-        while (flows := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
-            for flow in flows:
-                if flow.pid not in asked:
-                    asked.add(flow.pid)
-                    flow.terminate()
-            time.sleep(0.1)
-    watch.end_group(process, 2.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import shutil
@@ -10,33 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from ports import free_port
+from sleeping import answers, ask, clean_env, wait_until
 
 BUCKET = "resgrid"
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian has them outside of the PATH
-
-
-def wait_until(holds: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def end_tree(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
@@ -86,9 +68,9 @@ class Postgres:
         other = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups"]
         command = [*(other if os.geteuid() == 0 else []), str(self.bin / program), *arguments]
         # Into a file: a server that goes on would hold a pipe open.
-        with (self.root / "said").open("wb") as out:
+        with (self.root / "output").open("wb") as out:
             done = subprocess.run(command, cwd=self.root, stdout=out, stderr=out, check=False)
-        assert done.returncode == 0, (self.root / "said").read_text()
+        assert done.returncode == 0, (self.root / "output").read_text()
 
 
 class Cluster:
@@ -99,25 +81,15 @@ class Cluster:
         self.postgres = Postgres()
         self.ports = {name: free_port() for name in ("s3", "prefect", "mlflow")}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("PREFECT", "MLFLOW", "RESGRID", "AWS"))
-        }
-        self.env = kept | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PREFECT_HOME": str(root / "prefect"),
-            "PREFECT_API_URL": f"{self.url('prefect')}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "MLFLOW_TRACKING_URI": self.url("mlflow"),
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": self.url("s3"),
-            "DVC_NO_ANALYTICS": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
+        self.env = clean_env(
+            PREFECT_HOME=str(root / "prefect"),
+            PREFECT_API_URL=f"{self.url('prefect')}/api",
+            MLFLOW_TRACKING_URI=self.url("mlflow"),
+            AWS_ACCESS_KEY_ID="key",
+            AWS_SECRET_ACCESS_KEY="secret",
+            AWS_DEFAULT_REGION="us-east-1",
+            AWS_ENDPOINT_URL=self.url("s3"),
+        )
         try:
             for name in self.ports:
                 self.start(name, wait=False)
@@ -133,11 +105,7 @@ class Cluster:
 
     def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
         """Prefect's server, by its REST interface."""
-        data = None if content is None else json.dumps(content).encode()
-        url = f"{self.url('prefect')}/api/{path}"
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        return ask(f"{self.url('prefect')}/api/{path}", content)
 
     def start(self, name: str, wait: bool = True) -> None:
         port = str(self.ports[name])

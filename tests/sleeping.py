@@ -1,17 +1,21 @@
 """Pipelines whose stages only sleep and write a file: real DVC, real processes, a real ResGrid grid.
 
-What a cell does is told by the file `behave/<cell>` of shell commands, which is no dependency of its stage.
+What a cell does stands in the file `behave/<cell>` of shell commands, which is no dependency of its stage.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -110,6 +114,40 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+def clean_env(**more: str) -> dict[str, str]:
+    """An environment that leads to no service, with the programs of this one's folder."""
+    services = ("PREFECT", "MLFLOW", "RESGRID", "AWS")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(services)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
+    return env | quiet | {"PATH": path, "NO_PROXY": "127.0.0.1", **more}
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 60, what: object = "") -> float:
+    """Wait until `holds()`; how long it took."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds, what
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def ask(url: str, content: dict[str, Any] | None = None) -> Any:
+    """The answer of a REST interface."""
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Sleeping:
     """A DVC repository in `root`, its pipeline in the root itself."""
@@ -118,14 +156,7 @@ class Sleeping:
 
     @property
     def env(self) -> dict[str, str]:
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
-        }
-        return kept | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "DVC_NO_ANALYTICS": "1",
-        }
+        return clean_env(PYTHONPATH=str(ROOT))
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -152,7 +183,7 @@ class Sleeping:
         path.write_text(assign(path.read_text(), assignments))
 
     def change_code(self, to: str | None = None) -> None:
-        """Make every cell stale; unless told what the code is to be, in a way that no run cache knows."""
+        """Make every cell stale; unless `to` is given, in a way that no run cache knows."""
         (self.root / "code/net.py").write_text(f"{to or f'depth = {time.time_ns()}'}\n")
 
     def trained(self) -> list[str]:
@@ -190,11 +221,11 @@ def repository_in(root: Path) -> Sleeping:
 
 def left_over(repository: Sleeping) -> list[str]:
     """The command lines of all processes that work in the repository."""
-    found = []
+    commands = []
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == repository.root and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+                commands.append(" ".join(process.cmdline()))
         except psutil.Error:
             continue
-    return found
+    return commands

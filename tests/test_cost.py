@@ -50,10 +50,10 @@ def test_a_step_of_each_architecture_is_really_timed() -> None:
 
 def test_a_long_grid_is_told_with_its_longest_cell_and_how_to_take_less() -> None:
     cells = [cell for cell in expand(params({"resnet20": 1, "resnet10": 1})) if cell.optimizer.name == "sgd"]
-    said = sentence(cells, {"resnet20-sgd-0": 3600.0, "resnet10-sgd-0": 90_000.0})
-    assert said.startswith("The 2 cells of this grid take about ")
-    assert "(resnet10-sgd-0) a cell" in said
-    assert "dvc repro train@resnet20-sgd-0" in said
+    text = sentence(cells, {"resnet20-sgd-0": 3600.0, "resnet10-sgd-0": 90_000.0})
+    assert text.startswith("The 2 cells of this grid take about ")
+    assert "(resnet10-sgd-0) a cell" in text
+    assert "dvc repro train@resnet20-sgd-0" in text
     assert "\n" not in sentence(cells[:1], {"resnet20-sgd-0": 60.0})
 
 

@@ -13,7 +13,6 @@ import pytest
 from resgrid import mps
 from resgrid.errors import ResgridError
 from tasks import slots
-from tasks.slots import Card
 
 TWO = ["0", "0"]  # the cards of two slots
 CONTROL = """#!/bin/sh
@@ -100,7 +99,7 @@ def test_a_daemon_that_does_not_start_is_logged_and_done_without(calls, monkeypa
 
 
 def test_without_mps_a_card_has_one_cell_at_a_time_unless_told(calls, monkeypatch):
-    monkeypatch.setattr(slots, "cards", lambda: [Card("0", 80 * 2**30), Card("1", 80 * 2**30)])
+    monkeypatch.setattr(mps, "cards", lambda: [mps.Card("0", 80 * 2**30), mps.Card("1", 80 * 2**30)])
     monkeypatch.setattr(slots, "num_cores", lambda: 16)
     assert len(slots.share(36, architectures=["resnet20"])) == 16
     monkeypatch.setenv("RESGRID_MPS", "never")

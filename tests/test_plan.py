@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,9 @@ import pytest
 from sleeping import Sleeping, sleeping
 from small import DIGITS, ROOT
 
+from resgrid import mps
 from resgrid.config import load_params
+from resgrid.cost import expect, makespan
 from resgrid.dvc.ask import Busy, cache_folder
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
@@ -24,8 +25,8 @@ from resgrid.grid import expand
 from resgrid.leftovers import find_leftovers, usage
 from resgrid.stage_record import Record, State, write_state
 from tasks import slots
-from tasks.plan import Step, expect, longest_first, make_plan, makespan
-from tasks.slots import Card, Slot
+from tasks.plan import Step, longest_first, make_plan
+from tasks.slots import Slot
 from tasks.status import status
 
 GRID = ["resnet20-sgd-0", "resnet20-adam-0", "resnet110-sgd-0", "resnet110-adam-0"]
@@ -140,8 +141,8 @@ def test_while_a_stage_runs_the_plan_says_that_dvc_is_busy_and_with_what(reposit
         done = repository.run("resgrid", "plan")
         assert done.returncode == 1
         assert f"DVC is busy with process {by_hand.pid} " in done.stderr
-        shown = status(Pipeline.find(repository.root))
-        states = {each.cell.id: each.word for each in shown.cells}
+        now = status(Pipeline.find(repository.root))
+        states = {each.cell.id: each.word for each in now.cells}
         assert states["resnet110-adam-0"] == "running"
     finally:
         (repository.root / "behave/go").touch()
@@ -179,7 +180,7 @@ def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repositor
         state.unlink()
     assert plan_of(repository).seconds is None
     assert (
-        "Expected time: unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
+        "Expected: unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
         in str(plan_of(repository))
     )
 
@@ -193,11 +194,10 @@ def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):
     pipeline, params = Pipeline.find(repository.root), load_params(repository.root / "params.yaml")
     for record in pipeline.state("").parent.glob("*.json"):
         record.unlink()
-    steps = plan_of(repository).steps
     try:
-        alone = expect(pipeline, params, steps, slots.Slot("cuda:0 1/1", 8, "0"))
-        eighth = expect(pipeline, params, steps, slots.Slot("cuda:0 1/8", 2, "0", 8))
-        on_cpu = expect(pipeline, params, steps, slots.Slot("cpu 1/2", 1))
+        alone = expect(params, pipeline.folder, pipeline.root, 8, sharing=1)
+        eighth = expect(params, pipeline.folder, pipeline.root, 2, sharing=8)
+        on_cpu = expect(params, pipeline.folder, pipeline.root, 1, sharing=None)
     finally:
         run.unlink()
     assert alone["train@resnet20-adam-0"] == pytest.approx(216.4, abs=0.1)
@@ -257,31 +257,20 @@ def test_a_checkout_without_git_is_explained_and_the_way_that_it_names_works(tmp
         make_plan(Pipeline.find(own))
 
 
-def test_what_another_version_of_dvc_wrote_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("dvc.lock", "schema: '9.0'\nstages: {}\n", r"validation failed\.[^`]*Another version of DVC may have"),
+        ("dvc.yaml", "stages:\n  evaluate: {cmd: ls, dep: [x]}\n", r"validation failed\.[^`]*`dvc stage list`"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_of_dvcs_says_who_may_have_written_it_or_who_shows_the_line(
+    tmp_path, name, content, hint
+):
     own = git_repository(tmp_path)
-    (own / "dvc.lock").write_text("schema: '9.0'\nstages: {}\n")
-    with pytest.raises(
-        ResgridError, match=r"dvc\.lock' validation failed\.[^`]*Another version of DVC may have"
-    ):
+    (own / name).write_text(content)
+    with pytest.raises(ResgridError, match=rf"{name}' {hint}"):
         make_plan(Pipeline.find(own))
-
-
-def test_a_dvc_yaml_that_is_none_of_dvcs_says_who_shows_the_line(tmp_path):
-    own = git_repository(tmp_path)
-    (own / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls, dep: [x]}\n")
-    with pytest.raises(ResgridError, match=r"dvc\.yaml' validation failed\.[^`]*`dvc stage list`"):
-        make_plan(Pipeline.find(own))
-    command = [sys.executable, "-m", "dvc", "stage", "list"]
-    done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
-    assert "extra keys not allowed" in done.stdout + done.stderr
-
-
-def test_params_without_a_dvc_yaml_say_how_to_get_one(tmp_path):
-    (tmp_path / "params.yaml").write_text(DIGITS)
-    with pytest.raises(
-        ResgridError, match=r"a params\.yaml but no dvc\.yaml here\. `git checkout dvc\.yaml`"
-    ):
-        Pipeline.find(tmp_path)
 
 
 def test_a_cache_that_is_elsewhere_is_what_gc_looks_at(repository, tmp_path):
@@ -291,8 +280,8 @@ def test_a_cache_that_is_elsewhere_is_what_gc_looks_at(repository, tmp_path):
     assert repository.run("dvc", "config", "--local", "cache.dir", str(cache)).returncode == 0
     try:
         assert cache_folder(repository.root) == cache
-        found = find_leftovers(repository.root, repository.root, cache_folder(repository.root))
-        assert [each.path for each in found] == [cache / "files/md5/ab" / ("0" * 30)]
+        leftovers = find_leftovers(repository.root, repository.root, cache_folder(repository.root))
+        assert [each.path for each in leftovers] == [cache / "files/md5/ab" / ("0" * 30)]
         assert str(cache) in usage(repository.root, repository.root, cache_folder(repository.root))
     finally:
         (repository.root / ".dvc/config.local").unlink()
@@ -310,12 +299,6 @@ def test_a_module_of_a_persons_own_may_be_called_as_ours_is(name, repository, tm
         assert "resnet20-sgd-0" in done.stdout
     finally:
         (repository.root / f"{name}.py").unlink()
-
-
-def test_without_anything_at_work_the_state_of_each_cell_is_shown(repository):
-    shown = str(status(Pipeline.find(repository.root)))
-    assert shown.splitlines()[0] == "Nothing runs now."
-    assert re.match(r"4 cells: (4 missing|1 failed, 3 missing|3 missing, 1 failed)\.", shown.splitlines()[1])
 
 
 # --- order and slots --------------------------------------------------------------------------------
@@ -357,7 +340,7 @@ def test_cpu_slots_divide_the_cores(monkeypatch):
 
 def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
     gib = 2**30
-    cards = [Card("0", 9 * gib), Card("1", 4 * gib)]
+    cards = [mps.Card("0", 9 * gib), mps.Card("1", 4 * gib)]
     spread = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=None)
     assert [slot.name for slot in spread] == [
         "cuda:0 1/4", "cuda:1 1/2", "cuda:0 2/4", "cuda:1 2/2", "cuda:0 3/4", "cuda:0 4/4",
@@ -366,13 +349,13 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
         "RESGRID_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "RESGRID_DEVICE": "cuda", "RESGRID_SHARING": "2",  # whatever was asked for: the trainer sees no second card
     }  # fmt: skip
-    told = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
-    assert [slot.card for slot in told] == ["0", "1", "0"]
+    three = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
+    assert [slot.card for slot in three] == ["0", "1", "0"]
     assert len(slots._on_cards(cards, 2 * gib, num_cells=1, cores=16, slots=None)) == 1
     assert (
         len(slots._on_cards(cards, 100 * gib, num_cells=36, cores=16, slots=None)) == 2
     )  # one each at least
-    assert len(slots._on_cards([Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
+    assert len(slots._on_cards([mps.Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
 
 
 def test_slots_go_by_the_memory_that_a_container_leaves(monkeypatch):
@@ -381,12 +364,6 @@ def test_slots_go_by_the_memory_that_a_container_leaves(monkeypatch):
     monkeypatch.setattr(slots, "num_cores", lambda: 8)
     monkeypatch.setattr(slots, "available_memory", lambda: 2 * 2**30)
     assert slots.share(64) == [Slot("cpu 1/1", 8)]
-
-
-def test_a_device_that_there_is_not_leaves_no_cards(monkeypatch):
-    for name in ("cpu", "cuda:x", "gpu"):
-        monkeypatch.setenv("RESGRID_DEVICE", name)
-        assert slots.cards() == []
 
 
 @pytest.mark.parametrize("visible", ["foo", "GPU-00000000", "0,9"])
@@ -406,14 +383,17 @@ def test_gpus_that_the_driver_does_not_have_are_named_with_the_way_on(visible, m
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_by_name)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: Card("0", 1))
-    monkeypatch.setattr(Card, "free", 1, raising=False)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: mps.Card("0", 1))
+    monkeypatch.setattr(mps.Card, "free", 1, raising=False)
     monkeypatch.delenv("RESGRID_DEVICE", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ResgridError, match=f"CUDA_VISIBLE_DEVICES={visible}: .*`nvidia-smi -L`"):
-        slots.cards()
+        mps.cards()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert slots.cards() == []
+    assert mps.cards() == []
+    for name in ("cpu", "cuda:x", "gpu"):
+        monkeypatch.setenv("RESGRID_DEVICE", name)
+        assert mps.cards() == []
 
 
 @pytest.mark.long

@@ -38,7 +38,6 @@ from resgrid.data.dataset import (
 )
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import preprocess
-from resgrid.errors import ResgridError
 from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, compared_factors, expand
 from resgrid.report.figures import MAX_CLASSES, charts
@@ -52,7 +51,7 @@ from resgrid.report.tables import costs as costs_table
 from resgrid.report.tables import published as published_table
 from resgrid.report.tables import rates as rates_table
 from resgrid.report.tables import studies as studies_table
-from resgrid.run_status import find_runs, noted_failure
+from resgrid.run_status import find_runs
 from resgrid.train import train_cell
 
 ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
@@ -758,12 +757,20 @@ def test_the_markdown_has_the_same_figures_as_the_page(here, capsys):
         assert f"## {title}" in text
 
 
+def failure(pipeline: Path) -> str:
+    """The reason that `find_runs` has of the cell that cannot be trained."""
+    cells = [cell for cell in expand(load_params(pipeline / "params.yaml")) if cell.id == "no-weights"]
+    [run] = find_runs(cells, pipeline)
+    assert run.status == "failed"
+    return run.reason or ""
+
+
 def test_a_cell_whose_training_failed_is_shown_as_failed_and_why(here, capsys):
     assert main(["train", "no-weights", "--device", "cuda:99"]) == 1  # before there is anything to log
-    assert "cuda:99: this machine has no such device" in (here / "runs/no-weights/failure.txt").read_text()
+    assert "cuda:99: this machine has no such device" in failure(here)
     assert main(["train", "no-weights", "--device", "cpu"]) == 1
     capsys.readouterr()
-    assert "absent.safetensors" in (here / "runs/no-weights/failure.txt").read_text()
+    assert "absent.safetensors" in failure(here)
     said, read = evaluate(here, capsys)
     assert "Missing: 2 of 6 cells have no result yet: no-weights, resnet20-adam-1" in said
     assert "no-weights failed: studies.no-weights.initial_weights.path: there is no file" in said
@@ -771,15 +778,6 @@ def test_a_cell_whose_training_failed_is_shown_as_failed_and_why(here, capsys):
     assert row[1:3] == ["", "failed"]
     [row] = [row for row in read.tables["Every cell"] if row[0] == "resnet20-adam-1"]
     assert row[2] == "missing"
-
-
-def test_a_training_that_succeeds_takes_the_note_of_an_earlier_failure_away(tmp_path):
-    with pytest.raises(ResgridError), noted_failure(tmp_path / "cell"):
-        raise ResgridError("no such file")
-    assert (tmp_path / "cell/failure.txt").read_text() == "no such file\n"
-    with noted_failure(tmp_path / "cell"):
-        pass
-    assert list((tmp_path / "cell").iterdir()) == []
 
 
 def test_a_weights_file_that_is_gone_is_named_and_the_other_cells_are_compared(here, capsys):

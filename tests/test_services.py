@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import importlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import psutil
 import pytest
 from ports import free_port
 from ruamel.yaml import YAML
+from sleeping import clean_env, wait_until
 
 from resgrid import tracking
 from resgrid.errors import ResgridError
@@ -92,9 +92,7 @@ class Project:
         shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
 
     def env(self, **more: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "RESGRID"))}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return kept | {"PATH": path, "HOME": str(self.home), "DO_NOT_TRACK": "1", **more}
+        return clean_env(HOME=str(self.home), **more)
 
     def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -118,13 +116,13 @@ class Project:
 
     def wait_up(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
         """What services.json says once everything is up."""
-        until(lambda: "Ctrl-C here" in self.said or process.poll() is not None, START_SECONDS)
-        assert process.poll() is None, self.said
+        wait_until(lambda: "Ctrl-C here" in self.output or process.poll() is not None, START_SECONDS)
+        assert process.poll() is None, self.output
         services: dict[str, Any] = json.loads((self.root / ".resgrid/services.json").read_text())
         return services
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.root / "up.txt").read_text()
 
     def start_sleeping(self) -> psutil.Process:
@@ -132,17 +130,19 @@ class Project:
         (self.root / "child.txt").unlink(missing_ok=True)
         done = self.run("prefect", "deployment", "run", "train-all", "-p", "force=true")
         assert done.returncode == 0, done.stdout + done.stderr
-        until(lambda: (self.root / "child.txt").exists() and bool((self.root / "child.txt").read_text()), 60)
+        wait_until(
+            lambda: (self.root / "child.txt").exists() and bool((self.root / "child.txt").read_text()), 60
+        )
         return psutil.Process(int((self.root / "child.txt").read_text()))
 
     def left(self) -> list[psutil.Process]:
         """Every process that works in this folder."""
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if Path(process.cwd()).is_relative_to(self.root) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def states(self) -> set[tuple[str, str]]:
         """(state, message) of every flow run, read from the server's database."""
@@ -152,13 +152,6 @@ class Project:
                     "SELECT type, message FROM flow_run_state JOIN flow_run ON flow_run.state_id = flow_run_state.id"
                 )
             )
-
-
-def until(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds"
-        time.sleep(0.1)
 
 
 def close(process: subprocess.Popen[bytes], project: Project) -> None:
@@ -202,8 +195,8 @@ def test_a_taken_port_gives_way_to_a_free_one_and_this_is_said(project, taken):
         address = project.services[name.lower()]
         assert address.startswith("http://127.0.0.1:")
         assert port < int(address.rpartition(":")[2]) < port + 50
-        assert f"Port {port} is taken: {name} takes {address.rpartition(':')[2]}" in project.said
-        assert f"{name:12} {address}{page}\n" in project.said
+        assert f"Port {port} is taken: {name} takes {address.rpartition(':')[2]}" in project.output
+        assert f"{name:12} {address}{page}\n" in project.output
 
 
 def test_nothing_listens_on_any_address_but_loopback(project):
@@ -217,8 +210,8 @@ def test_nothing_listens_on_any_address_but_loopback(project):
 
 
 def test_the_three_deployments_and_the_next_command_are_printed(project):
-    assert "prepare-data, train-all, train-cell" in project.said
-    assert "prefect deployment run train-all -p pipeline=examples/digits --watch" in project.said
+    assert "prepare-data, train-all, train-cell" in project.output
+    assert "prefect deployment run train-all -p pipeline=examples/digits --watch" in project.output
 
 
 def test_a_second_start_says_where_the_first_one_answers(project):
@@ -256,13 +249,13 @@ def test_an_interrupt_cancels_runs_and_ends_everything_though_a_shell_had_it_ign
     child = project.start_sleeping()
     began = time.monotonic()
     project.process.send_signal(signal.SIGINT)
-    until(lambda: not child.is_running(), 10)
+    wait_until(lambda: not child.is_running(), 10)
     assert project.process.wait(60) == 0
     assert time.monotonic() - began < 30
     assert project.left() == []
     assert ("CANCELLED", "Flow run was cancelled successfully.") in project.states()
     assert not (project.root / ".resgrid/services.json").exists()
-    assert "All ended." in project.said
+    assert "All ended." in project.output
 
 
 def test_the_users_home_stays_as_it_was(project):
@@ -294,8 +287,8 @@ def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 
 def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_crashed(restarted):
-    assert "Ending what an earlier start left running: prefect, worker\n" in restarted.said
-    assert "Flow runs of an earlier time that had no end, now recorded as crashed: 1" in restarted.said
+    assert "Ending what an earlier start left running: prefect, worker\n" in restarted.output
+    assert "Flow runs of an earlier time that had no end, now recorded as crashed: 1" in restarted.output
     assert not restarted.child.is_running()
     assert restarted.states() == {("CRASHED", "The services ended while it ran.")}
 
@@ -307,12 +300,12 @@ def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(rest
 
 def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(restarted):
     log = restarted.root / ".resgrid/logs/worker.log"
-    until(lambda: "Worker 'resgrid' started!" in log.read_text(), 60)
+    wait_until(lambda: "Worker 'resgrid' started!" in log.read_text(), 60)
     worker = psutil.Process(int(restarted.services["children"]["worker"].partition(":")[0]))
     worker.kill()
     assert restarted.process.wait(60) == 1
-    assert "resgrid: worker ended by itself (killed by SIGKILL). The end of its log:" in restarted.said
-    assert "Worker 'resgrid' started!" in restarted.said
+    assert "resgrid: worker ended by itself (killed by SIGKILL). The end of its log:" in restarted.output
+    assert "Worker 'resgrid' started!" in restarted.output
     assert restarted.left() == []
 
 
@@ -321,12 +314,12 @@ def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
     project = Project(tmp_path / "project")
     process = project.up((free_port(), free_port()))
     try:
-        until(lambda: (project.root / ".resgrid/services.json").exists(), 60)
+        wait_until(lambda: (project.root / ".resgrid/services.json").exists(), 60)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert project.left() == []
-        assert "Ctrl-C here" not in project.said
-        assert "All ended." in project.said
+        assert "Ctrl-C here" not in project.output
+        assert "All ended." in project.output
     finally:
         close(process, project)
 
@@ -357,10 +350,10 @@ def test_a_server_that_wants_a_password_says_so_at_once():
         server.shutdown()
 
 
-def test_no_proxy_keeps_what_it_has_in_either_spelling(tmp_path, monkeypatch):
+def test_no_proxy_keeps_what_it_has_in_either_spelling(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "one.example, both.example")
     monkeypatch.setenv("no_proxy", "two.example,both.example")
-    environment = services._local_environment(tmp_path, "http://127.0.0.1:1")
+    environment = services.no_proxy()
     expected = "one.example,both.example,two.example,127.0.0.1,localhost"
     assert environment["NO_PROXY"] == environment["no_proxy"] == expected
 
@@ -385,7 +378,7 @@ def test_each_deployment_is_called_like_its_flow():
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "completed"),
     [
         ("deployment run train-all", "deployment run train-all/train-all"),
         ("deployment run train-all -p slots=2 --watch", "deployment run train-all/train-all -p slots=2 --watch"),
@@ -397,10 +390,10 @@ def test_each_deployment_is_called_like_its_flow():
         ("deployment inspect train-all", "deployment inspect train-all"),
     ],
 )  # fmt: skip
-def test_only_the_name_of_a_deployment_to_run_is_completed(typed, meant):
+def test_only_the_name_of_a_deployment_to_run_is_completed(typed, completed):
     arguments = ["prefect", *typed.split()]
     assert _complete(arguments) == ("run" in typed)
-    assert arguments == ["prefect", *meant.split()]
+    assert arguments == ["prefect", *completed.split()]
 
 
 def test_a_mistyped_name_is_told_with_the_nearest_one_and_no_traceback():

@@ -17,7 +17,7 @@ from sleeping import Sleeping, left_over, sleeping
 
 from resgrid import watch
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import Outcome, StageFailed, Stopped, reproduce
+from resgrid.dvc.process import StageFailed, Stopped, reproduce
 from resgrid.stage_record import Fault
 from tasks.plan import make_plan
 
@@ -61,7 +61,7 @@ class Running:
 
     def __init__(self, repository: Sleeping, stage: str = STAGE, **more) -> None:
         self.stop, self.lines = threading.Event(), list[str]()
-        self.result: Outcome | BaseException | None = None
+        self.result: bool | BaseException | None = None
         self.pipeline = Pipeline.find(repository.root)
         self.thread = threading.Thread(target=self._run, args=(stage, more))
         logging.getLogger("resgrid").setLevel(logging.INFO)
@@ -83,35 +83,34 @@ class Running:
             time.sleep(0.05)
         return int(path.read_text())
 
-    def end(self) -> Outcome | BaseException | None:
+    def end(self) -> bool | BaseException | None:
         self.thread.join(60)
         assert not self.thread.is_alive()
         return self.result
 
 
 def rwlock(repository: Sleeping) -> dict:
-    found = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
-    return {mode: entries for mode, entries in found.items() if entries}
+    entries = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
+    return {mode: entries for mode, entries in entries.items() if entries}
 
 
 def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale, caplog):
     pipeline = Pipeline.find(stale.root)
     caplog.set_level(logging.INFO, "resgrid")
     first = reproduce(pipeline, STAGE, {"RESGRID_THREADS": "3"})
-    assert (first.ran, stale.trained()) == (True, [CELL])
+    assert (first, stale.trained()) == (True, [CELL])
     assert (stale.root / "trained").read_text().split()[2] == "3"
     assert caplog.messages == [f"Running stage '{STAGE}':", f"> sh work.sh {CELL} runs/{CELL}", f"{CELL} begins",
                      f"{CELL} ends", "Updating lock file 'dvc.lock'"]  # fmt: skip
-    assert "To track the changes with git" in first.log.read_text()  # which has all of it
-    assert first.log == stale.root / f".resgrid/logs/{STAGE}.log"
-    assert not reproduce(pipeline, STAGE, {}).ran
+    assert "To track the changes with git" in pipeline.log(STAGE).read_text()  # which has all of it
+    assert not reproduce(pipeline, STAGE, {})
     before = (stale.root / "code/net.py").read_text()
     (stale.root / "code/net.py").write_text("depth = 110\n")
-    assert reproduce(pipeline, STAGE, {}).ran
+    assert reproduce(pipeline, STAGE, {})
     (stale.root / "code/net.py").write_text(before)
-    assert not reproduce(pipeline, STAGE, {}).ran  # restored
+    assert not reproduce(pipeline, STAGE, {})  # restored
     assert (stale.root / f"runs/{CELL}/weights").read_text() == f"{CELL} {before}"
-    assert reproduce(pipeline, STAGE, {}, force=True).ran
+    assert reproduce(pipeline, STAGE, {}, force=True)
     assert stale.trained() == [CELL] * 3
     record = pipeline.record(STAGE)
     assert (record.status, record.is_running, record.seconds < 10) == ("done", False, True)
@@ -152,17 +151,13 @@ def test_what_is_in_dvcs_own_way_is_told_in_its_words_and_can_pass(stale):
     lock.write_text(whole)
 
 
-def test_what_dvc_could_not_record_is_recorded_without_training_again(stale, caplog):
-    """`dvc` is killed between the end of its command and its own."""
-    stale.behave(
-        CELL, "echo done > $2/weights; leave $(date +%s.%N) done; trap - EXIT; kill -9 $PPID; sleep 1"
-    )
-    caplog.set_level(logging.INFO, "resgrid")
-    outcome = reproduce(Pipeline.find(stale.root), STAGE, {})
-    assert (outcome.ran, stale.trained()) == (True, [CELL])
-    assert any("is done, but DVC has not recorded it" in line for line in caplog.messages)
-    assert stale.run("dvc", "status", "--json", STAGE).stdout.strip() == "{}"
-    assert (stale.root / f"runs/{CELL}/weights").read_text() == "done\n"
+def test_what_dvc_could_not_record_is_a_transient_fault(stale):
+    """`dvc` is killed between the end of its command and its own; a training then goes on at its end."""
+    stale.behave(CELL, "leave $(date +%s.%N) done; trap - EXIT; kill -9 $PPID; sleep 1")
+    with pytest.raises(StageFailed, match="it is done, but DVC has not recorded it") as failed:
+        reproduce(Pipeline.find(stale.root), STAGE, {})
+    assert failed.value.fault is Fault.DVC
+    assert failed.value.fault.transient
 
 
 def test_output_arrives_while_the_stage_runs(stale):
@@ -177,7 +172,7 @@ def test_output_arrives_while_the_stage_runs(stale):
     assert "epoch 2" not in running.lines
     assert running.pipeline.record(STAGE).is_running
     (stale.root / "behave/go").touch()
-    assert running.end().ran
+    assert running.end() is True
     assert "epoch 2" in running.lines
 
 
@@ -194,7 +189,7 @@ def test_stopping_closes_the_trainer_and_leaves_nothing(stale):
     assert rwlock(stale) == {}
     assert not Pipeline.find(stale.root).record(STAGE).is_running
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {})
 
 
 def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
@@ -208,7 +203,7 @@ def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
     assert left_over(stale) == []
     assert rwlock(stale) == {}  # DVC itself was not killed
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {})
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.6])
@@ -229,7 +224,7 @@ def test_stopping_while_dvc_records_a_result_lets_it(stale):
     while f"{CELL} ends" not in running.lines:
         time.sleep(0.01)
     while (record := running.pipeline.record(STAGE)) and watch.alive(record.by):
-        time.sleep(0.01)  # its last line is said before it has ended
+        time.sleep(0.01)  # its last line is printed before it has ended
     running.stop.set()
     running.end()
     assert left_over(stale) == []
@@ -240,7 +235,7 @@ def test_half_an_rwlock_is_mended_when_no_dvc_runs(stale):
     file = stale.root / ".dvc/tmp/rwlock"
     file.write_text('{"write": {"')
     assert "JSON structure is corrupted" in stale.run("dvc", "status", STAGE).stderr
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {})
 
 
 def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale):
@@ -254,7 +249,7 @@ def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale)
     assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)
     assert left_over(stale) == []
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {})
     make_plan(Pipeline.find(stale.root))  # as each run of the grid begins
     assert rwlock(stale) == {}
 
@@ -282,7 +277,7 @@ def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
     assert rwlock(stale) == {}
     assert not Pipeline.find(stale.root).record(STAGE).is_running
     stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {}).ran
+    assert reproduce(Pipeline.find(stale.root), STAGE, {})
 
 
 def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
@@ -291,7 +286,7 @@ def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
     while not (record := first.pipeline.record(STAGE)) or not record.is_running:
         time.sleep(0.01)
     second = Running(stale)
-    assert [first.end().ran, second.end().ran] == [True, False]
+    assert [first.end(), second.end()] == [True, False]
     assert stale.trained() == [CELL]
     waited = [line for line in second.lines if "waiting" in line]
     assert waited == [f"waiting for {STAGE}, which process {record.by.partition(':')[0]} runs"]
@@ -311,8 +306,8 @@ def test_a_dvc_at_the_same_stage_is_waited_for(stale):
     (stale.root / "behave/go").touch()
     assert by_hand.wait(60) == 0
     outcome = patient.end()
-    assert getattr(outcome, "ran", None) is False or outcome.fault is Fault.DVC  # it is still recording
-    assert not reproduce(patient.pipeline, STAGE, {}).ran
+    assert outcome is False or outcome.fault is Fault.DVC  # it is still recording
+    assert not reproduce(patient.pipeline, STAGE, {})
     assert stale.trained() == [CELL]
 
 

@@ -23,9 +23,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def record(root: Path, folder: str = ".") -> Record:
-    found = read_record(root, root / folder, "train@a-b-0")
-    assert found is not None
-    return found
+    latest = read_record(root, root / folder, "train@a-b-0")
+    assert latest is not None
+    return latest
 
 
 def test_a_command_that_runs_says_which_process_it_is_and_then_how_long_it_took(
@@ -82,8 +82,22 @@ def test_another_pipelines_stage_and_an_experiments_copy_do_not_get_in_the_way(
     assert len(list((root / ".resgrid").rglob("*.json"))) == 1
 
 
+def test_a_training_by_hand_is_recorded_and_within_a_stage_of_dvcs_the_stage_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recorded(), recorded(by_hand="train@other"):
+        pass
+    assert [path.stem for path in (root / ".resgrid").rglob("*.json")] == ["train@a-b-0"]
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.delenv("DVC_STAGE")
+    (root / ".dvc").mkdir()
+    with pytest.raises(ResgridError), recorded(), recorded(by_hand="train@a-b-0"):
+        raise ResgridError("no")
+    assert (record(root).status, record(root).why) == ("failed", "no")
+
+
 def test_every_stage_of_a_trained_pipeline_has_left_its_record(small: Project) -> None:
     for stage in ("download", "preprocess", "train@resnet20-sgd-0", "evaluate"):
-        found = read_record(small.root, small.root, stage)
-        assert found is not None, stage
-        assert (found.stage, found.status) == (stage, "done")
+        latest = read_record(small.root, small.root, stage)
+        assert latest is not None, stage
+        assert (latest.stage, latest.status) == (stage, "done")

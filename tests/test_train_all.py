@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import random
 import shutil
 import signal
@@ -12,16 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from cluster import end_tree
 from ports import free_port
-from sleeping import ROOT, Sleeping, left_over, sleeping
+from sleeping import ROOT, Sleeping, answers, ask, clean_env, left_over, sleeping, wait_until
 from small import digits
 
 from resgrid.cell_states import read_grid_run
@@ -44,63 +41,29 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = home / "server.log"
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("PREFECT", "MLFLOW", "RESGRID"))
-        }
-        self.env = kept | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "PREFECT_HOME": str(home / "prefect"),
-            "PREFECT_API_URL": f"{self.url}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_LOGGING_EXTRA_LOGGERS": "resgrid,tasks",  # as prefect.yaml sets it
-            "DVC_NO_ANALYTICS": "1",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+        self.env = clean_env(
+            PYTHONPATH=str(ROOT),
+            PREFECT_HOME=str(home / "prefect"),
+            PREFECT_API_URL=f"{self.url}/api",
+            PREFECT_WORKER_QUERY_SECONDS="1",
+            PREFECT_LOGGING_EXTRA_LOGGERS="resgrid,tasks",  # as prefect.yaml sets it
+        )
         self.start()
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
+        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, env=self.env, cwd=self.log.parent, stdout=log, stderr=log
             )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/api/health", timeout=2).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()  # noqa: PT018
-                time.sleep(0.2)
+        wait_until(lambda: answers(f"{self.url}/api/health"), 120, self.log)
 
     def kill(self) -> None:
-        for process in [
-            *psutil.Process(self.process.pid).children(recursive=True),
-            psutil.Process(self.process.pid),
-        ]:
-            process.kill()
+        end_tree(self.process)
         self.process.wait()
 
     def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
-        data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(f"{self.url}/api/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        return ask(f"{self.url}/api/{path}", content)
 
     def begin(self, repository: Sleeping, flow: str = "train_all", /, nap: float = 0, **parameters) -> Flow:
         code = RUN.format(module=flow, flow=flow)
@@ -121,16 +84,16 @@ class Server:
         runs: list[Any] = []
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:  # events, which the server takes in when it has time
-            found = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-            runs = self.ask("task_runs/filter", found)
+            query = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+            runs = self.ask("task_runs/filter", query)
             if runs and all(run["end_time"] for run in runs):
                 break
             time.sleep(0.5)
         return {run["name"]: run["state"]["name"] for run in runs}
 
     def artifacts(self, flow_run: str) -> dict[str, Any]:
-        found = self.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
-        return {artifact["key"]: artifact for artifact in found}
+        artifacts = self.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+        return {artifact["key"]: artifact for artifact in artifacts}
 
 
 class Flow:
@@ -190,7 +153,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
 
 @pytest.fixture
 def plain(repository: Sleeping) -> Iterator[Sleeping]:
-    """The repository, with no cell told to behave in another way."""
+    """The repository, with no cell made to behave in another way."""
     yield repository
     for file in [
         *repository.root.glob("behave/*"),
@@ -220,15 +183,6 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
         receiver.shutdown()
 
 
-def wait_until(holds, seconds: float = 60) -> float:
-    """Wait until `holds()`; how long it took."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
-    return time.monotonic() - began
-
-
 # --- what is run, and what is not -------------------------------------------------------------------
 
 
@@ -249,14 +203,14 @@ def test_the_grid_is_trained_in_parallel_and_then_nothing_is_left_to_do(server, 
 
     done = ["download", "preprocess", *GRID, "evaluate", "sync"]
     assert server.tasks(flow.id) == dict.fromkeys(done, "Completed")
-    shown = server.artifacts(flow.id)
-    assert shown["progress-root"]["data"] == 100.0
-    assert shown["progress-root"]["description"] == "4 of 4 cells done"
-    assert json.loads(shown["leaderboard-root"]["data"])[0] == {
+    artifacts = server.artifacts(flow.id)
+    assert artifacts["progress-root"]["data"] == 100.0
+    assert artifacts["progress-root"]["description"] == "4 of 4 cells done"
+    assert json.loads(artifacts["leaderboard-root"]["data"])[0] == {
         "cell": "resnet10-adam-0",
         "status": "completed",
     }
-    assert set(shown) == {"progress-root", "leaderboard-root"}
+    assert set(artifacts) == {"progress-root", "leaderboard-root"}
 
     clean = plain.run("dvc", "status", "--json")
     assert (clean.stdout.strip(), clean.returncode) == ("{}", 0)
@@ -275,8 +229,8 @@ def test_what_dvc_repro_has_trained_is_not_trained_again(server, plain):
     flow = server.run(plain)
     assert (flow.state, flow.message) == ("Completed", "4 cells: 4 up to date")
     assert plain.trained() == before
-    shown = ["download", "preprocess", *GRID, "evaluate"]
-    assert server.tasks(flow.id) == dict.fromkeys(shown, "Up to date") | {"sync": "Completed"}
+    stages = ["download", "preprocess", *GRID, "evaluate"]
+    assert server.tasks(flow.id) == dict.fromkeys(stages, "Up to date") | {"sync": "Completed"}
     # and no dvc was started for any of them
     assert {file: file.stat().st_mtime_ns for file in plain.root.glob(".resgrid/logs/train@*")} == logs
 
@@ -336,10 +290,10 @@ def test_a_failed_cell_does_not_end_the_grid_and_only_transient_faults_are_tried
     assert cells["resnet10-sgd-0"].reason == "recipes.resnet10.epochs: must be 1 or more"
 
     wait_until(lambda: len(texts) >= 3)
-    told = {text.partition("\n")[0]: text for text in texts}
-    assert set(told) == {"resnet10-adam-0: Failed", "resnet10-sgd-0: Failed", "train-all: Failed"}
-    assert "recipes.resnet10.epochs: must be 1 or more" in told["resnet10-sgd-0: Failed"]
-    ended = told["train-all: Failed"]
+    messages = {text.partition("\n")[0]: text for text in texts}
+    assert set(messages) == {"resnet10-adam-0: Failed", "resnet10-sgd-0: Failed", "train-all: Failed"}
+    assert "recipes.resnet10.epochs: must be 1 or more" in messages["resnet10-sgd-0: Failed"]
+    ended = messages["train-all: Failed"]
     assert "resnet10-sgd-0 failed (3 trained, 1 failed)." in ended
     assert f"/runs/flow-run/{flow.id}" in ended
 
@@ -362,10 +316,10 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     assert plain.run("dvc", "repro").returncode == 0
     plain.behave("resnet20-sgd-0", "touch begun; until [ -f go ]; do sleep 0.1; done; sleep 3")
     before = len(plain.trained())
-    kept = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
-    kept.mkdir(parents=True)
+    checkpoints = plain.root / ".resgrid/checkpoints"  # of trainings that were cut off
+    checkpoints.mkdir(parents=True)
     for cell in ("resnet20-sgd-0", "resnet10-adam-0"):
-        (kept / f"{cell}.0123456789abcdef.0").write_text("half a training")
+        (checkpoints / f"{cell}.0123456789abcdef.0").write_text("half a training")
     first = server.begin(plain, cells=["resnet20-*"], force=True, slots=1)
     wait_until((plain.root / "begun").exists)
     second = server.begin(plain, cells=["*-sgd-*"], force=True, slots=1)
@@ -378,7 +332,9 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
     assert "waiting for another train-all, which is at work in this pipeline" in second.output
     cells = [stage for stage in plain.trained()[before:] if stage in GRID]
     assert sorted(cells) == ["resnet10-sgd-0", "resnet20-adam-0", "resnet20-sgd-0"]
-    assert [path.name for path in kept.iterdir()] == ["resnet10-adam-0.0123456789abcdef.0"]  # not forced
+    assert [path.name for path in checkpoints.iterdir()] == [
+        "resnet10-adam-0.0123456789abcdef.0"
+    ]  # not forced
 
 
 # --- every way to end -------------------------------------------------------------------------------
@@ -405,8 +361,8 @@ def deployed(server: Server, deployment: str, repository: Sleeping) -> str:
 def assert_all_has_ended(repository: Sleeping, within: float) -> None:
     assert wait_until(lambda: not left_over(repository), 30) < within
     assert len(list(repository.root.glob("closed-*"))) == 2  # each trainer had its time to close
-    found = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
-    assert not any(found.values())
+    entries = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
+    assert not any(entries.values())
     pipeline = Pipeline.find(repository.root)
     for name in ("train-all", "train@resnet20-sgd-0"):
         lock = pipeline.lock(name)
@@ -444,8 +400,8 @@ def test_killing_the_flow_ends_every_trainer_and_the_next_run_goes_on(server, en
     flow.process.kill()
     flow.process.communicate()
     assert_all_has_ended(endless, within=10)
-    said = str(status(Pipeline.find(endless.root))).splitlines()
-    assert said[0] == "The last train-all was killed. Run it again: what it had finished is kept."
+    lines = str(status(Pipeline.find(endless.root))).splitlines()
+    assert lines[0] == "The last train-all was killed. Run it again: what it had finished is kept."
     assert not any(each.word in ("queued", "running") for each in status(Pipeline.find(endless.root)).cells)
     for cell in ("resnet20-sgd-0", "resnet20-adam-0"):
         endless.behave(cell, "true")

@@ -49,7 +49,7 @@ class GridRun:
         return watch.alive(self.by)
 
     def save(self, root: Path, pipeline: Path) -> None:
-        with suppress(OSError):  # a disk that is full or cannot be written, which is told elsewhere
+        with suppress(OSError):  # a disk that is full or cannot be written, which others report
             write_state(state_file(root, pipeline, GRID), asdict(self))
 
 

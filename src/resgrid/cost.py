@@ -1,11 +1,12 @@
 """How long cells take on this machine: by what others took here before, or by training steps timed now.
 
-The only estimate of time: `resgrid plan`, `resgrid status`, train-all's progress and what is said before a
+The only estimate of time: `resgrid plan`, `resgrid status`, train-all's progress and the line before a
 download all come from here.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import time
@@ -17,17 +18,28 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from resgrid import mps
+from resgrid.cell_states import CellRun
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models import ARCHITECTURES, gflop_of
 from resgrid.progress import duration
+from resgrid.stage_record import read_record, state_file
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+# Peak of what torch reserves in a training of 50,000 images at the recipes' own batch sizes, graphed: 1.3 GiB
+# of ResNet-20 (seen on an H100 and an H200) and 3.8 of ResNet-10 (H100); of the others three times what their
+# steps alone took, as it is with these two. Used until a cell's timing.json has a measured
+# `peak_memory_bytes`; an architecture that is not here counts as the largest.
+CUDA_GIB = {
+    "resnet20": 1.3, "resnet32": 1.9, "resnet44": 2.5, "resnet56": 3.1, "resnet110": 4.7,
+    "resnet10": 3.8, "resnet18": 4.4, "resnet26": 5.6,
+    "vgg16": 5.3,
+}  # fmt: skip
 # Images/s grow with the threads to this power: 1,572 with two against 958.5 with one (ResNet-20).
 THREADS_POWER = 0.71
 TIMED_BATCH = 32  # images: enough for a figure within a third or so, and a second at most a step on a laptop
@@ -35,13 +47,13 @@ TIMED_BATCH = 32  # images: enough for a figure within a third or so, and a seco
 
 def timings(cells: Iterable[Cell], pipeline: Path) -> list[tuple[Cell, dict[str, Any]]]:
     """The timing.json of each cell that has one, of whatever training."""
-    found = []
+    timed = []
     for cell in cells:
         with suppress(OSError, ValueError):
             timing = json.loads((pipeline / "runs" / cell.id / "timing.json").read_text(encoding="utf-8"))
-            if isinstance(timing, dict) and timing.get("images_per_second"):
-                found.append((cell, timing))
-    return found
+            if timing.get("images_per_second"):
+                timed.append((cell, timing))
+    return timed
 
 
 def recorded_speeds(
@@ -88,6 +100,65 @@ def estimate_durations(
     return seconds
 
 
+def expect(
+    params: Params, pipeline: Path, root: Path, threads: int, sharing: int | None, *, measure: bool = False
+) -> dict[str, float]:
+    """Seconds for each stage of a pipeline of which anything is known, by its name.
+
+    A cell goes at the speed that `recorded_speeds` or, with `measure`, a step timed now gives; without any,
+    and for the other stages, it takes as long as the latest attempt that was done.
+    """
+    cells = expand(params)
+    speeds = recorded_speeds(cells, pipeline, threads, sharing)
+    if measure:
+        from resgrid.training.device import choose_device
+
+        speeds |= measured_speeds(cells, choose_device())
+    records = (
+        read_record(root, pipeline, path.stem)
+        for path in state_file(root, pipeline, "").parent.glob("*.json")
+    )
+    lasted = {each.stage: each.seconds for each in records if each and each.seconds}
+    seconds = estimate_durations(cells, num_train(params, pipeline, measure=measure), speeds)
+    return lasted | {cell.stage: seconds[cell.id] for cell in cells if cell.id in seconds}
+
+
+def num_train(params: Params, pipeline: Path, *, measure: bool) -> int | None:
+    """Training images of the data that are here; with `measure` also those that would be downloaded."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        # Read here and not by resgrid.data, which imports torch and so takes 2 s.
+        meta = json.loads((pipeline / "data/processed/meta.json").read_text(encoding="utf-8"))
+        return int(meta["num_images"]["train"])
+    if not measure:
+        return None
+    from resgrid.data.fetch import known_num_train
+
+    return known_num_train(params.data)
+
+
+def makespan(seconds: Iterable[float], num_slots: int) -> float:
+    """When the last of these ends, each started in turn on the slot that is free first."""
+    ends = [0.0] * num_slots
+    for taken in seconds:
+        heapq.heapreplace(ends, ends[0] + taken)
+    return max(ends)
+
+
+def finish_time(
+    seconds: Mapping[str, float | None], at_work: Mapping[str, CellRun], num_slots: int
+) -> float | None:
+    """When the last of the cells at work should end, which take so long; None while any is unknown.
+
+    Those that run first, then the longest.
+    """
+    now, left = time.time(), []
+    for title, each in at_work.items():
+        if (lasts := seconds[title]) is None:
+            return None
+        left.append((each.began is None, min(0.0, now - (each.began or now) - lasts)))
+    return now + makespan([-negative for _, negative in sorted(left)], num_slots)
+
+
 def work(cell: Cell) -> float:
     """GFLOP an image x epochs, by which cells are put in order while their times are unknown.
 
@@ -115,9 +186,8 @@ def seconds_per_image(cell: Cell, device: torch.device) -> float:
     images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     totals = Totals(device)
-    execution = replace(
-        choose_execution(cell, batch, device), compiled=False
-    )  # which takes longer than all this
+    # Compiling takes longer than all this.
+    execution = replace(choose_execution(cell, batch, device), compiled=False)
     step = make_step(cell, model, build_optimizer(cell, model), totals, execution)
     times = []
     for _ in range(3):

@@ -21,7 +21,7 @@ class _Messages(logging.Handler):
     """Prints log records on stderr, above the progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        Progress.said = time.monotonic()
+        Progress.printed = time.monotonic()
         prefix = "resgrid: " if record.levelno >= logging.WARNING else ""
         line = prefix + self.format(record)
         if Progress.active is not None:
@@ -47,7 +47,7 @@ class Progress:
     """
 
     active: ClassVar[Any] = None  # the bar on the terminal
-    said: ClassVar[float] = 0.0  # when the last line was shown
+    printed: ClassVar[float] = 0.0  # when the last line was printed
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -102,9 +102,9 @@ class Progress:
         self.done, self.total = done, total if total is not None else self.total
         if self._bar is not None and now - self._drawn >= 0.1:
             self._draw()
-        elif self._bar is None and now - max(Progress.said, self._started) >= SECONDS_BETWEEN_LINES:
+        elif self._bar is None and now - max(Progress.printed, self._started) >= SECONDS_BETWEEN_LINES:
             log.info(self._line())
-            Progress.said = now
+            Progress.printed = now
 
     @property
     def speed(self) -> float:

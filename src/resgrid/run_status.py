@@ -1,15 +1,15 @@
 """A cell's folder `runs/<cell>/`, and the one answer to the question whose result lies there.
 
-DVC says what will run; `find_runs` says what a result is. It reads the folders alone, which hold the numbers,
-the data's digest and the code's that they were trained with, and compares them with those of today.
+DVC says what will run; `find_runs` says what a result is. It reads the folders, which hold the numbers, the
+data's digest and the code's that they were trained with, and compares them with those of today. Why there is
+no result, the record of the stage says.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.models import own_file
+from resgrid.project import project_root, read_meta
 from resgrid.project import read_json as read_json
-from resgrid.project import read_meta
 from resgrid.provenance import code_digest, package_of
+from resgrid.stage_record import Fault, State, read_record
 
 if TYPE_CHECKING:  # half a second to import, which `resgrid train` need not wait for
     import pandas as pd
@@ -29,7 +30,6 @@ WEIGHTS = "weights.safetensors"
 RUN = "run.json"  # written last: all about the run but its epochs and its times
 METRICS = "metrics.json"  # for DVC alone
 FILES = ("summary.txt", "history.csv", RUN, "timing.json", WEIGHTS)
-FAILURE = "failure.txt"  # why there are none of these: the message that the training ended with
 
 Status = Literal["completed", "diverged", "stale", "other data", "failed", "missing"]
 STATUSES: tuple[Status, ...] = get_args(Status)  # the best first
@@ -55,13 +55,19 @@ def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
     """The run of each cell in a pipeline's folder, in order.
 
     `completed` or `diverged`: trained with today's numbers, data and code. `stale`: with other numbers or
-    code; `other data`: on other images (where the data are not here, that is not asked). `failed`: the
-    training ended with an error. `missing`: there is no whole result.
+    code; `other data`: on other images (where the data are not here, that is not asked). `missing`: there is
+    no whole result. `failed`: there is none, and by the stage's record the training ended with an error.
     """
     data, package = data_digest(pipeline), package_of(pipeline)
     files = {cell.architecture: own_file(cell.architecture, pipeline) for cell in cells}
     code = {file: code_digest(package, file) for file in set(files.values())}
-    return [run_in(pipeline / "runs" / cell.id, cell, data, code[files[cell.architecture]]) for cell in cells]
+    runs = [run_in(pipeline / "runs" / cell.id, cell, data, code[files[cell.architecture]]) for cell in cells]
+    root = project_root(pipeline)
+    for i, run in enumerate(runs):
+        attempt = None if run.record or run.reason else read_record(root, pipeline.resolve(), run.cell.stage)
+        if attempt and attempt.status == State.FAILED and attempt.fault != Fault.NO_RESULT:
+            runs[i] = replace(run, status="failed", reason=attempt.why)
+    return runs
 
 
 def data_digest(pipeline: Path) -> str | None:
@@ -73,10 +79,7 @@ def data_digest(pipeline: Path) -> str | None:
 def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
     """What `folder` holds of `cell`, today's data and code being those of these digests."""
     if not (folder / RUN).is_file():
-        if not (folder / FAILURE).is_file():
-            return Run(cell, folder, "missing")
-        cause = (folder / FAILURE).read_text(encoding="utf-8", errors="replace").strip()
-        return Run(cell, folder, "failed", cause)
+        return Run(cell, folder, "missing")
     if gone := [name for name in FILES if not (folder / name).is_file()]:
         reason = f"{folder / gone[0]} is gone: `dvc checkout --force` restores it."
         return Run(cell, folder, "missing", reason)
@@ -147,20 +150,6 @@ def epoch_speeds(timing: Mapping[str, Any]) -> list[float]:
         return list(timing["epoch_images_per_second"])
     seconds = timing["epoch_seconds"]
     return [timing["images_per_second"] * sum(seconds) / len(seconds) / each for each in seconds]
-
-
-@contextmanager
-def noted_failure(run_folder: Path) -> Iterator[None]:
-    """Leave the message of an error in `run_folder`: by it a failed cell is told from one not yet trained."""
-    (run_folder / FAILURE).unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        message = str(error) if isinstance(error, ResgridError) else f"{type(error).__name__}: {error}"
-        with suppress(OSError):  # the disk may be full, which is then what the error says
-            run_folder.mkdir(parents=True, exist_ok=True)
-            (run_folder / FAILURE).write_text(message + "\n", encoding="utf-8")
-        raise
 
 
 def trained_run(cell: Cell, pipeline: Path) -> Run:

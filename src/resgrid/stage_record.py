@@ -18,7 +18,7 @@ from typing import Any
 
 from resgrid import watch
 from resgrid.errors import ConnectionLost, OutOfMemory, ResgridError
-from resgrid.project import write_whole
+from resgrid.project import project_root, write_whole
 from resgrid.provenance import experiment
 
 RECORD_ONLY = "RESGRID_RECORD_ONLY"  # a stage's command refuses to run: DVC is only to record a result
@@ -31,7 +31,7 @@ class State(StrEnum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-    INTERRUPTED = "interrupted"  # told to end, or killed: it goes on where it was
+    INTERRUPTED = "interrupted"  # by a signal: it goes on where it was
 
 
 class Fault(StrEnum):
@@ -92,21 +92,26 @@ def state_file(root: Path, pipeline: Path, name: str) -> Path:
 
 def read_record(root: Path, pipeline: Path, stage: str) -> Record | None:
     """The latest attempt at a stage; None if there was none, or the file is none of ours."""
-    found = read_state(state_file(root, pipeline, stage))
+    content = read_state(state_file(root, pipeline, stage))
     try:
-        status = State(_FORMER.get(found["status"], found["status"]))
-        fault = Fault(found["fault"]) if found["fault"] else None
-        known = {name: value for name, value in found.items() if name in Record.__dataclass_fields__}
+        status = State(_FORMER.get(content["status"], content["status"]))
+        fault = Fault(content["fault"]) if content["fault"] else None
+        known = {name: value for name, value in content.items() if name in Record.__dataclass_fields__}
         return Record(**known | {"status": status, "fault": fault})
     except (TypeError, KeyError, ValueError):
         return None
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Leave a record of what is done within, if DVC runs it as a stage of the project itself."""
+def recorded(by_hand: str = "") -> Iterator[None]:
+    """Leave a record of what is done within, if DVC runs it as a stage of the project itself.
+
+    `by_hand`: the stage that it is without DVC.
+    """
     root, stage = os.environ.get("DVC_ROOT"), os.environ.get("DVC_STAGE", "").rpartition(":")[2]
-    if not root or not stage or experiment():
+    if by_hand and not stage:
+        root, stage = str(project_root()), by_hand
+    elif by_hand or not root or not stage or experiment():  # the whole command is recorded, or nothing
         yield
         return
     project, pipeline = Path(root).resolve(), Path.cwd().resolve()
@@ -117,7 +122,7 @@ def recorded() -> Iterator[None]:
         time.time(),
         last_seconds=before.seconds if before else None,
     )
-    with suppress(OSError):  # a disk that is full or cannot be written, which is told elsewhere
+    with suppress(OSError):  # a disk that is full or cannot be written, which others report
         write_state(file, asdict(begun))
     end = replace(begun, status=State.DONE)
     try:
@@ -126,7 +131,7 @@ def recorded() -> Iterator[None]:
         why = str(error) if isinstance(error, ResgridError) else f"{type(error).__name__}: {error}"
         end = replace(begun, status=State.FAILED, fault=_fault(error), why=why)
         raise
-    except BaseException:  # told to end
+    except BaseException:  # a signal
         end = replace(begun, status=State.INTERRUPTED)
         raise
     finally:

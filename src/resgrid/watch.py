@@ -1,7 +1,7 @@
 """Ends this process when the one it works for is gone.
 
 Between a flow and its trainers stands DVC, which survives the flow, and whose command then belongs to
-process 1. So a trainer cannot go by its own parent; it is told whom to watch: RESGRID_WATCH=<pid>:<start>.
+process 1. So a trainer cannot go by its own parent; it is given whom to watch: RESGRID_WATCH=<pid>:<start>.
 The start time is there because process ids are used again.
 """
 
@@ -92,7 +92,7 @@ def _started(pid: int) -> str | None:
             return None
         fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces; see proc(5)
         return None if fields[0] in "ZX" else fields[19]  # clock ticks since the machine started
-    shown = subprocess.run(
+    fields = subprocess.run(
         ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     ).stdout.split(maxsplit=1)
-    return None if len(shown) < 2 or shown[0].startswith("Z") else shown[1].strip()
+    return None if len(fields) < 2 or fields[0].startswith("Z") else fields[1].strip()

@@ -93,9 +93,7 @@ def _train_one(options: argparse.Namespace) -> None:
     provenance.check_lock(Path())
     provenance.check_code(Path())
 
-    from resgrid.run_status import noted_failure
-
-    with noted_failure(RUNS / cell.id):
+    with recorded(by_hand=cell.stage):
         _train_cell(options, params, cell)
 
 

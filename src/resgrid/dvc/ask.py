@@ -1,16 +1,15 @@
-"""What DVC says of a pipeline: which stages are stale, their graph, its remote and its cache."""
+"""What DVC says of a pipeline: which stages are stale, their graph, and where its cache is."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resgrid.dvc.lock import clear_stale_rwlock, keep, lock_holders, read_lock
-from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline
+from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline, dvc
 from resgrid.errors import ResgridError
 from resgrid.project import denied
 
@@ -43,7 +42,7 @@ def ask(pipeline: Pipeline) -> Answer:
     Raises Busy while a `dvc` runs a stage, and ResgridError for files that DVC cannot use.
     """
     clear_stale_rwlock(pipeline)
-    lock = read_lock(pipeline)
+    content = read_lock(lock := pipeline.folder / "dvc.lock")
     graph, status = _dvc(pipeline, "dag", "--dot"), _dvc(pipeline, "status", "--json", "dvc.yaml")
     (dot, why), (answer, error) = graph.communicate(), status.communicate()
     if graph.returncode:
@@ -60,17 +59,17 @@ def ask(pipeline: Pipeline) -> Answer:
         if not holders:
             raise _unusable(pipeline, error)
         raise Busy(f"{pipeline.folder}: DVC is busy with {', '.join(holders)}; see `resgrid status`.")
-    if read_lock(pipeline) == lock:  # nobody has written it
-        keep(pipeline, lock)
+    if read_lock(lock) == content:  # nobody has written it
+        keep(pipeline, content)
     return Answer(needs, {name.rpartition(":")[2]: each for name, each in json.loads(answer).items()})
 
 
-def _unusable(pipeline: Pipeline, said: str) -> ResgridError:
+def _unusable(pipeline: Pipeline, reason: str) -> ResgridError:
     places = (pipeline.folder / name for name in ("data", "runs", "dvc.lock"))
     if path := denied(pipeline.root / ".dvc/tmp", *places):
         return ResgridError(f"Permission denied: {path}. It belongs to another user, or its mode is wrong.")
-    way_on = next((way for words, way in ERROR_HINTS.items() if words in said), "")
-    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {said.strip()[-2000:]}{way_on}")
+    hint = next((way for words, way in ERROR_HINTS.items() if words in reason), "")
+    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {reason.strip()[-2000:]}{hint}")
 
 
 def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
@@ -83,47 +82,6 @@ def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def runs_before(needs: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """For each stage those that run before it, directly or through others. DVC has refused cycles already."""
-    closed: dict[str, list[str]] = {}
-
-    def close(name: str) -> list[str]:
-        if name not in closed:
-            further = [earlier for other in needs[name] for earlier in close(other)]
-            closed[name] = list(dict.fromkeys([*needs[name], *further]))
-        return closed[name]
-
-    return {name: close(name) for name in needs}
-
-
-def remote(pipeline: Pipeline) -> str:
-    """The name of DVC's default remote; raises ResgridError if there is none that could do."""
-
-    def configured(key: str) -> str:
-        return _output(pipeline.root, "config", key).strip()
-
-    name = configured("core.remote")
-    if name and configured(f"remote.{name}.url").startswith("http"):
-        raise ResgridError(
-            f"{pipeline.root}: the DVC remote {name!r} is an HTTP server, which holds no run cache. Take a "
-            "bucket, SSH, or a folder that all machines see."
-        )
-    if not name:
-        raise ResgridError(
-            f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
-            "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."
-        )
-    return name
-
-
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps its files for the project in `root`: `dvc cache dir` may have put it elsewhere."""
-    lines = _output(root, "cache", "dir").strip().splitlines()
-    return root / lines[-1] if lines else root / ".dvc" / "cache"
-
-
-def _output(folder: Path, *arguments: str) -> str:
-    """What a `dvc` prints; nothing if it fails."""
-    command = [*DVC_COMMAND, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return "" if done.returncode else done.stdout
+    return root / dvc(root, "cache", "dir").strip().splitlines()[-1]

@@ -2,12 +2,13 @@
 
 DVC writes dvc.lock in place, all stages anew for each that it records, so what a SIGKILL leaves is the
 beginning of what it would have written: at any byte, also at the end of a line or of a stage's entry. What
-ended well since the copy was made is then recorded from the run cache (`repair` in `process.py`).
+was recorded since the copy was made is stale then, and DVC restores it from its run cache.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +18,23 @@ import psutil
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.project import write_whole
-from resgrid.stage_record import Record, State
+from resgrid.stage_record import State
 
 RECORDING_SECONDS = 30.0  # from the end of a stage's command until DVC has written dvc.lock
 
+log = logging.getLogger(__name__)
 
-def read_lock(pipeline: Pipeline) -> str:
-    """dvc.lock as it is now; empty if there is none."""
+
+def read_lock(path: Path) -> str:
+    """A dvc.lock as it is now; empty if there is none."""
     with suppress(FileNotFoundError):
-        return (pipeline.folder / "dvc.lock").read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""
 
 
 def refuse_conflict(lock: Path) -> None:
     """Raises ResgridError for a dvc.lock with conflict markers, which a merge has left to a person."""
-    text = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
-    if re.search(r"^(<{7}|>{7}) ", text, flags=re.MULTILINE):
+    if re.search(r"^(<{7}|>{7}) ", read_lock(lock), flags=re.MULTILINE):
         raise ResgridError(
             f"{lock}: holds git's conflict markers. Take one side, `git checkout --ours {lock.name}` or "
             f"`git checkout --theirs {lock.name}`, then `git add {lock.name}`; results that only the other "
@@ -41,88 +43,55 @@ def refuse_conflict(lock: Path) -> None:
 
 
 def keep(pipeline: Pipeline, content: str) -> None:
-    """Keep what dvc.lock held while DVC answered, so that nobody wrote it."""
-    kept = _kept(pipeline)
-    if content and content != _read(kept) and not is_cut(pipeline):
-        write_whole(kept, content.encode())
+    """Keep the dvc.lock of while DVC answered, so that nobody wrote it."""
+    if content and content != read_lock(_copy(pipeline)) and not is_cut(pipeline):
+        write_whole(_copy(pipeline), content.encode())
 
 
 def is_cut(pipeline: Pipeline) -> bool:
     """Whether dvc.lock is what a kill has left: the beginning of what DVC was writing.
 
-    Inside a line or an entry that shows in the file. At the end of an entry it might as well be git's or a
-    hand's; then it is a cut if DVC was recording: a stage that was done since the copy was made ended just
-    before the file was written.
+    In the middle of a line, or after a key without its value, no other hand would have left it. Elsewhere it
+    might as well be git's, with fewer stages; it is a cut if a stage ended just before the file was written.
     """
-    lock, kept = pipeline.folder / "dvc.lock", _read(_kept(pipeline))
-    if not lock.exists() or not kept:
+    lock, copy = pipeline.folder / "dvc.lock", _copy(pipeline)
+    content, before = read_lock(lock), read_lock(copy)
+    if not lock.exists() or content == before or not before:
         return False
-    content = read_lock(pipeline)
-    if content == kept:
-        return False
-    if not content.endswith("\n"):
-        return True
-    before, now = _entries(kept), _entries(content)
-    if list(now)[: len(before)] != list(before)[: len(now)]:
-        return False  # DVC keeps the order, and puts a new stage last
-    if not now:
-        return kept.startswith(content)
-    last, text = list(now.items())[-1]
-    kind = last.partition("@")[0]
-    like = before.get(last) or next(
-        (text for name, text in before.items() if name.startswith(f"{kind}@")), ""
-    )
-    if (shape := _shape(text)) != _shape(like) and shape == _shape(like)[: len(shape)]:
-        return True
+    stages, former = (re.findall(r"^  (\S.*):$", text, flags=re.MULTILINE) for text in (content, before))
+    if not stages or not content.endswith("\n") or content.endswith(":\n"):
+        return before.startswith(content) or bool(stages)
     written = lock.stat().st_mtime
-    recording = any(written < (each.ended or 0.0) + RECORDING_SECONDS for each in _done_since(pipeline))
-    return len(now) < len(before) and recording
+    was_recording = any(written < ended + RECORDING_SECONDS for ended in _done_since(pipeline).values())
+    return len(stages) < len(former) and stages == former[: len(stages)] and was_recording
 
 
-def put_back(pipeline: Pipeline) -> list[str]:
-    """Put the last whole dvc.lock back; returns the stages that have ended well since, to be recorded."""
-    lock, ended = pipeline.folder / "dvc.lock", [each.stage for each in _done_since(pipeline)]
-    kept = _read(_kept(pipeline))
-    # Without their earlier entries, which DVC would take for them.
-    entries = {name: text for name, text in _entries(kept).items() if name not in ended}
-    lock.unlink()
-    if entries:
-        lock.write_text(_head(kept) + "".join(entries.values()), encoding="utf-8", newline="\n")
-    return ended
+def repair(pipeline: Pipeline) -> None:
+    """Put the last whole dvc.lock back if a kill has left a part of one; nothing is trained.
+
+    Raises ResgridError for a file with conflict markers, which is a person's to resolve.
+    """
+    lock = pipeline.folder / "dvc.lock"
+    refuse_conflict(lock)
+    if is_cut(pipeline) and not dvc_runs(pipeline.root):
+        log.warning("%s: a dvc that was killed has left a part of it; the one before is put back", lock)
+        head, *entries = re.split(r"^(?=  \S)", read_lock(_copy(pipeline)), flags=re.MULTILINE)
+        # Without the earlier entries of what was done since, which DVC would restore instead.
+        done = {f"  {stage}:" for stage in _done_since(pipeline)}
+        entries = [entry for entry in entries if entry.partition("\n")[0] not in done]
+        write_whole(lock, "".join([head, *entries]).encode() if entries else b"schema: '2.0'\n")
 
 
-def _done_since(pipeline: Pipeline) -> list[Record]:
-    """The attempts that were done since the copy was made, in the order in which they ended."""
-    since = _kept(pipeline).stat().st_mtime - 1.0  # which is later than DVC's answer
-    records = [pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json")]
-    done = [each for each in records if each and each.status == State.DONE and (each.ended or 0.0) > since]
-    return sorted(done, key=lambda each: each.ended or 0.0)
+def _done_since(pipeline: Pipeline) -> dict[str, float]:
+    """When each attempt ended that was done since the copy was made, by its stage."""
+    since = _copy(pipeline).stat().st_mtime - 1.0  # which is later than DVC's answer
+    records = (pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json"))
+    done = {each.stage: each.ended or 0.0 for each in records if each and each.status == State.DONE}
+    return {stage: ended for stage, ended in done.items() if ended > since}
 
 
-def _entries(text: str) -> dict[str, str]:
-    """The part of each stage, by its name, as DVC writes them: two spaces before the name, more in it."""
-    parts = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:]
-    return {part.partition(":\n")[0].strip(): part for part in parts}
-
-
-def _head(text: str) -> str:
-    return re.split(r"^(?=  \S)", text, maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def _shape(entry: str) -> list[str]:
-    """The keys of an entry's outputs, in order; empty if it has none yet. Stages of a kind share it."""
-    outputs = entry.partition("\n    outs:\n")[2].splitlines()
-    return [line.partition(":")[0] for line in outputs]
-
-
-def _kept(pipeline: Pipeline) -> Path:
+def _copy(pipeline: Pipeline) -> Path:
     return pipeline.state("dvc").with_suffix(".lock")
-
-
-def _read(path: Path) -> str:
-    with suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8")
-    return ""
 
 
 # --- DVC's list of who is at work -----------------------------------------------------------------
@@ -134,24 +103,23 @@ def lock_holders(pipeline: Pipeline) -> dict[int, str]:
     Raises ValueError for half a list.
     """
     try:
-        found = json.loads((pipeline.root / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
+        content = json.loads((pipeline.root / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    readers = [by for some in found.get("read", {}).values() for by in some]
-    return {by["pid"]: by["cmd"] for by in (*found.get("write", {}).values(), *readers)}
+    readers = [by for each in content.get("read", {}).values() for by in each]
+    return {by["pid"]: by["cmd"] for by in (*content.get("write", {}).values(), *readers)}
 
 
 def clear_stale_rwlock(pipeline: Pipeline) -> None:
     """Delete DVC's list of who is at work if a `dvc` that was killed has left half of it, or is in it still.
 
-    Half a list stops every `dvc`, and another process may get the id of one that is gone. Left alone while
-    any `dvc` runs.
+    Half a list stops every `dvc`, and another process may get the id of one that is gone.
     """
     try:
-        is_stale = not all(psutil.pid_exists(pid) for pid in lock_holders(pipeline))
+        is_empty = not lock_holders(pipeline)
     except ValueError:
-        is_stale = True
-    if is_stale and not dvc_runs(pipeline.root):
+        is_empty = False
+    if not is_empty and not dvc_runs(pipeline.root):
         (pipeline.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
 
 

@@ -29,14 +29,9 @@ class Pipeline:
         """The pipeline in `folder`; raises ResgridError if it has no dvc.yaml or is in no DVC repository."""
         path = Path(folder).resolve()
         if not (path / "dvc.yaml").is_file():
-            if (path / "params.yaml").is_file():
-                raise ResgridError(
-                    f"{path}: there is a params.yaml but no dvc.yaml here. `git checkout dvc.yaml` brings it "
-                    "back, or copy that of examples/digits; `resgrid init` makes both in a new folder."
-                )
             raise ResgridError(
                 f"{path}: there is no dvc.yaml here. Name a pipeline's folder, such as the project's root or "
-                "examples/digits."
+                "examples/digits; `git checkout dvc.yaml` brings back one that is gone."
             )
         for root in (path, *path.parents):
             if (root / ".dvc").is_dir():

@@ -6,22 +6,38 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline, dvc
-from resgrid.dvc.process import TAIL, StageFailed, reproduce, run
+from resgrid.dvc.process import StageFailed, reproduce, run
 from resgrid.errors import ResgridError
 from resgrid.stage_record import RECORD_ONLY, Fault
 
 
-def push(pipeline: Pipeline, what: Sequence[str], stop: threading.Event) -> None:
+def name(pipeline: Pipeline) -> str:
+    """DVC's default remote; raises ResgridError if there is none that could do."""
+    config = dict(line.split("=", 1) for line in dvc(pipeline.root, "config", "--list").splitlines())
+    remote = config.get("core.remote")
+    if remote is None:
+        raise ResgridError(
+            f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
+            "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."
+        )
+    if config.get(f"remote.{remote}.url", "").startswith("http"):
+        raise ResgridError(
+            f"{pipeline.root}: the DVC remote {remote!r} is an HTTP server, which holds no run cache. Take a "
+            "bucket, SSH, or a folder that all machines see."
+        )
+    return remote
+
+
+def push(pipeline: Pipeline, what: Sequence[str], stop: threading.Event, log: str = "push") -> None:
     """`dvc push` with the arguments `what`; raises a transient StageFailed if the remote does not take it.
 
-    With `--run-cache` DVC pushes all entries, and exits with 0 although some were not taken: only its log
-    says so.
+    With `--run-cache` DVC pushes all entries, and exits with 0 although some were not taken: only its log,
+    which is called `log`, says so.
     """
-    file = pipeline.log("push")
+    file = pipeline.log(log)
     code, tail = run([*DVC_COMMAND, "push", *what], pipeline.folder, {}, file, stop)
     if code or any(line.startswith("ERROR: ") for line in tail):
-        why = "the DVC remote does not take it"
-        raise StageFailed("push", why, tail[-TAIL:], file, Fault.CONNECTION)
+        raise StageFailed("push", "the DVC remote does not take it", tail, file, Fault.CONNECTION)
 
 
 def record(
