@@ -23,6 +23,7 @@ from resgrid.report.statistics import (
     Floats,
     Interval,
     holm,
+    mean_over_seeds,
     over_images,
     over_seeds,
     wilson,
@@ -206,8 +207,7 @@ def mean_accuracy(results: Sequence[Result]) -> Interval:
         low, high = wilson(int(correct.sum()), num_images)
         estimate = float(correct.mean())
         return Interval(estimate, low, high, float("nan"), f"{num_images:,} test images")
-    interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
-    return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
+    return mean_over_seeds(correct.mean(1), num_images)
 
 
 def _interval(bounds: Bounds, basis: str) -> Interval:

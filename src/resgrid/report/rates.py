@@ -19,7 +19,7 @@ import pandas as pd
 
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
-from resgrid.report.statistics import Floats, Interval, over_seeds
+from resgrid.report.statistics import Floats, Interval, mean_over_seeds
 
 POINTS = 100  # in an accuracy of 1; what lies within one point counts as flat
 
@@ -152,7 +152,9 @@ def sentences(choices: Sequence[RateChoice]) -> list[str]:
                 f": try {to_try}." if to_try else "."
             )
         elif each.bracket is Bracket.REACHES_END:
-            line = f"{name}: the top reaches the end, so the best may lie beyond: try {to_try}."
+            line = f"{name}: the top reaches the end, so the best may lie beyond" + (
+                f": try {to_try}." if to_try else "."
+            )
         else:
             continue
         lines[line] = None
@@ -218,7 +220,7 @@ def _chosen(base: RateChoice, num_validation: int, num_test: int, num_classes: i
         factor=tuned.factor,
         not_chosen=None,
         bracket=bracket,
-        to_try=tuple(_beyond(curve[end].factor, up) for end, up in open_ends),
+        to_try=tuple(factor for end, up in open_ends for factor in _beyond(curve[end].factor, up)),
         plateau=tuple(point.factor for point in curve[first : last + 1]),
         expected=expected,
         one_seed_cost=None if accuracy is None else accuracy - expected[-1].estimate,
@@ -230,10 +232,12 @@ def _nearness(factor: float) -> tuple[float, float]:
     return -round(abs(math.log(factor)), 9), -factor
 
 
-def _beyond(factor: float, upwards: bool) -> float:
-    """The next factor of … 0.3, 1, 3, 10, 30 … beyond `factor`."""
-    series = [float(f"{digit}e{power}") for power in range(-5, 6) for digit in (1, 3)]
-    return min(each for each in series if each > factor) if upwards else max(s for s in series if s < factor)
+def _beyond(factor: float, upwards: bool) -> list[float]:
+    """The next of 0.001, 0.003, 0.01 … 1000 beyond `factor`; none where params.yaml allows none."""
+    series = [float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 3)] + [1000.0]
+    return (
+        [each for each in series if each > factor][:1] if upwards else [s for s in series if s < factor][-1:]
+    )
 
 
 def _expected(
@@ -260,16 +264,10 @@ def _expected(
     intervals = []
     for k in range(1, n + 1):
         weights = np.array([math.comb(n - j, k - 1) / math.comb(n, k) for j in range(1, n + 1)])
-        intervals.append(_over_seeds(ranked @ weights, num_test))
+        values = ranked @ weights  # (seeds,)
+        single = Interval(float(values[0]), math.nan, math.nan, math.nan, "1 seed")
+        intervals.append(single if len(values) == 1 else mean_over_seeds(values, num_test))
     return tuple(intervals)
-
-
-def _over_seeds(values: Floats, num_test: int) -> Interval:
-    """Mean and interval of a value a seed, (seeds,); with one seed the ends are NaN."""
-    if len(values) == 1:
-        return Interval(float(values[0]), math.nan, math.nan, math.nan, "1 seed")
-    estimate, low, high, p = map(float, over_seeds([values], [1], 1 / num_test))
-    return Interval(estimate, low, high, p, f"{len(values)} seeds")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

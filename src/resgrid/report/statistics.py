@@ -91,6 +91,12 @@ def over_seeds(samples: Sequence[Floats], weights: Sequence[float], resolution: 
     return Bounds(estimate, estimate - half, estimate + half, p)
 
 
+def mean_over_seeds(accuracies: Floats, num_images: int) -> Interval:
+    """The mean of accuracies, a value a seed (≥ 2), with its interval, which ends at 0 and 1."""
+    estimate, low, high, p = map(float, over_seeds([accuracies], [1], 1 / num_images))
+    return Interval(estimate, max(low, 0), min(high, 1), p, f"{len(accuracies)} seeds")
+
+
 def over_images(total: Floats, squares: Floats, num_images: int, num_pairs: int = 1) -> Bounds:
     """The mean over test images of how much better the first of two trained models is, for other images.
 
