@@ -208,7 +208,7 @@ def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_r
     for choice in choices(frame).values():
         assert (choice.factor, choice.not_chosen) == (1, NotChosen.INCOMPLETE)
         assert choice.missing == ("resnet20-adam-0-x3",)
-        assert (choice.bracket, choice.expected, choice.plateau) == (None, (), ())
+        assert (choice.bracket, choice.expected_test_accuracy, choice.plateau) == (None, (), ())
         assert choice.base.test_accuracy == pytest.approx(0.8)
 
 
@@ -269,8 +269,8 @@ def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors(
     """One seed. By validation 1 (test 0.70), 10 (0.72), 0.1 (0.50): of the three pairs two have 1, one 10."""
     choice = sgd({0.1: [(0.6, 0.50)], 1: [(0.8, 0.70)], 10: [(0.7, 0.72)]})
     expected = [(0.70 + 0.72 + 0.50) / 3, (2 * 0.70 + 0.72) / 3, 0.70]
-    assert [interval.estimate for interval in choice.expected] == pytest.approx(expected)
-    assert all(math.isnan(interval.low) for interval in choice.expected)
+    assert [interval.estimate for interval in choice.expected_test_accuracy] == pytest.approx(expected)
+    assert all(math.isnan(interval.low) for interval in choice.expected_test_accuracy)
     assert choice.one_seed_cost == pytest.approx(0)
 
 
@@ -278,12 +278,12 @@ def test_expected_accuracy_ranks_a_diverged_try_last_and_counts_it_as_a_guess() 
     """Seed 0 as above. Seed 1: 0.1 (test 0.80), 1 (0.60), and a guess among 10 classes (0.10)."""
     choice = sgd({0.1: [(0.6, 0.50), (0.9, 0.80)], 1: [(0.8, 0.70), (0.7, 0.60)], 10: [(0.7, 0.72), None]})
     seeds = [(0.64, 0.5), ((2 * 0.70 + 0.72) / 3, (2 * 0.80 + 0.60) / 3), (0.70, 0.80)]
-    assert [interval.estimate for interval in choice.expected] == pytest.approx(
+    assert [interval.estimate for interval in choice.expected_test_accuracy] == pytest.approx(
         [sum(pair) / 2 for pair in seeds]
     )
     # Of 0.70 and 0.80 the standard error is 0.05; t of one degree of freedom is 12.706.
-    assert choice.expected[-1].low == pytest.approx(0.75 - 12.706 * 0.05, abs=1e-4)
-    assert choice.expected[-1].high == 1  # 0.75 + 12.706 * 0.05 is no accuracy
+    assert choice.expected_test_accuracy[-1].low == pytest.approx(0.75 - 12.706 * 0.05, abs=1e-4)
+    assert choice.expected_test_accuracy[-1].high == 1  # 0.75 + 12.706 * 0.05 is no accuracy
     # 60 + 90 images at 0.1 tie with 80 + 70 at 1, which is chosen; its test accuracy is 0.65.
     assert (choice.factor, choice.chosen.test_accuracy) == (1, pytest.approx(0.65))
     assert choice.one_seed_cost == pytest.approx(0.65 - 0.75)
