@@ -139,8 +139,8 @@ def board(**optimizers: dict[float, Seeds]) -> pd.DataFrame:
 
 
 def choices(frame: pd.DataFrame, num_validation: int = 100) -> dict[str, RateChoice]:
-    found = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
-    return {choice.optimizer: choice for choice in found}
+    chosen = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
+    return {choice.optimizer: choice for choice in chosen}
 
 
 def sgd(factors: dict[float, Seeds]) -> RateChoice:

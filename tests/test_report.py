@@ -53,7 +53,7 @@ def test_the_most_confident_mistakes_come_first_and_nothing_right_is_among_them(
     assert most_confident_mistakes(predictions, 3) == [1, 2, 4]
 
 
-# --- what is compared, and what is said of it ---------------------------------------------------------
+# --- what is compared, and the sentences about it -----------------------------------------------------
 
 
 def make_split(classes: int = len(NAMES)) -> Split:

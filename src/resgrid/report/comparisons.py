@@ -2,7 +2,7 @@
 
 Only completed cells are compared: optimizers within an architecture, depths within an optimizer. With several
 seeds the seed is the replicate, and the intervals say what other trainings would give on these test images.
-With one seed nothing can be said of other trainings: the intervals are then over test images, and of these
+With one seed nothing is known of other trainings: the intervals are then over test images, and of these
 trained weights alone.
 """
 

@@ -47,7 +47,7 @@ class Study:
 class Findings:
     """All that the report says of `results`, scored on `test` on `device`.
 
-    `predictions` is the folder with the logits that `evaluate` kept; without it nothing is averaged.
+    `predictions` is the folder with the logits that `evaluate` wrote; without it nothing is averaged.
     """
 
     def __init__(

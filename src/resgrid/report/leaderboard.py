@@ -16,8 +16,7 @@ from tabulate import tabulate
 
 from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
-from resgrid.evaluation import Predictions, Result
-from resgrid.grid import Cell
+from resgrid.evaluation import Result
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.project import read_json
@@ -51,12 +50,9 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
-    scores, predictions, notes = result.scores, result.predictions, remarks(result.cell)
+    scores, predictions = result.scores, result.predictions
     published = publication(cell, meta) if meta else None
     accuracy = published.accuracy if published and meta and agrees(cell, meta, published) else None
-    if meta and predictions and (never := never_predicted(predictions, meta, classes)):
-        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        notes.insert(0, f"never predicts {', '.join(never[:10])}{more}")
     return {
         "cell": cell.id,
         "architecture": cell.architecture,
@@ -82,24 +78,27 @@ def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict
         "threads": timing.get("threads"),
         "weights_sha256": metrics.get("weights_sha256"),
         "calibration_error": predictions and calibration_error(predictions.confidence, predictions.correct),
-        "remark": "; ".join(notes) or None,
+        "remark": _remarks(result, meta, classes),
     }
 
 
-def remarks(cell: Cell) -> list[str]:
-    """What a reader has to know of `cell` before comparing it with others."""
-    if cell.recipe.approach == "frozen_base" and cell.recipe.initial_weights.name == "random":
-        return [
+def _remarks(result: Result, meta: Meta | None, classes: Sequence[str]) -> str | None:
+    """What a reader has to know of a cell before comparing it with others.
+
+    A model may give one of `classes` to no image, as one that has learned the largest class alone.
+    """
+    notes, recipe = [], result.cell.recipe
+    if meta and result.predictions:
+        predicted = {meta.class_names[place] for place in np.unique(result.predictions.classes)}
+        if never := [name for name in classes if name not in predicted]:
+            more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+            notes.append(f"never predicts {', '.join(never[:10])}{more}")
+    if recipe.approach == "frozen_base" and recipe.initial_weights.name == "random":
+        notes.append(
             "a frozen base with random weights: its batch norms keep the mean 0 and variance 1 they start "
             "with, so they do not normalise these images"
-        ]
-    return []
-
-
-def never_predicted(predictions: Predictions, meta: Meta, classes: Sequence[str]) -> list[str]:
-    """Those of `classes` that a model gives to no image, as one that has learned the largest class alone."""
-    predicted = {meta.class_names[place] for place in np.unique(predictions.classes)}
-    return [name for name in classes if name not in predicted]
+        )
+    return "; ".join(notes) or None
 
 
 def at_rates(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFrame:
@@ -125,7 +124,7 @@ def by_optimizer(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFr
 
 
 def spread(cells: pd.DataFrame) -> str:
-    """`98.12 ± 0.21` of the completed cells among replicates, with what is not completed said beside it."""
+    """`98.12 ± 0.21` of the completed cells among replicates, with the number of those that are not."""
     completed = cells.loc[cells["status"] == "completed", "test_accuracy"] * 100
     text = f"{completed.mean():.2f}" if len(completed) else ""
     if len(completed) > 1:

@@ -28,7 +28,7 @@ from resgrid.report.figures import Chart
 from resgrid.report.findings import Findings
 from resgrid.report.leaderboard import headline, missing, readable, text_table
 
-NUM_CURVES = 4  # cells that are shown before a person chooses
+NUM_CURVES = 4  # cells that are ticked before a person chooses
 NUM_MISTAKES = 12  # a cell
 TEMPLATES = Environment(
     loader=PackageLoader("resgrid.report", "template"),

@@ -1,4 +1,4 @@
-"""What can be said of accuracies: intervals, tests, calibration, confusion, Pareto fronts.
+"""Statistics of accuracies: intervals, tests, calibration, confusion, Pareto fronts.
 
 Arrays and nothing else: which cells are compared with which stands in `findings`. `benchmarks/intervals.py`
 shows by simulation that the intervals cover what they say; docs/reliability.md has its table.
@@ -43,9 +43,6 @@ class Interval(NamedTuple):
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
-
-    def contains(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
     def text(self, sign: str = "") -> str:
         """`97.77 (96.10 to 99.16)`, in %, or of a difference with the `sign` `+` in percentage points."""
@@ -135,7 +132,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 class Reliability(NamedTuple):
-    """Predictions in equal bins of confidence (Guo et al. 2017); of the bins that hold any."""
+    """Predictions in equal bins of confidence (Guo et al. 2017); of the bins with any."""
 
     confidence: Floats  # mean of each bin
     accuracy: Floats
@@ -146,11 +143,11 @@ def reliability(confidence: Floats, correct: Bools, num_bins: int = NUM_BINS) ->
     """Accuracy by confidence (both (N,)) in `num_bins` equal bins, each with its upper edge."""
     bins = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(int) - 1, 0, num_bins - 1)
     count = np.bincount(bins, minlength=num_bins)
-    held = count > 0
+    occupied = count > 0
     return Reliability(
-        np.bincount(bins, confidence, num_bins)[held] / count[held],
-        np.bincount(bins, correct, num_bins)[held] / count[held],
-        count[held],
+        np.bincount(bins, confidence, num_bins)[occupied] / count[occupied],
+        np.bincount(bins, correct, num_bins)[occupied] / count[occupied],
+        count[occupied],
     )
 
 
