@@ -86,9 +86,8 @@ def test_the_flow_runs_page_shows_its_state_and_every_cell_by_its_name(project, 
 def artifact(project: Project, key: str) -> dict[str, Any]:
     """The latest one with this key, from the server."""
     url = f"{project.services['prefect']}/api/artifacts/latest/filter"
-    found = httpx.post(url, json={"artifacts": {"key": {"any_": [key]}}}, trust_env=False).json()
-    assert len(found) == 1, found
-    return found[0]
+    [latest] = httpx.post(url, json={"artifacts": {"key": {"any_": [key]}}}, trust_env=False).json()
+    return latest
 
 
 def test_prefects_page_shows_the_leaderboard_as_a_table(project, tmp_path):
@@ -104,27 +103,17 @@ def test_the_links_in_prefects_page_lead_to_each_cells_run_in_mlflow(project, tm
     assert "resnet20-sgd-0" not in text
 
 
-def test_mlflows_page_shows_every_cell_as_a_run(project, tmp_path):
+def test_mlflows_pages_show_every_cell_as_a_run_and_in_the_view_of_the_grid_the_current_ones(
+    project, tmp_path
+):
     mlflow = project.services["mlflow"]
-    found = httpx.get(
-        f"{mlflow}/api/2.0/mlflow/experiments/get-by-name",
-        params={"experiment_name": "small"},
-        trust_env=False,
-    ).json()
-    runs = f"#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
-    text = read(f"{mlflow}/{runs}", tmp_path, *CELLS, "comparison")
+    url = f"{mlflow}/api/2.0/mlflow/experiments/get-by-name"
+    answer = httpx.get(url, params={"experiment_name": "small"}, trust_env=False).json()
+    page = f"{mlflow}/#/experiments/{answer['experiment']['experiment_id']}/runs?"
+    text = read(f"{page}workflowType=machine_learning", tmp_path, *CELLS, "comparison")
     num_runs = len(Pipeline(project.root).runs())
     assert f"{num_runs} matching runs" in re.sub(r"\s+", " ", text)
-
-
-def test_the_view_of_the_grid_shows_the_current_cells_and_what_tells_them_apart(project, tmp_path):
-    mlflow = project.services["mlflow"]
-    found = httpx.get(
-        f"{mlflow}/api/2.0/mlflow/experiments/get-by-name",
-        params={"experiment_name": "small"},
-        trust_env=False,
-    ).json()
-    page = f"{mlflow}/#/experiments/{found['experiment']['experiment_id']}/runs?{VIEW_QUERY}"
+    page += VIEW_QUERY
     text = read(page, tmp_path, *CELLS, "test_accuracy", "test_loss")  # columns that fit on the page
     assert "2 matching runs" in re.sub(r"\s+", " ", text)  # without the comparison
     read(f"{page}&compareRunsMode=CHART", tmp_path, "The grid", "train_loss")

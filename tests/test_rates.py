@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,7 +13,7 @@ from ruamel.yaml import YAML
 from small import ROOT, Project, digits
 
 from resgrid.report.leaderboard import by_optimizer, headline
-from resgrid.report.rates import Bracket, NotChosen, RateChoice, choose_rates
+from resgrid.report.rates import Bracket, NotChosen, RateChoice, choose_rates, sentences
 
 
 def recorded(project: Project) -> dict[str, str]:
@@ -30,9 +29,14 @@ def repro(project: Project, *arguments: str) -> set[str]:
     return {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage '")}
 
 
-def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_recorded(tmp_path: Path) -> None:
-    project = digits(tmp_path / "a project")
-    project.set("grid.optimizers=[sgd]")
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = digits(tmp_path_factory.mktemp("rates") / "a project")
+    project.set("grid.optimizers=[sgd]", "preprocess.validation_fraction=0.1")
+    return project
+
+
+def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_recorded(project: Project) -> None:
     assert repro(project, "train", "train-rate") == {"download", "preprocess", "train@resnet20-sgd-0"}
     base = recorded(project)
 
@@ -52,6 +56,35 @@ def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_record
     project.set("rates.factors=[]")
     assert repro(project, "train", "train-rate") == set()
     assert recorded(project) == everything
+
+
+def test_the_champion_is_a_cell_at_the_chosen_rate_and_at_the_base_rate_once_that_is_gone(
+    project: Project,
+) -> None:
+    """Also where a cell at another rate is better: findings that choose each rate in turn."""
+    project.set("rates.factors=[0.3, 10]")
+    repro(project, "train", "train-rate")
+    repro(project, "-s", "evaluate")
+    path = project.root / "reports/findings.json"
+    findings = json.loads(path.read_text())
+    assert {point["factor"] for point in findings["rates"][0]["curve"]} == {0.3, 1, 10}
+
+    def champion() -> str:
+        assert project.run("resgrid", "sync").returncode == 0
+        version = project.mlflow.get_model_version_by_alias("small", "champion")
+        return str(project.mlflow.get_run(version.run_id).data.tags["cell"])
+
+    best = champion()
+    assert best in findings["groups"][0]["cells"]
+    for factor, cell in ((0.3, "resnet20-sgd-0-x0.3"), (1, "resnet20-sgd-0"), (10, "resnet20-sgd-0-x10")):
+        findings["rates"][0]["factor"], findings["groups"][0]["cells"] = factor, {cell: "completed"}
+        path.write_text(json.dumps(findings))
+        assert champion() == cell
+    project.set("rates.factors=[0.3]")
+    assert champion() == "resnet20-sgd-0"
+    assert " at 0.05\n" in project.run("resgrid", "compare").stdout
+    repro(project, "-s", "evaluate")
+    assert champion() in json.loads(path.read_text())["groups"][0]["cells"]
 
 
 def test_the_figure_at_a_chosen_rate_covers_what_the_documentation_says() -> None:
@@ -106,8 +139,8 @@ def board(**optimizers: dict[float, Seeds]) -> pd.DataFrame:
 
 
 def choices(frame: pd.DataFrame, num_validation: int = 100) -> dict[str, RateChoice]:
-    found = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
-    return {choice.optimizer: choice for choice in found}
+    chosen = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
+    return {choice.optimizer: choice for choice in chosen}
 
 
 def sgd(factors: dict[float, Seeds]) -> RateChoice:
@@ -175,7 +208,7 @@ def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_r
     for choice in choices(frame).values():
         assert (choice.factor, choice.not_chosen) == (1, NotChosen.INCOMPLETE)
         assert choice.missing == ("resnet20-adam-0-x3",)
-        assert (choice.bracket, choice.expected, choice.plateau) == (None, (), ())
+        assert (choice.bracket, choice.expected_test_accuracy, choice.plateau) == (None, (), ())
         assert choice.base.test_accuracy == pytest.approx(0.8)
 
 
@@ -195,6 +228,18 @@ def test_a_best_rate_at_an_end_is_not_bracketed_and_the_next_factor_is_named() -
     top, bottom = sgd(flat(0.5, 0.6, 0.7, 0.8, 0.9)), sgd(flat(0.9, 0.8, 0.7, 0.6, 0.5))
     assert (top.factor, top.bracket, top.to_try) == (10, Bracket.AT_END, (30,))
     assert (bottom.factor, bottom.bracket, bottom.to_try) == (0.1, Bracket.AT_END, (0.03,))
+
+
+def test_no_factor_beyond_those_that_params_yaml_allows_is_named() -> None:
+    for factor in (0.001, 1000):
+        choice = sgd({1: [(0.8, 0.8)], factor: [(0.9, 0.9)]})
+        assert (choice.factor, choice.bracket, choice.to_try) == (factor, Bracket.AT_END, ())
+        assert sentences([choice]) == [
+            f"resnet20-sgd: the best factor, {factor:g}, is an end of those tried: not bracketed."
+        ]
+    near = sgd({1: [(0.9, 0.9)], 900: [(0.89, 0.9)], 0.0005 * 4: [(0.5, 0.5)]})
+    assert near.to_try == (1000,)
+    assert sgd({1: [(0.8, 0.8)], 0.002: [(0.9, 0.9)]}).to_try == (0.001,)
 
 
 def test_an_end_within_a_point_of_the_best_may_have_the_best_behind_it() -> None:
@@ -224,8 +269,8 @@ def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors(
     """One seed. By validation 1 (test 0.70), 10 (0.72), 0.1 (0.50): of the three pairs two have 1, one 10."""
     choice = sgd({0.1: [(0.6, 0.50)], 1: [(0.8, 0.70)], 10: [(0.7, 0.72)]})
     expected = [(0.70 + 0.72 + 0.50) / 3, (2 * 0.70 + 0.72) / 3, 0.70]
-    assert [interval.estimate for interval in choice.expected] == pytest.approx(expected)
-    assert all(math.isnan(interval.low) for interval in choice.expected)
+    assert [interval.estimate for interval in choice.expected_test_accuracy] == pytest.approx(expected)
+    assert all(math.isnan(interval.low) for interval in choice.expected_test_accuracy)
     assert choice.one_seed_cost == pytest.approx(0)
 
 
@@ -233,11 +278,12 @@ def test_expected_accuracy_ranks_a_diverged_try_last_and_counts_it_as_a_guess() 
     """Seed 0 as above. Seed 1: 0.1 (test 0.80), 1 (0.60), and a guess among 10 classes (0.10)."""
     choice = sgd({0.1: [(0.6, 0.50), (0.9, 0.80)], 1: [(0.8, 0.70), (0.7, 0.60)], 10: [(0.7, 0.72), None]})
     seeds = [(0.64, 0.5), ((2 * 0.70 + 0.72) / 3, (2 * 0.80 + 0.60) / 3), (0.70, 0.80)]
-    assert [interval.estimate for interval in choice.expected] == pytest.approx(
+    assert [interval.estimate for interval in choice.expected_test_accuracy] == pytest.approx(
         [sum(pair) / 2 for pair in seeds]
     )
     # Of 0.70 and 0.80 the standard error is 0.05; t of one degree of freedom is 12.706.
-    assert choice.expected[-1][1:3] == pytest.approx((0.75 - 12.706 * 0.05, 0.75 + 12.706 * 0.05), abs=1e-4)
+    assert choice.expected_test_accuracy[-1].low == pytest.approx(0.75 - 12.706 * 0.05, abs=1e-4)
+    assert choice.expected_test_accuracy[-1].high == 1  # 0.75 + 12.706 * 0.05 is no accuracy
     # 60 + 90 images at 0.1 tie with 80 + 70 at 1, which is chosen; its test accuracy is 0.65.
     assert (choice.factor, choice.chosen.test_accuracy) == (1, pytest.approx(0.65))
     assert choice.one_seed_cost == pytest.approx(0.65 - 0.75)

@@ -59,7 +59,7 @@ def evaluate(
     validation: Split | None = None,
     predictions: Path | None = None,
 ) -> Result:
-    """Score the weights of a current run on `test`; others are told as they are.
+    """Score the weights of a current run on `test`; others keep their status.
 
     Its logits for both splits go into the folder `predictions`, where one is given.
     Raises ResgridError for files of a current run that cannot be read or do not belong together.
@@ -74,12 +74,14 @@ def evaluate(
     model, info = load_model(run.folder / WEIGHTS)
     scores, logits = predict(model, test, info.mean, info.std, device)
     if predictions is not None:
-        held = {"test": logits}
+        logits_of = {"test": logits}
         if validation is not None:
-            held["validation"] = predict(model, validation, info.mean, info.std, device)[1]
+            logits_of["validation"] = predict(model, validation, info.mean, info.std, device)[1]
         about = {"cell": run.cell.id, "weights_sha256": run.record["weights_sha256"]}
         predictions.mkdir(parents=True, exist_ok=True)
-        write_whole(predictions / f"{run.cell.id}.safetensors", save(held, {"resgrid": json.dumps(about)}))
+        write_whole(
+            predictions / f"{run.cell.id}.safetensors", save(logits_of, {"resgrid": json.dumps(about)})
+        )
     top = logits.argmax(1, keepdim=True)  # (N, 1)
     return replace(
         result,
@@ -109,9 +111,9 @@ def predict(
 def load_logits(
     predictions: Path, cell: str, split: str, weights_sha256: str | None = None
 ) -> NDArray[np.float32]:
-    """What `evaluate` kept of a cell: logits (N, classes) for every image of a split, in the split's order.
+    """Logits that `evaluate` wrote of a cell: (N, classes) for every image of a split, in the split's order.
 
-    Raises ResgridError: where it kept none, or those of other weights than `weights_sha256`.
+    Raises ResgridError: where there are none, or those of other weights than `weights_sha256`.
     """
     path = predictions / f"{cell}.safetensors"
     way_on = "`dvc repro -s evaluate` makes it."

@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -161,6 +161,14 @@ def find_cell(params: Params, cell_id: str) -> Cell:
     return cells[cell_id]
 
 
-def compared_factors(findings: Mapping[str, Any]) -> dict[str, float]:
-    """The factor of each `resnet20-sgd` of which `evaluate` compared several rates, from its findings."""
-    return {f"{row['architecture']}-{row['optimizer']}": row["factor"] for row in findings.get("rates", ())}
+def compared_factors(findings: Mapping[str, Any], current: Collection[str]) -> dict[str, float]:
+    """The factor of each `resnet20-sgd` of which `evaluate` compared several rates, from its findings.
+
+    It is 1, the base rate, where none of the cells compared is among the `current` ones any more.
+    """
+    rates = {(row["architecture"], row["optimizer"]): row["factor"] for row in findings.get("rates", ())}
+    return {
+        "-".join(key): rates[key] if any(cell in current for cell in row["cells"]) else 1
+        for row in findings.get("groups", ())
+        if (key := (row["architecture"], row["optimizer"])) in rates
+    }

@@ -75,7 +75,7 @@ class Pipeline:
         return Predictor(*load_model(self._run(cell).folder / WEIGHTS, self.folder))
 
     def predictions(self, cell: str, split: str = "test") -> pd.DataFrame:
-        """A row an image of a split, in the split's order: what a cell says of it, as `evaluate` kept it.
+        """A row an image of a split, in the split's order: as a cell classified it when `evaluate` ran.
 
         `label`, `predicted` (class names), `confidence` (the probability of the latter) and
         `probability.<class>` for each class. `split` is test or validation.

@@ -67,7 +67,7 @@ def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
     current = frame[frame["status"].isin(["completed", "diverged"])]
     weights = dict(zip(current["cell"], current["weights_sha256"], strict=True))
     print("\nTest accuracy in %, with the weights of the last epoch:\n")
-    print(text_table(by_optimizer(frame, compared_factors(findings)).reset_index()))
+    print(text_table(by_optimizer(frame, compared_factors(findings, weights)).reset_index()))
     print(f"\n{findings['baseline']}")
     if weights == findings["weights_sha256"]:
         print("\n".join([*findings["answer"], *findings.get("rate_sentences", ())]))

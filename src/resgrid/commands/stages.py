@@ -196,8 +196,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from resgrid.data.dataset import Split, load_meta, load_split
     from resgrid.evaluation import evaluate
-    from resgrid.report.files import write_report
     from resgrid.report.findings import Findings
+    from resgrid.report.page import write_report
     from resgrid.run_status import find_runs
     from resgrid.training.device import choose_device, device_name
 

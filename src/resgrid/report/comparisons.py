@@ -2,7 +2,7 @@
 
 Only completed cells are compared: optimizers within an architecture, depths within an optimizer. With several
 seeds the seed is the replicate, and the intervals say what other trainings would give on these test images.
-With one seed nothing can be said of other trainings: the intervals are then over test images, and of these
+With one seed nothing is known of other trainings: the intervals are then over test images, and of these
 trained weights alone.
 """
 
@@ -23,10 +23,13 @@ from resgrid.report.statistics import (
     Floats,
     Interval,
     holm,
+    mean_over_seeds,
     over_images,
     over_seeds,
     wilson,
 )  # fmt: skip
+
+Pair = tuple[tuple[str, str], tuple[str, str]]  # two groups, by architecture and optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +68,12 @@ class Comparison:
     num_seeds: int  # of the cell with the fewest; 1: the interval is over test images
     epochs: str  # `20`, or `200 and 250`
     difference: Interval
-    p: float = 1.0  # among all comparisons, by Holm's method
+    p_holm: float = 1.0  # among all comparisons, by Holm's method
     num_comparisons: int = 1  # that are tested together
 
     @property
     def is_significant(self) -> bool:
-        return self.difference.excludes_zero and self.p <= 1 - LEVEL
-
-    @property
-    def verdict(self) -> str:
-        if self.is_significant:
-            ahead = self.first if self.difference.estimate > 0 else self.second
-            return f"{ahead} is ahead" if self.num_seeds > 1 else f"the models of {ahead} are ahead"
-        return f"not significant{self.reason}"
+        return self.difference.excludes_zero and self.p_holm <= 1 - LEVEL
 
     @property
     def reason(self) -> str:
@@ -108,62 +104,49 @@ def group(results: Iterable[Result], factors: Mapping[str, float]) -> list[Group
     ]
 
 
-def compare(groups: Sequence[Group]) -> tuple[list[Comparison], list[Comparison]]:
+def compare(groups: Sequence[Group]) -> dict[str, list[Comparison]]:
     """The comparisons of optimizers over architectures and of depths over optimizers, tested together.
 
     Each depth is compared with the next shallower one of its family, the deepest also with the shallowest.
-    Pairs that have no completed cells in common are left out.
+    Pairs that have no completed cells in common are left out, and those with one seed where others have
+    more, since only the others tell of other trainings.
     """
     completed = {(each.architecture, each.optimizer): each.completed for each in groups if each.completed}
     architectures = list(dict.fromkeys(each.architecture for each in groups))
     optimizers = list(dict.fromkeys(each.optimizer for each in groups))
-    comparisons = []
+    families: dict[str, list[Comparison]] = {"Optimizers": [], "Depths": []}
+
+    def add(what: str, first: str, second: str, pairs: dict[str, Pair]) -> None:
+        both = {name: [completed.get(key, []) for key in pair] for name, pair in pairs.items()}
+        most = max(min(map(len, pair)) for pair in both.values())
+        both = {name: pair for name, pair in both.items() if min(map(len, pair)) >= min(most, 2)}
+        if most == 0:
+            return
+        sides = [side for pair in both.values() for side in pair]
+        epochs = sorted({result.metrics["epochs"] for side in sides for result in side if result.metrics})
+        families[what].append(
+            Comparison(
+                first=first,
+                second=second,
+                over=list(both),
+                num_seeds=min(map(len, sides)),
+                epochs=" and ".join(map(str, epochs)),
+                difference=_difference(sides),
+            )
+        )
+
     for first, second in combinations(optimizers, 2):
-        pairs = {a: ((a, first), (a, second)) for a in architectures}
-        comparisons += _compare(first, second, pairs, completed)
-    num_of_optimizers = len(comparisons)
+        add("Optimizers", first, second, {a: ((a, first), (a, second)) for a in architectures})
     for family in dict.fromkeys(map(family_of, architectures)):
         depths = [name for name in architectures if family_of(name) == family]
         steps = list(pairwise(depths))
         for shallow, deep in [*steps, (depths[0], depths[-1])] if len(steps) > 1 else steps:
-            pairs = {o: ((deep, o), (shallow, o)) for o in optimizers}
-            comparisons += _compare(deep, shallow, pairs, completed)
-    adjusted = holm([comparison.difference.p for comparison in comparisons])
-    comparisons = [
-        replace(each, p=p, num_comparisons=len(adjusted))
-        for each, p in zip(comparisons, adjusted, strict=True)
-    ]
-    return comparisons[:num_of_optimizers], comparisons[num_of_optimizers:]
-
-
-def _compare(
-    first: str,
-    second: str,
-    pairs: dict[str, tuple[tuple[str, str], tuple[str, str]]],
-    completed: dict[tuple[str, str], list[Result]],
-) -> list[Comparison]:
-    """`first` against `second` in each of `pairs` that has completed cells of both; empty if none has.
-
-    Pairs with one seed are left out where others have more: only those tell of other trainings.
-    """
-    both = {
-        name: (completed[a], completed[b]) for name, (a, b) in pairs.items() if {a, b} <= completed.keys()
+            add("Depths", deep, shallow, {o: ((deep, o), (shallow, o)) for o in optimizers})
+    adjusted = iter(p := holm([each.difference.p for family in families.values() for each in family]))
+    return {
+        what: [replace(each, p_holm=next(adjusted), num_comparisons=len(p)) for each in family]
+        for what, family in families.items()
     }
-    both = {name: pair for name, pair in both.items() if min(map(len, pair)) > 1} or both
-    if not both:
-        return []
-    sides = [side for pair in both.values() for side in pair]
-    epochs = sorted({result.metrics["epochs"] for side in sides for result in side if result.metrics})
-    return [
-        Comparison(
-            first=first,
-            second=second,
-            over=list(both),
-            num_seeds=min(map(len, sides)),
-            epochs=" and ".join(map(str, epochs)),
-            difference=_difference(sides),
-        )
-    ]
 
 
 def _difference(results: list[list[Result]]) -> Interval:
@@ -206,8 +189,7 @@ def mean_accuracy(results: Sequence[Result]) -> Interval:
         low, high = wilson(int(correct.sum()), num_images)
         estimate = float(correct.mean())
         return Interval(estimate, low, high, float("nan"), f"{num_images:,} test images")
-    interval = _interval(over_seeds([correct.mean(1)], [1], 1 / num_images), f"{num_seeds} seeds")
-    return interval._replace(low=max(interval.low, 0), high=min(interval.high, 1))
+    return mean_over_seeds(correct.mean(1), num_images)
 
 
 def _interval(bounds: Bounds, basis: str) -> Interval:
@@ -235,66 +217,38 @@ def answer(groups: Sequence[Group], families: dict[str, list[Comparison]]) -> li
     return [sentence for what, family in families.items() for sentence in _of(what.lower(), family)]
 
 
-def how_to_read(groups: Sequence[Group], comparisons: Sequence[Comparison], num_test: int) -> list[str]:
-    """What the intervals and tests on `num_test` images mean, and what was left out of them."""
-    sentences = []
-    if any(c.num_seeds > 1 for c in comparisons):
-        sentences.append(
-            "Intervals over seeds are Student's t: they say where the mean over other trainings lies, on "
-            "these test images."
-        )
-    if any(c.num_seeds == 1 for c in comparisons):
-        sentences.append(
-            "With one seed the intervals say how a difference between these trained models would move with "
-            "other test images, and nothing of another training. Whether the optimizers or depths behind "
-            "them differ cannot be concluded: add seeds to grid.seeds."
-        )
-    if len(comparisons) > 1:
-        sentences.append(
-            f"The {len(comparisons)} comparisons are tested together: by Holm's method the chance of any "
-            "false difference among them is at most 5 %. Each interval is of 95 % for itself, so it may "
-            "exclude 0 where the difference is not significant."
-        )
-    num_cells = sum(len(each.results) for each in groups)
-    num_completed = sum(len(each.completed) for each in groups)
-    if num_completed < num_cells:
-        sentences.append(
-            f"{num_cells - num_completed} of the grid's {num_cells} cells have no completed run of today's "
-            "numbers, data and code. They are left out of the comparisons, which flatters whatever they "
-            "belong to."
-        )
-    return [*sentences, f"One of the {num_test:,} test images is worth {100 / num_test:.2g} points."]
-
-
 def _of(what: str, comparisons: list[Comparison]) -> list[str]:
     """A sentence for each significant difference in a family, and one for the others of each basis."""
-    if len(comparisons) > 1 and not any(c.is_significant for c in comparisons):
+    others: dict[str, list[Comparison]] = {}
+    sentences = []
+    for c in comparisons:
+        circumstances = f"({c.difference.basis}; {c.epochs} epochs"
+        if not c.is_significant:
+            others.setdefault(f"{c.reason} {circumstances}).", []).append(c)
+            continue
+        first, second = (c.first, c.second) if c.difference.estimate > 0 else (c.second, c.first)
+        ahead = f"{first} is ahead of {second}"
+        if c.num_seeds == 1:
+            ahead = f"The models of {first} are ahead of those of {second}"
+        low, estimate, high = sorted(abs(100 * value) for value in c.difference[:3])
+        sentences.append(
+            f"{ahead} by {estimate:.2f} points ({low:.2f} to {high:.2f}) over {', '.join(c.over)} "
+            f"{circumstances}; p {_p(c.p_holm)})."
+        )
+    if len(comparisons) > 1 and not sentences:
         names = list(dict.fromkeys(name for c in comparisons for name in (c.first, c.second)))
         bases = " or ".join(dict.fromkeys(c.difference.basis for c in comparisons))
         ties = " In some, the seeds tie." if any("tie" in c.reason for c in comparisons) else ""
         return [
             f"{', '.join(names[:-1])} and {names[-1]} do not differ significantly: none of the "
             f"{len(comparisons)} differences between {what} is significant after correction for "
-            f"{comparisons[0].num_comparisons} comparisons (smallest p {_p(min(c.p for c in comparisons))}; "
-            f"over {bases}).{ties}"
+            f"{comparisons[0].num_comparisons} comparisons (smallest p "
+            f"{_p(min(c.p_holm for c in comparisons))}; over {bases}).{ties}"
         ]
-    sentences = []
-    others: dict[str, list[str]] = {}
-    for c in comparisons:
-        circumstances = f"({c.difference.basis}; {c.epochs} epochs)"
-        if not c.is_significant:
-            verdict = f"do not differ significantly{c.reason} {circumstances}."
-            others.setdefault(verdict, []).append(f"{c.first} and {c.second}")
-            continue
-        sign = 1 if c.difference.estimate > 0 else -1
-        behind = ("" if c.num_seeds > 1 else "those of ") + (c.second if sign > 0 else c.first)
-        low, estimate, high = sorted(100 * sign * value for value in c.difference[:3])
-        verdict = c.verdict[0].upper() + c.verdict[1:] if c.num_seeds == 1 else c.verdict
-        sentences.append(
-            f"{verdict} of {behind} by {estimate:.2f} points ({low:.2f} to {high:.2f}) over "
-            f"{', '.join(c.over)} {circumstances}."
-        )
-    return sentences + [f"{'; '.join(names)} {verdict}" for verdict, names in others.items()]
+    for reason, equal in others.items():
+        pairs = "; ".join(f"{c.first} and {c.second}" for c in equal)
+        sentences.append(f"{pairs} do not differ significantly{reason}")
+    return sentences
 
 
 def _p(p: float) -> str:

@@ -20,7 +20,7 @@ from resgrid.evaluation import Predictions, Result
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.comparisons import Comparison
-from resgrid.report.findings import Findings, StudyPoint
+from resgrid.report.findings import Findings
 from resgrid.report.rates import RateChoice
 from resgrid.report.statistics import Interval, confusion, reliability
 
@@ -35,6 +35,7 @@ SHAPES = (
 MAX_CLASSES = 40  # that a confusion matrix can show and a person can read
 ROWS = "rows"  # the name under which a chart's data are put into its specification
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+FORMATS = {"value": ".2f", "low": ".2f", "high": ".2f", "share": ".1f", "accuracy": ".2f", "cost": ",.4~s"}
 
 
 def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
         "legend": {
             "labelColor": ink, "orient": "bottom", "columns": 4, "title": None, "labelFontSize": 12,
             "labelLimit": 170, "symbolStrokeWidth": 2,
+            "symbolBaseFillColor": ink, "symbolBaseStrokeColor": ink,
         },
         "point": {"filled": True, "size": 90, "opacity": 1},
         "rule": {"color": GREY},
@@ -62,7 +64,6 @@ THEMES = {
     "light": _theme("#1b1f24", "#59636e", "#d9dee3"),
     "dark": _theme("#e6eaee", "#9aa5b1", "#333b44"),
 }
-
 
 Dots = Mapping[str, tuple[str, Mapping[str, Any]]]  # of a series: its colour, and its values in 0–1 by row
 
@@ -93,35 +94,33 @@ def png(chart: Chart, width: int = 720) -> bytes:
     return image
 
 
-def _spec(*layers: alt.Chart, height: int) -> dict[str, Any]:
+def _chart(title: str, height: int, rows: Iterable[Mapping[str, Any]], *layers: alt.Chart) -> Chart:
     chart = alt.layer(*layers, data=alt.NamedData(name=ROWS)).properties(width="container", height=height)
-    spec: dict[str, Any] = chart.to_dict()
-    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-
-
-def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    spec = {key: value for key, value in chart.to_dict().items() if key not in ("$schema", "config")}
     rows = list(rows)
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    return Chart(title, spec, {name: [row[name] for row in rows] for name in (rows[0] if rows else ())})
+
+
+def _number(channel: type[Any], field: str, title: str, log: bool = False, **more: Any) -> Any:
+    """The axis of a number: it need not begin at 0, nor does a logarithmic one."""
+    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
+    return channel(f"{field}:Q", title=title, **{"scale": scale} | more)
+
+
+def _series(field: str, colours: Mapping[str, str]) -> alt.Color:
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())))
+
+
+def _tip(*fields: str) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip(f"{name}:{'Q' if name in FORMATS else 'N'}", format=FORMATS.get(name, ""))
+        for name in fields
+    ]
 
 
 def _percent(value: Interval | float) -> dict[str, float]:
     ends = value[:3] if isinstance(value, Interval) else (value, value, value)
     return {key: round(100 * each, 3) for key, each in zip(("value", "low", "high"), ends, strict=True)}
-
-
-def _tip(*fields: str) -> list[alt.Tooltip]:
-    formats = {
-        "value": ".2f",
-        "low": ".2f",
-        "high": ".2f",
-        "share": ".1f",
-        "accuracy": ".2f",
-        "cost": ",.4~s",
-    }
-    return [
-        alt.Tooltip(f"{name}:{'Q' if name in formats else 'N'}", format=formats.get(name, ""))
-        for name in fields
-    ]
 
 
 # --- of the whole grid ------------------------------------------------------------------------------
@@ -137,19 +136,21 @@ def by_row(title: str, axis: str, rows: Sequence[str], dots: Dots) -> Chart:
         for name, (_, values) in dots.items()
         for row, value in values.items()
     ]
-    y = alt.Y("row:N", sort=list(rows), title=None)
-    x = alt.X("value:Q", title=axis, scale=alt.Scale(zero=False))
-    colours = alt.Scale(domain=list(dots), range=[colour for colour, _ in dots.values()])
-    colour = alt.Color("series:N", scale=colours)
+    of_all = {
+        "y": alt.Y("row:N", sort=list(rows), title=None),
+        "color": _series("series", {name: colour for name, (colour, _) in dots.items()}),
+    }
     layers = [
-        alt.Chart().mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y, color=colour),
-        alt.Chart().mark_point().encode(
-            x=x, y=y, color=colour, tooltip=_tip("row", "series", "value", "low", "high")
+        alt.Chart().mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q", **of_all),
+        alt.Chart()
+        .mark_point()
+        .encode(
+            x=_number(alt.X, "value", axis), tooltip=_tip("row", "series", "value", "low", "high"), **of_all
         ),
-    ]  # fmt: skip
+    ]
     if any(each["low"] < 0 < each["high"] for each in data):
         layers.insert(0, alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0)))
-    return Chart(title, _spec(*layers, height=24 * max(2, len(rows))), _columns(data))
+    return _chart(title, 24 * max(2, len(rows)), data, *layers)
 
 
 def accuracies(findings: Findings) -> Chart:
@@ -181,53 +182,28 @@ def trade_off(title: str, findings: Findings, cost: str, axis: str) -> Chart:
         | _percent(g.accuracy)
         for g in groups
     ]
-    optimizers, architectures = ({row[key]: None for row in data} for key in ("optimizer", "architecture"))
-    shapes = [SHAPES[place_of(name) % len(SHAPES)] for name in architectures]
-    colours = alt.Scale(domain=list(optimizers), range=[OF_OPTIMIZER[name] for name in optimizers])
-    x = alt.X("cost:Q", title=axis, scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
-    y = alt.Y("value:Q", title="test accuracy, %", scale=alt.Scale(zero=False))
+    shapes = {g.architecture: SHAPES[place_of(g.architecture) % len(SHAPES)] for g in groups}
+    shape = alt.Shape("architecture:N", scale=alt.Scale(domain=list(shapes), range=list(shapes.values())))
+    colour = _series("optimizer", {g.optimizer: OF_OPTIMIZER[g.optimizer] for g in groups})
+    x = _number(alt.X, "cost", axis, log=True, axis=alt.Axis(format="~s"))
+    y = _number(alt.Y, "value", "test accuracy, %")
     line = alt.Chart().mark_line(color=GREY, strokeDash=[3, 3], strokeWidth=1.5, interpolate="step-after")
-    layers = [
+    return _chart(
+        title, 320, data,
         line.transform_filter("datum.front").encode(x=x, y=y),
         alt.Chart().mark_rule(strokeWidth=1).encode(x=x, y="low:Q", y2="high:Q"),
-        alt.Chart()
-        .mark_point()
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("optimizer:N", scale=colours),
-            shape=alt.Shape("architecture:N", scale=alt.Scale(domain=list(architectures), range=shapes)),
-            tooltip=_tip("name", "value", "cost"),
+        alt.Chart().mark_point().encode(
+            x=x, y=y, shape=shape, color=colour, tooltip=_tip("name", "value", "cost"),
         ),
-    ]
-    return Chart(title, _spec(*layers, height=320), _columns(data))
+    )  # fmt: skip
 
 
-def study(points: Sequence[StudyPoint]) -> Chart:
-    """Accuracy by the values of one factor, a line each for otherwise equal cells."""
-    numbers = [point.value for point in points if point.value is not None]
-    is_number = len(numbers) == len(points)
-    data: list[dict[str, Any]] = [
-        {"series": p.series, "cell": p.result.cell.id, "level": p.value if is_number else p.text}
-        | _percent(p.accuracy)
-        for p in points
-        if p.accuracy is not None
-    ]
-    x = alt.X("level:N", title=points[0].factor, axis=alt.Axis(labelAngle=0))
-    if is_number:
-        is_log = min(numbers) > 0 and max(numbers) / min(numbers) >= 8
-        scale = alt.Scale(type="log", padding=12) if is_log else alt.Scale(zero=False, padding=12)
-        axis = alt.Axis(values=sorted(set(numbers)), format="~g")
-        x = alt.X("level:Q", title=points[0].factor, scale=scale, axis=axis)
-    y = alt.Y("value:Q", title="test accuracy, %", scale=alt.Scale(zero=False))
-    colour, tip = alt.Color("series:N"), _tip("cell", "value", "low", "high")
-    layers = [
-        alt.Chart().mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=colour),
-        alt.Chart().mark_point().encode(x=x, y=y, color=colour, tooltip=tip),
-    ]
-    if is_number:
-        layers.append(alt.Chart().mark_line().encode(x=x, y=y, color=colour))
-    return Chart(points[0].factor.capitalize(), _spec(*layers, height=280), _columns(data))
+def studies(findings: Findings) -> Chart:
+    """A row a study, with the accuracy of the grid's cell that it was made from."""
+    own = {study.cell: study.accuracy for study in findings.studies if study.accuracy}
+    base = {study.cell: study.base_accuracy for study in findings.studies if study.base_accuracy}
+    dots: Dots = {"the grid's cell": (GREY, base), "study": (BLUE, own)}
+    return by_row("Studies", "test accuracy, %", [study.cell for study in findings.studies], dots)
 
 
 def rates(choices: Sequence[RateChoice]) -> Chart:
@@ -244,24 +220,18 @@ def rates(choices: Sequence[RateChoice]) -> Chart:
         for point in choice.curve
         for seed, value in zip(choice.seeds, getattr(point, split), strict=True)
     ]
-    names = [choice.optimizer for choice in choices]
-    colours = alt.Scale(domain=names, range=[OF_OPTIMIZER[name] for name in names])
-    title = f"{split} accuracy, %"
-    x = alt.X("rate:Q", title="learning rate", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"))
-    y = alt.Y("accuracy:Q", title=title, scale=alt.Scale(zero=False))
-    mean = alt.Y("mean(accuracy):Q", title=title, scale=alt.Scale(zero=False))
-    colour = alt.Color("optimizer:N", scale=colours)
+    x = _number(alt.X, "rate", "learning rate", log=True, axis=alt.Axis(format="~g"))
+    y, mean = (_number(alt.Y, field, f"{split} accuracy, %") for field in ("accuracy", "mean(accuracy)"))
+    colour = _series("optimizer", {each.optimizer: OF_OPTIMIZER[each.optimizer] for each in choices})
     known = alt.Chart().transform_filter("isValid(datum.accuracy)")
-    layers = [
+    ring = known.transform_filter("datum.chosen").mark_point(size=300, filled=False, strokeWidth=2)
+    tip = _tip("optimizer", "rate", "seed", "accuracy")
+    return _chart(
+        f"Accuracy by rate, {choices[0].architecture}", 320, data,
         known.mark_line(strokeWidth=2).encode(x=x, y=mean, color=colour),
-        known.mark_point(size=40).encode(
-            x=x, y=y, color=colour, tooltip=_tip("optimizer", "rate", "seed", "accuracy")
-        ),
-        known.transform_filter("datum.chosen")
-        .mark_point(size=300, filled=False, strokeWidth=2)
-        .encode(x=x, y=mean, color=colour),
-    ]
-    return Chart(f"Accuracy by rate, {choices[0].architecture}", _spec(*layers, height=320), _columns(data))
+        known.mark_point(size=40).encode(x=x, y=y, color=colour, tooltip=tip),
+        ring.encode(x=x, y=mean, color=colour),
+    )  # fmt: skip
 
 
 def charts(findings: Findings) -> dict[str, list[Chart]]:
@@ -272,44 +242,25 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
             for what, family in findings.families.items()
             if family
         ],
-        "studies": [
-            study(list(points)) for _, points in groupby(findings.studies, key=lambda point: point.factor)
-        ],
-        "rates": [
-            rates(list(choices)) for _, choices in groupby(findings.rates, key=lambda each: each.architecture)
-        ],
-    }  # fmt: skip
+        "rates": [rates(list(of)) for _, of in groupby(findings.rates, key=lambda each: each.architecture)],
+        "studies": [studies(findings)] if findings.studies else [],
+    }
     if findings.trained:
         parts["answer"] = [accuracies(findings)]
         parts["cost"] = [
             trade_off("Parameters", findings, "num_parameters", "parameters"),
             trade_off("Training time", findings, "train_seconds", "training time, s"),
         ]
-        parts["trust"] = _trust(findings)
-    if rows := [row for row in findings.published if not row.differences]:
-        dots: Dots = {
-            "measured": (BLUE, {row.name: row.measured for row in rows}),
-            "published": (RED, {row.name: row.accuracy for row in rows}),
-        }
-        parts["published"] = [
-            by_row("Published and measured", "test accuracy, %", [row.name for row in rows], dots)
-        ]
+        parts["calibration"] = [calibration(findings)]
     return parts
 
 
-def _trust(findings: Findings) -> list[Chart]:
-    groups = findings.trained
+def calibration(findings: Findings) -> Chart:
+    """The mean calibration error of each group over its seeds, the smallest on top."""
     errors = findings.frame.set_index("cell")["calibration_error"]
-    train = {group.name: group.mean("train_accuracy") for group in groups}
-    test = {group.name: group.accuracy for group in groups}
-    error = {group.name: float(errors[[r.cell.id for r in group.completed]].mean()) for group in groups}
-    gap = sorted(train, key=lambda name: test[name].estimate - train[name])
-    dots: Dots = {"train": (ORANGE, train), "test": (BLUE, test)}
-    expected = {"expected calibration error": (SKY, error)}
-    return [
-        by_row("Generalisation gap", "accuracy, %", gap, dots),
-        by_row("Calibration", "points", sorted(error, key=lambda name: error[name]), expected),
-    ]
+    mean = {g.name: float(errors[[r.cell.id for r in g.completed]].mean()) for g in findings.trained}
+    dots = {"expected calibration error": (SKY, mean)}
+    return by_row("Calibration error", "points", sorted(mean, key=lambda name: mean[name]), dots)
 
 
 # --- of chosen cells --------------------------------------------------------------------------------
@@ -327,51 +278,47 @@ def curves(results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, dict[st
         columns[result.cell.id] = {"epoch": result.history["epoch"].tolist()} | accuracy
     few = max((len(each["epoch"]) for each in columns.values()), default=0) <= 10
     x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"))
-    y = alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False))
-    colour = alt.Color("cell:N")
+    y, colour = _number(alt.Y, "accuracy", "accuracy, %"), alt.Color("cell:N")
     dash = alt.StrokeDash("split:N", scale=alt.Scale(domain=["test", "train"], range=[[1, 0], [5, 4]]))
     base = alt.Chart().transform_fold(["test", "train"], as_=["split", "accuracy"])
     base = base.transform_filter("isValid(datum.accuracy)")
-    spec = _spec(
+    # Of a long training the points are there to be hovered over alone.
+    points = base.mark_point(size=40 if few else 60, opacity=1 if few else 0)
+    chart = _chart(
+        "Learning curves", 360, (),
         base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash),
-        # Of a long training the points are there to be hovered over alone.
-        base.mark_point(size=40 if few else 60, opacity=1 if few else 0).encode(
-            x=x, y=y, color=colour, tooltip=_tip("cell", "split", "epoch", "accuracy")
-        ),
-        height=360,
-    )
-    return spec, columns
+        points.encode(x=x, y=y, color=colour, tooltip=_tip("cell", "split", "epoch", "accuracy")),
+    )  # fmt: skip
+    return chart.spec, columns
 
 
 def reliability_diagram(predictions: Predictions) -> Chart:
     """Accuracy by confidence in bins, beside the diagonal of a model that is as right as it is confident."""
     bins = reliability(predictions.confidence, predictions.correct)
-    columns = {
-        "confidence": (100 * bins.confidence).round(2).tolist(),
-        "accuracy": (100 * bins.accuracy).round(2).tolist(),
-        "images": bins.num_images.tolist(),
-    }
+    rows = [
+        {"confidence": round(100 * confidence, 2), "accuracy": round(100 * accuracy, 2), "images": count}
+        for confidence, accuracy, count in zip(*(each.tolist() for each in bins), strict=True)
+    ]
     scale = alt.Scale(domain=[0, 100])
-    x = alt.X("confidence:Q", title="confidence, %", scale=scale)
-    y = alt.Y("accuracy:Q", title="accuracy, %", scale=scale)
+    x = _number(alt.X, "confidence", "confidence, %", scale=scale)
+    y = _number(alt.Y, "accuracy", "accuracy, %", scale=scale)
     # The area stands for the number of images, of which almost all are in the last bin.
     size = alt.Size("images:Q", scale=alt.Scale(range=[30, 500]), legend=None)
+    tip = _tip("images", "confidence", "accuracy")
     diagonal = alt.Chart().mark_rule(color=GREY, strokeDash=[3, 3])
-    spec = _spec(
+    return _chart(
+        "Reliability", 320, rows,
         diagonal.encode(x=alt.datum(0), y=alt.datum(0), x2=alt.datum(100), y2=alt.datum(100)),
         alt.Chart().mark_line(color=BLUE, strokeWidth=1.5).encode(x=x, y=y),
-        alt.Chart().mark_point(color=BLUE).encode(
-            x=x, y=y, size=size, tooltip=_tip("images", "confidence", "accuracy")
-        ),
-        height=320,
+        alt.Chart().mark_point(color=BLUE).encode(x=x, y=y, size=size, tooltip=tip),
     )  # fmt: skip
-    return Chart("Reliability", spec, columns)
 
 
 def confusion_matrix(predictions: Predictions, labels: Any, class_names: tuple[str, ...]) -> Chart:
     """A row a true class, a column a predicted one, in % of the row; of many classes the worst alone."""
     counts = confusion(labels, predictions.classes, len(class_names))
-    shown = worst_classes(counts)
+    accuracy = np.diag(counts) / np.maximum(counts.sum(1), 1)
+    places = sorted(np.argsort(accuracy, kind="stable")[:MAX_CLASSES].tolist())
     rows = [
         {
             "true": class_names[true],
@@ -381,41 +328,18 @@ def confusion_matrix(predictions: Predictions, labels: Any, class_names: tuple[s
         }
         # The diagonal first: the axes have the classes in the order in which they come.
         for true, predicted in [
-            *((place, place) for place in shown),
-            *((one, other) for one in shown for other in shown if one != other and counts[one, other]),
+            *((place, place) for place in places),
+            *((one, other) for one in places for other in places if one != other and counts[one, other]),
         ]
     ]
-    names = [class_names[place] for place in shown]
-    axis = alt.Axis(grid=False, labelLimit=110)
-    x = alt.X("predicted:N", sort=None, title="predicted", scale=alt.Scale(paddingInner=0.04), axis=axis)
-    y = alt.Y("true:N", sort=None, title="true", scale=alt.Scale(paddingInner=0.04), axis=axis)
+    gap = alt.Scale(paddingInner=0.04)
+    x, y = (
+        channel(f"{field}:N", sort=None, title=field, scale=gap, axis=alt.Axis(grid=False, labelLimit=110))
+        for channel, field in ((alt.X, "predicted"), (alt.Y, "true"))
+    )
     opacity = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 100], range=[0.08, 0.8]), legend=None)
     tip = _tip("true", "predicted", "images", "share")
     layers = [alt.Chart().mark_rect(color=BLUE).encode(x=x, y=y, opacity=opacity, tooltip=tip)]
-    if len(names) <= 15:
+    if len(places) <= 15:
         layers.append(alt.Chart().mark_text(fontSize=12).encode(x=x, y=y, text="images:Q", tooltip=tip))
-    return Chart("Confusion matrix", _spec(*layers, height=max(240, 24 * len(names))), _columns(rows))
-
-
-def class_accuracy(predictions: Predictions, labels: Any, class_names: tuple[str, ...]) -> Chart:
-    """A bar a class: how many of its images were classified rightly; of many classes the worst alone."""
-    counts = confusion(labels, predictions.classes, len(class_names))
-    shown = worst_classes(counts)
-    num_images, right = counts.sum(1)[shown], np.diag(counts)[shown]
-    columns = {
-        "class": [class_names[place] for place in shown],
-        "accuracy": (100 * right / np.maximum(num_images, 1)).round(2).tolist(),
-        "right": right.tolist(),
-        "images": num_images.tolist(),
-    }
-    x = alt.X("accuracy:Q", title="accuracy, %", scale=alt.Scale(domain=[0, 100]))
-    bar = alt.Chart().mark_bar(color=SKY).encode(
-        x=x, y=alt.Y("class:N", sort=None, title=None), tooltip=_tip("class", "accuracy", "right", "images")
-    )  # fmt: skip
-    return Chart("Accuracy by class", _spec(bar, height=max(240, 22 * len(shown))), columns)
-
-
-def worst_classes(counts: Any) -> list[int]:
-    """The classes to show of a confusion matrix: all, or the `MAX_CLASSES` of lowest accuracy, in order."""
-    accuracy = np.diag(counts) / np.maximum(counts.sum(1), 1)
-    return sorted(np.argsort(accuracy, kind="stable")[:MAX_CLASSES].tolist())
+    return _chart("Confusion matrix", max(240, 24 * len(places)), rows, *layers)

@@ -6,7 +6,6 @@ stands beside it, marked as what it is: an epoch that was chosen by looking at t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,18 @@ from tabulate import tabulate
 
 from resgrid.data.dataset import Meta
 from resgrid.errors import ResgridError
-from resgrid.evaluation import Predictions, Result
-from resgrid.grid import Cell
+from resgrid.evaluation import Result
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
-from resgrid.report.published import differing, publication
+from resgrid.project import read_json
+from resgrid.report.published import agrees, publication
 from resgrid.report.statistics import Ints, calibration_error
-from resgrid.run_status import STATUSES, Run, read_json
+from resgrid.run_status import STATUSES, Run
+
+MEASURED = (  # of run.json, as they stand there
+    "train_accuracy", "train_loss", "epochs", "num_parameters", "num_trainable", "validation_accuracy",
+    "validation_loss", "best_test_accuracy", "best_epoch",
+)  # fmt: skip
 
 
 def leaderboard(results: list[Result], meta: Meta, labels: Ints) -> pd.DataFrame:
@@ -46,16 +50,9 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict[str, Any]:
     cell, metrics, timing = result.cell, result.metrics or {}, result.timing or {}
-    published = publication(cell, meta) if meta else None
-    differences = differing(cell, meta, published) if meta and published else []
-    accuracy = published.accuracy if published and not differences else None
-    notes = remarks(cell)
-    if differences:
-        notes.append(f"not beside its published figure: {', '.join(differences)}")
     scores, predictions = result.scores, result.predictions
-    if meta and predictions and (never := never_predicted(predictions, meta, classes)):
-        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        notes.insert(0, f"never predicts {', '.join(never[:10])}{more}")
+    published = publication(cell, meta) if meta else None
+    accuracy = published.accuracy if published and meta and agrees(cell, meta, published) else None
     return {
         "cell": cell.id,
         "architecture": cell.architecture,
@@ -64,15 +61,7 @@ def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict
         "status": result.status,
         "test_accuracy": scores.accuracy if scores else metrics.get("test_accuracy"),
         "test_loss": scores.loss if scores else metrics.get("test_loss"),
-        "train_accuracy": metrics.get("train_accuracy"),
-        "train_loss": metrics.get("train_loss"),
-        "epochs": metrics.get("epochs"),
-        "num_parameters": metrics.get("num_parameters"),
-        "num_trainable": metrics.get("num_trainable"),
-        "validation_accuracy": metrics.get("validation_accuracy"),
-        "validation_loss": metrics.get("validation_loss"),
-        "best_test_accuracy": metrics.get("best_test_accuracy"),
-        "best_epoch": metrics.get("best_epoch"),
+        **{key: metrics.get(key) for key in MEASURED},
         "published_accuracy": accuracy,  # only where data and recipe agree with its own
         "difference": scores.accuracy - accuracy if scores and accuracy else None,
         "study": cell.study,
@@ -89,24 +78,27 @@ def _row(result: Result, meta: Meta | None, classes: Sequence[str] = ()) -> dict
         "threads": timing.get("threads"),
         "weights_sha256": metrics.get("weights_sha256"),
         "calibration_error": predictions and calibration_error(predictions.confidence, predictions.correct),
-        "remark": "; ".join(notes) or None,
+        "remark": _remarks(result, meta, classes),
     }
 
 
-def remarks(cell: Cell) -> list[str]:
-    """What a reader has to know of `cell` before comparing it with others."""
-    if cell.recipe.approach == "frozen_base" and cell.recipe.initial_weights.name == "random":
-        return [
+def _remarks(result: Result, meta: Meta | None, classes: Sequence[str]) -> str | None:
+    """What a reader has to know of a cell before comparing it with others.
+
+    A model may give one of `classes` to no image, as one that has learned the largest class alone.
+    """
+    notes, recipe = [], result.cell.recipe
+    if meta and result.predictions:
+        predicted = {meta.class_names[place] for place in np.unique(result.predictions.classes)}
+        if never := [name for name in classes if name not in predicted]:
+            more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+            notes.append(f"never predicts {', '.join(never[:10])}{more}")
+    if recipe.approach == "frozen_base" and recipe.initial_weights.name == "random":
+        notes.append(
             "a frozen base with random weights: its batch norms keep the mean 0 and variance 1 they start "
             "with, so they do not normalise these images"
-        ]
-    return []
-
-
-def never_predicted(predictions: Predictions, meta: Meta, classes: Sequence[str]) -> list[str]:
-    """Those of `classes` that a model gives to no image, as one that has learned the largest class alone."""
-    predicted = {meta.class_names[place] for place in np.unique(predictions.classes)}
-    return [name for name in classes if name not in predicted]
+        )
+    return "; ".join(notes) or None
 
 
 def at_rates(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFrame:
@@ -132,7 +124,7 @@ def by_optimizer(frame: pd.DataFrame, factors: Mapping[str, float]) -> pd.DataFr
 
 
 def spread(cells: pd.DataFrame) -> str:
-    """`98.12 ± 0.21` of the completed cells among replicates, with what is not completed said beside it."""
+    """`98.12 ± 0.21` of the completed cells among replicates, with the number of those that are not."""
     completed = cells.loc[cells["status"] == "completed", "test_accuracy"] * 100
     text = f"{completed.mean():.2f}" if len(completed) else ""
     if len(completed) > 1:
@@ -155,8 +147,8 @@ def missing(frame: pd.DataFrame) -> list[str]:
     if len(others):
         names = ", ".join(others["cell"])
         lines.append(f"Not today's: {len(others)} of {len(frame)} cells are left out of comparisons: {names}")
-    told = pd.concat([without, others]).dropna(subset="cause")
-    for cell, status, cause in told[["cell", "status", "cause"]].itertuples(index=False):
+    known = pd.concat([without, others]).dropna(subset="cause")
+    for cell, status, cause in known[["cell", "status", "cause"]].itertuples(index=False):
         lines.append(f"{cell}{'' if status == 'missing' else f' {status}'}: {cause}")
     return lines
 
@@ -180,44 +172,44 @@ def as_of_now(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns that a person compares, as text."""
+    """The columns that a person compares, as text; those in which nothing stands are left out."""
 
-    def percent(column: str) -> pd.Series[str]:
-        return frame[column].map(lambda value: "" if pd.isna(value) else f"{value * 100:.2f}")
+    def text(column: str, form: str, times: int = 1) -> pd.Series[str]:
+        return frame[column].map(lambda value: "" if pd.isna(value) else format(times * value, form))
 
-    def number(column: str, form: str) -> pd.Series[str]:
-        return frame[column].map(lambda value: "" if pd.isna(value) else format(value, form))
-
+    test = text("test_accuracy", ".2f", 100)
     is_other = frame["status"].isin(["stale", "other data"])  # its figures are those of its own numbers
-    marked = frame["status"].mask(is_other, percent("test_accuracy") + " " + frame["status"])
-    best = percent("best_test_accuracy") + " @ " + number("best_epoch", ".0f")
-    table = pd.DataFrame(
-        {
-            "cell": frame["cell"],
-            "rate": number("learning_rate", "g").where(frame["weights_sha256"].notna(), ""),
-            "test %": percent("test_accuracy").where(frame["status"] == "completed", marked),
-            "test loss": number("test_loss", ".4f"),
-            "train %": percent("train_accuracy"),
-            "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
-            "epochs": number("epochs", ".0f"),
-            "parameters": number("num_parameters", ",.0f"),
-            "seconds": number("train_seconds", ",.1f"),
-            "images/s": number("images_per_second", ",.0f"),
-        }
+    marked = frame["status"].mask(is_other, test + " " + frame["status"])
+    best = text("best_test_accuracy", ".2f", 100) + " @ " + text("best_epoch", ".0f")
+    return _without_empty(
+        pd.DataFrame(
+            {
+                "cell": frame["cell"],
+                "rate": text("learning_rate", "g").where(frame["weights_sha256"].notna(), ""),
+                "validation %": text("validation_accuracy", ".2f", 100),
+                "test %": test.where(frame["status"] == "completed", marked),
+                "test loss": text("test_loss", ".4f"),
+                "train %": text("train_accuracy", ".2f", 100),
+                "best % @ epoch": best.where(frame["best_epoch"].notna(), ""),
+                "epochs": text("epochs", ".0f"),
+                "parameters": text("num_parameters", ",.0f"),
+                "seconds": text("train_seconds", ",.1f"),
+                "images/s": text("images_per_second", ",.0f"),
+                "published %": text("published_accuracy", ".2f", 100),
+                "difference": text("difference", "+.2f", 100),
+                "remark": frame["remark"].fillna(""),
+            }
+        )
     )
-    if frame["validation_accuracy"].notna().any():
-        table.insert(2, "validation %", percent("validation_accuracy"))
-    if frame["published_accuracy"].notna().any():
-        table["published %"] = percent("published_accuracy")
-        table["difference"] = frame["difference"].map(lambda d: "" if pd.isna(d) else f"{d * 100:+.2f}")
-    if frame["remark"].notna().any():
-        table["remark"] = frame["remark"].fillna("")
-    return table
+
+
+def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.loc[:, (frame != "").any()]
 
 
 def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
     """`frame` of texts as a table in one of tabulate's formats: words left, figures right."""
-    frame = frame.fillna("").astype(str)
+    frame = _without_empty(frame.fillna("").astype(str))
     align = ["right" if frame[name].str.contains(r"^[-+]?\d").any() else "left" for name in frame]
     rows = frame.to_numpy().tolist()
     return tabulate(rows, headers=list(frame.columns), tablefmt=form, colalign=align, disable_numparse=True)
@@ -225,7 +217,6 @@ def text_table(frame: pd.DataFrame, form: str = "simple") -> str:
 
 def headline(frame: pd.DataFrame, factors: Mapping[str, float]) -> dict[str, Any]:
     """The figures for `dvc metrics show`: how much there is, and the best at the rates that are compared."""
-    completed = frame[frame["status"] == "completed"]
     counts = frame["status"].value_counts()
     head: dict[str, Any] = {
         "cells": len(frame),
@@ -234,17 +225,10 @@ def headline(frame: pd.DataFrame, factors: Mapping[str, float]) -> dict[str, Any
         "stale": int(counts.get("stale", 0) + counts.get("other data", 0)),
         "missing": int(counts.get("missing", 0) + counts.get("failed", 0)),
     }
-    is_compared = completed["cell"].isin(at_rates(frame, factors)["cell"])
-    compared = completed[completed["study"].notna() | is_compared]
-    if len(compared):
-        best = compared.iloc[0]
-        head |= {"best_cell": best["cell"], "best_cell_test_accuracy": float(best["test_accuracy"])}
+    is_compared = frame["study"].notna() | frame["cell"].isin(at_rates(frame, factors)["cell"])
+    for best in frame[is_compared & (frame["status"] == "completed")].head(1).to_dict("records"):
+        head |= {"best_cell": best["cell"], "best_cell_test_accuracy": best["test_accuracy"]}
     return head
-
-
-def as_csv(frame: pd.DataFrame) -> str:
-    """The content of `leaderboard.csv`: floats with all their digits."""
-    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def read_leaderboard(reports: Path) -> pd.DataFrame:
@@ -260,9 +244,4 @@ def read_leaderboard(reports: Path) -> pd.DataFrame:
 
 def read_findings(reports: Path) -> dict[str, Any]:
     """The `findings.json` that `evaluate` wrote; raises ResgridError if it cannot be read."""
-    path = reports / "findings.json"
-    try:
-        findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResgridError(f"{path}: cannot be read ({error}). `dvc repro -s evaluate` makes it.") from None
-    return findings
+    return read_json(reports / "findings.json", "`dvc repro -s evaluate` makes it.")

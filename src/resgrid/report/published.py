@@ -1,7 +1,7 @@
 """What the two original experiments published for CIFAR-10 (published.yaml), beside what is measured here.
 
-A figure stands beside a measured one where data and recipe agree; else `differing` says what does not. Only
-settings that an experiment states are compared.
+A figure stands beside a measured one where data and recipe agree. Only settings that an experiment states are
+compared.
 """
 
 from __future__ import annotations
@@ -42,24 +42,16 @@ def publication(cell: Cell, meta: Meta) -> Publication | None:
     return _published().get(f"{cell.architecture}-{cell.optimizer.name}")
 
 
-def differing(cell: Cell, meta: Meta, published: Publication) -> list[str]:
-    """How the data and recipe of `cell` differ from those of the published figure, as `epochs 20 of 250`."""
-    texts = []
-    if meta.source != "cifar10":
-        texts.append(f"images of the source {meta.source}, such as JPEG copies")
-    for split, count in NUM_IMAGES.items():
-        if (own_count := meta.num_images.get(split, 0)) != count:
-            texts.append(f"{own_count:,} of {count:,} {split} images")
+def agrees(cell: Cell, meta: Meta, published: Publication) -> bool:
+    """Whether `cell` has the data of the published figure and every setting that is stated with it."""
+    counts = {split: meta.num_images.get(split, 0) for split in NUM_IMAGES}
     own = {"learning_rate": cell.optimizer.lr} | cell.optimizer.settings.model_dump()
     own = json.loads(json.dumps(own | cell.recipe.model_dump()))  # tuples become lists, as in YAML
-    for key, stated in published.settings.items():
-        value, name = own[key], key.replace("_", " ")
-        if isinstance(stated, dict):
-            if value is None or any(value.get(part) != each for part, each in stated.items()):
-                texts.append(f"other {name}")
-        elif value != stated:
-            texts.append(f"{name} {as_text(value)} {'of' if key == 'epochs' else 'for'} {as_text(stated)}")
-    return texts
+    same = (
+        bool(own[key] == ((own[key] or {}) | stated if isinstance(stated, dict) else stated))
+        for key, stated in published.settings.items()
+    )
+    return meta.source == "cifar10" and counts == NUM_IMAGES and all(same)
 
 
 def as_text(value: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -19,7 +19,7 @@ import pandas as pd
 
 from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
-from resgrid.report.statistics import Floats, Interval, over_seeds
+from resgrid.report.statistics import Floats, Interval, mean_over_seeds
 
 POINTS = 100  # in an accuracy of 1; what lies within one point counts as flat
 
@@ -75,8 +75,8 @@ class RateChoice:
     bracket: Bracket | None = None  # this and all that follow: only of a chosen factor
     to_try: tuple[float, ...] = ()  # the factors beyond each end that the best may lie behind
     plateau: tuple[float, ...] = ()  # factors within a point of the chosen one, and contiguous with it
-    expected: tuple[Interval, ...] = ()  # test accuracy after k of n tries with one seed; [0]: one try
-    one_seed_cost: float | None = None  # accuracy at the chosen rate less `expected[-1]`
+    expected_test_accuracy: tuple[Interval, ...] = ()  # after k of n tries with one seed; [0]: one try
+    one_seed_cost: float | None = None  # accuracy at the chosen rate less `expected_test_accuracy[-1]`
 
     @property
     def chosen(self) -> RatePoint:
@@ -93,12 +93,9 @@ def choose_rates(
 ) -> list[RateChoice]:
     """The rate of each architecture and optimizer of the grid, in the order of their tables.
 
-    How to call it: once in `evaluate`, on the whole leaderboard (a row for every cell of params.yaml, with
-    the columns `cell`, `architecture`, `optimizer`, `seed`, `study`, `rate_factor`, `learning_rate`,
-    `status`, `validation_accuracy` and `test_accuracy`), with the numbers of images of the processed data,
-    0 for no validation split. Then the report, the comparisons, the mean over seeds, DVC's metrics and the
-    champion use the results whose `cell.study is None and cell.rate_factor == choice.factor` in place of
-    those whose `cell.is_base`, and Holm's correction counts the comparisons of these alone.
+    `leaderboard` has a row for every cell of params.yaml; the numbers of images are those of the processed
+    data, 0 for no validation split. The report, the comparisons, the mean over seeds, DVC's metrics and the
+    champion then use the grid's cells at `choice.factor`, and Holm's correction counts these alone.
 
     Accuracies are compared in whole images, summed over seeds. Ties go to the smallest |log factor|, then to
     the lower factor. A factor with a diverged seed is chosen only if every factor has one; a diverged cell
@@ -136,7 +133,8 @@ def sentences(choices: Sequence[RateChoice]) -> list[str]:
     lines: dict[str, None] = {}
     for each in choices:
         name = f"{each.architecture}-{each.optimizer}"
-        to_try = " and ".join(f"{factor:g}" for factor in each.to_try)
+        to_try = f": try {' and '.join(f'{factor:g}' for factor in each.to_try)}." if each.to_try else "."
+        line = ""
         if each.not_chosen is NotChosen.NO_VALIDATION:
             line = (
                 "No rate is chosen, without validation images: set preprocess.validation_fraction, "
@@ -148,14 +146,12 @@ def sentences(choices: Sequence[RateChoice]) -> list[str]:
                 f"a current result for every seed of every optimizer. Missing: {', '.join(each.missing)}."
             )
         elif each.bracket is Bracket.AT_END:
-            line = f"{name}: the best factor, {each.factor:g}, is an end of those tried: not bracketed" + (
-                f": try {to_try}." if to_try else "."
+            line = (
+                f"{name}: the best factor, {each.factor:g}, is an end of those tried: not bracketed{to_try}"
             )
         elif each.bracket is Bracket.REACHES_END:
-            line = f"{name}: the top reaches the end, so the best may lie beyond: try {to_try}."
-        else:
-            continue
-        lines[line] = None
+            line = f"{name}: the top reaches the end, so the best may lie beyond{to_try}"
+        lines |= {line: None} if line else {}
     return list(lines)
 
 
@@ -178,14 +174,9 @@ def _point(rows: pd.DataFrame, seeds: Sequence[int]) -> RatePoint:
 def _chosen(base: RateChoice, num_validation: int, num_test: int, num_classes: int) -> RateChoice:
     """`base` with the choice made; every cell of it has completed or diverged."""
     curve, num_seeds = base.curve, len(base.seeds)
-    images = np.array(  # (factors, seeds): validation images that are classified correctly
-        [
-            [
-                round(num_validation * (1 / num_classes if value is None else value))
-                for value in point.validation
-            ]
-            for point in curve
-        ]
+    guess = 1 / num_classes
+    images = np.rint(  # (factors, seeds): validation images that are classified correctly
+        [[num_validation * (guess if v is None else v) for v in point.validation] for point in curve]
     )
     total = images.sum(1)
     stable = [point.num_diverged == 0 for point in curve]
@@ -201,26 +192,18 @@ def _chosen(base: RateChoice, num_validation: int, num_test: int, num_classes: i
     while last < len(curve) - 1 and in_plateau[last + 1]:
         last += 1
     open_ends = [(end, up) for end, up in ((0, False), (len(curve) - 1, True)) if in_plateau[end]]
-    bracket = (
-        Bracket.AT_END
-        if best in (0, len(curve) - 1)
-        else Bracket.REACHES_END
-        if open_ends
-        else Bracket.INSIDE
-    )
+    bracket = Bracket.REACHES_END if open_ends else Bracket.INSIDE
+    if best in (0, len(curve) - 1):
+        bracket = Bracket.AT_END
     expected, tuned = _expected(base, images, nearness, num_test, num_classes), curve[best]
     accuracy = tuned.test_accuracy if stable[best] else None
-    return RateChoice(
-        architecture=base.architecture,
-        optimizer=base.optimizer,
-        seeds=base.seeds,
-        curve=curve,
+    return replace(
+        base,
         factor=tuned.factor,
-        not_chosen=None,
         bracket=bracket,
-        to_try=tuple(_beyond(curve[end].factor, up) for end, up in open_ends),
+        to_try=tuple(factor for end, up in open_ends for factor in _beyond(curve[end].factor, up)),
         plateau=tuple(point.factor for point in curve[first : last + 1]),
-        expected=expected,
+        expected_test_accuracy=expected,
         one_seed_cost=None if accuracy is None else accuracy - expected[-1].estimate,
     )
 
@@ -230,15 +213,17 @@ def _nearness(factor: float) -> tuple[float, float]:
     return -round(abs(math.log(factor)), 9), -factor
 
 
-def _beyond(factor: float, upwards: bool) -> float:
-    """The next factor of … 0.3, 1, 3, 10, 30 … beyond `factor`."""
-    series = [float(f"{digit}e{power}") for power in range(-5, 6) for digit in (1, 3)]
-    return min(each for each in series if each > factor) if upwards else max(s for s in series if s < factor)
+def _beyond(factor: float, upwards: bool) -> list[float]:
+    """The next of 0.001, 0.003, 0.01 … 1000 beyond `factor`; none where params.yaml allows none."""
+    series = [float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 3)] + [1000.0]
+    return (
+        [each for each in series if each > factor][:1] if upwards else [s for s in series if s < factor][-1:]
+    )
 
 
 def _expected(
     base: RateChoice,
-    images: np.ndarray[tuple[int, int], np.dtype[np.int_]],
+    images: Floats,
     nearness: Sequence[tuple[float, float]],
     num_test: int,
     num_classes: int,
@@ -260,16 +245,10 @@ def _expected(
     intervals = []
     for k in range(1, n + 1):
         weights = np.array([math.comb(n - j, k - 1) / math.comb(n, k) for j in range(1, n + 1)])
-        intervals.append(_over_seeds(ranked @ weights, num_test))
+        values = ranked @ weights  # (seeds,)
+        single = Interval(float(values[0]), math.nan, math.nan, math.nan, "1 seed")
+        intervals.append(single if len(values) == 1 else mean_over_seeds(values, num_test))
     return tuple(intervals)
-
-
-def _over_seeds(values: Floats, num_test: int) -> Interval:
-    """Mean and interval of a value a seed, (seeds,); with one seed the ends are NaN."""
-    if len(values) == 1:
-        return Interval(float(values[0]), math.nan, math.nan, math.nan, "1 seed")
-    estimate, low, high, p = map(float, over_seeds([values], [1], 1 / num_test))
-    return Interval(estimate, low, high, p, f"{len(values)} seeds")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

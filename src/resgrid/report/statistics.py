@@ -1,4 +1,4 @@
-"""What can be said of accuracies: intervals, tests, calibration, confusion, Pareto fronts.
+"""Statistics of accuracies: intervals, tests, calibration, confusion, Pareto fronts.
 
 Arrays and nothing else: which cells are compared with which stands in `findings`. `benchmarks/intervals.py`
 shows by simulation that the intervals cover what they say; docs/reliability.md has its table.
@@ -44,9 +44,6 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
-    def contains(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
     def text(self, sign: str = "") -> str:
         """`97.77 (96.10 to 99.16)`, in %, or of a difference with the `sign` `+` in percentage points."""
         estimate, low, high = (f"{100 * value:{sign}.2f}" for value in self[:3])
@@ -91,6 +88,12 @@ def over_seeds(samples: Sequence[Floats], weights: Sequence[float], resolution: 
     return Bounds(estimate, estimate - half, estimate + half, p)
 
 
+def mean_over_seeds(accuracies: Floats, num_images: int) -> Interval:
+    """The mean of accuracies, a value a seed (≥ 2), with its interval, which ends at 0 and 1."""
+    estimate, low, high, p = map(float, over_seeds([accuracies], [1], 1 / num_images))
+    return Interval(estimate, max(low, 0), min(high, 1), p, f"{len(accuracies)} seeds")
+
+
 def over_images(total: Floats, squares: Floats, num_images: int, num_pairs: int = 1) -> Bounds:
     """The mean over test images of how much better the first of two trained models is, for other images.
 
@@ -129,7 +132,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 class Reliability(NamedTuple):
-    """Predictions in equal bins of confidence (Guo et al. 2017); of the bins that hold any."""
+    """Predictions in equal bins of confidence (Guo et al. 2017); of the bins with any."""
 
     confidence: Floats  # mean of each bin
     accuracy: Floats
@@ -140,11 +143,11 @@ def reliability(confidence: Floats, correct: Bools, num_bins: int = NUM_BINS) ->
     """Accuracy by confidence (both (N,)) in `num_bins` equal bins, each with its upper edge."""
     bins = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(int) - 1, 0, num_bins - 1)
     count = np.bincount(bins, minlength=num_bins)
-    held = count > 0
+    occupied = count > 0
     return Reliability(
-        np.bincount(bins, confidence, num_bins)[held] / count[held],
-        np.bincount(bins, correct, num_bins)[held] / count[held],
-        count[held],
+        np.bincount(bins, confidence, num_bins)[occupied] / count[occupied],
+        np.bincount(bins, correct, num_bins)[occupied] / count[occupied],
+        count[occupied],
     )
 
 

@@ -1,31 +1,11 @@
-"""The report's tables, as texts."""
+"""The report's tables, as texts; columns in which nothing stands are left out where one is printed."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from resgrid.report.comparisons import Comparison
 from resgrid.report.findings import Findings
-from resgrid.report.leaderboard import remarks
 from resgrid.report.rates import RatePoint
-
-
-def comparisons(rows: list[Comparison]) -> pd.DataFrame:
-    """A row a comparison, in percentage points; empty where none is significant, which a sentence says."""
-    if not any(row.is_significant for row in rows):
-        return pd.DataFrame()
-    return pd.DataFrame(
-        {
-            "compared": f"{row.first} − {row.second}",
-            "difference (95 % interval), points": row.difference.text("+"),
-            "verdict": row.verdict,
-            "p (Holm)": f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001",
-            "epochs": row.epochs,
-            "interval over": row.difference.basis,
-            "mean of": ", ".join(row.over),
-        }
-        for row in rows
-    )
 
 
 def costs(findings: Findings) -> pd.DataFrame:
@@ -37,7 +17,7 @@ def costs(findings: Findings) -> pd.DataFrame:
         "parameters": {group.name for group in findings.front("num_parameters")},
         "time": {group.name for group in findings.front("train_seconds")},
     }
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "architecture, optimizer": group.name,
             "test % (95 % interval)": group.accuracy.text(),
@@ -49,7 +29,6 @@ def costs(findings: Findings) -> pd.DataFrame:
         }
         for group in sorted(findings.trained, key=lambda group: -group.mean("test_accuracy"))
     )
-    return table if findings.ensembles else table.drop(columns="mean of its seeds, %", errors="ignore")
 
 
 def _percent(value: float | None) -> str:
@@ -84,61 +63,24 @@ def tries(findings: Findings) -> pd.DataFrame:
     rows = []
     for each in (choice for choice in findings.rates if choice.not_chosen is None):
         row = {"architecture, optimizer": f"{each.architecture}-{each.optimizer}"}
-        for k, interval in enumerate(each.expected, start=1):
+        for k, interval in enumerate(each.expected_test_accuracy, start=1):
             has_ends = interval.low == interval.low
             row[f"k = {k}"] = interval.text() if has_ends else _percent(interval.estimate)
         cost = each.one_seed_cost
-        row["cost of one seed, points"] = "" if cost is None else f"{100 * cost:+.2f}"
-        rows.append(row)
-    return pd.DataFrame(rows).fillna("")
-
-
-def trust(findings: Findings) -> pd.DataFrame:
-    """A row a completed cell: how much better it is on its training images, and how far to believe it."""
-    frame = findings.frame[findings.frame["status"] == "completed"]
-    return pd.DataFrame(
-        {
-            "cell": frame["cell"],
-            "train %": (100 * frame["train_accuracy"]).map("{:.2f}".format),
-            "test %": (100 * frame["test_accuracy"]).map("{:.2f}".format),
-            "gap, points": (100 * (frame["train_accuracy"] - frame["test_accuracy"])).map("{:+.2f}".format),
-            "calibration error, points": (100 * frame["calibration_error"]).map("{:.2f}".format),
-        }
-    )
-
-
-def published(findings: Findings) -> pd.DataFrame:
-    """A row a published figure: beside the measured one where data and recipe agree, else what differs."""
-    rows = []
-    for row in findings.published:
-        text = {
-            "architecture, optimizer": row.name,
-            "published %": f"{100 * row.accuracy:.2f}",
-            "not comparable, for": ", ".join(row.differences),
-        }
-        if not row.differences:
-            text |= {
-                "measured % (95 % interval)": row.measured.text(),
-                "interval over": row.measured.basis,
-                "difference, points": f"{100 * (row.measured.estimate - row.accuracy):+.2f}",
-                "within the interval": "yes" if row.measured.contains(row.accuracy) else "no",
-            }
-        rows.append(text)
+        rows.append(row | {"cost of one seed, points": "" if cost is None else f"{100 * cost:+.2f}"})
     return pd.DataFrame(rows).fillna("")
 
 
 def studies(findings: Findings) -> pd.DataFrame:
-    """A row a value of a study, the grid's own among them."""
+    """A row a study, beside the grid's cell that it was made from."""
     return pd.DataFrame(
         {
-            "varies": point.factor,
-            "in": point.series,
-            "value": point.text,
-            "cell": point.result.cell.id,
-            "test % (95 % interval)": point.accuracy.text() if point.accuracy else point.result.status,
-            "interval over": point.accuracy.basis if point.accuracy else "",
-            "differs also in": point.also,
-            "remark": "; ".join(remarks(point.result.cell)),
+            "study": study.cell,
+            "differs in": study.differs,
+            "test % (95 % interval)": study.accuracy.text() if study.accuracy else study.status,
+            "the grid's cell": study.base or "",
+            "test % of that": study.base_accuracy.text() if study.base_accuracy else "",
+            "interval over": study.accuracy.basis if study.accuracy else "",
         }
-        for point in findings.studies
+        for study in findings.studies
     )

@@ -103,8 +103,9 @@ def sync(
                     on_cell(done, len(results))
             for of_former_cell in runs.values():
                 report.superseded += mark_superseded(store, of_former_cell)
-            asked, cells = os.environ.get(REGISTRY) or store.uri, _compared(params, pipeline_folder)
+            asked = os.environ.get(REGISTRY) or store.uri
             current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
+            cells = _compared(params, pipeline_folder, {run.data.tags["cell"] for run in current})
             compared = [run for run in current if run.data.tags["cell"] in cells]
             report.champions = _promote_champions(store, compared, data_digest(pipeline_folder))
             asked = store.uri
@@ -115,10 +116,10 @@ def sync(
     return report
 
 
-def _compared(params: Params, pipeline_folder: Path) -> set[str]:
+def _compared(params: Params, pipeline_folder: Path, current: set[str]) -> set[str]:
     """The cells that may be champion: studies, and the grid's at the rates that `evaluate` compared."""
     findings = pipeline_folder / "reports/findings.json"
-    factors = compared_factors(read_json(findings)) if findings.is_file() else {}
+    factors = compared_factors(read_json(findings), current) if findings.is_file() else {}
     return {
         cell.id
         for cell in expand(params)

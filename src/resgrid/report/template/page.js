@@ -4,31 +4,8 @@
   const all = (selector) => [...document.querySelectorAll(selector)];
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
-  // The tables work without Vega.
-  for (const table of all("table:not(.heat)")) {
-    const value = (row, column) => row.cells[column].textContent.trim();
-    const number = (text) => parseFloat(text.replaceAll(",", ""));
-    [...table.tHead.rows[0].cells].forEach((head, column) => {
-      head.tabIndex = 0;
-      head.addEventListener("keydown", (event) => { if (event.key === "Enter") head.click(); });
-      head.addEventListener("click", () => {
-        const falls = head.ariaSort !== "descending";
-        for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
-        head.ariaSort = falls ? "descending" : "ascending";
-        const order = (a, b) => {
-          const [one, two] = [value(a, column), value(b, column)];
-          const [x, y] = [number(one), number(two)];
-          if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? one.localeCompare(two) : isNaN(x) - isNaN(y);
-          return falls ? y - x : x - y;
-        };
-        table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
-      });
-    });
-  }
-
   const chooser = document.getElementById("choose-cell");
   const showMistakes = () => {
-    for (const facts of all(".facts")) facts.hidden = facts.dataset.cell !== chooser.value;
     const mistakes = data.mistakes.cells[chooser.value];
     const place = document.getElementById("mistakes");
     place.replaceChildren(...mistakes.map((each) => {
@@ -43,18 +20,10 @@
   };
 
   const compressed = Uint8Array.from(atob(document.getElementById("vega").textContent), (c) => c.charCodeAt(0));
-  try {
-    const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const script = document.createElement("script");
-    script.textContent = await new Response(stream).text();
-    document.head.append(script);
-  } catch (error) {
-    const trouble = document.getElementById("trouble");
-    trouble.textContent = "The charts need a browser of 2023 or newer; the tables and sentences do not.";
-    trouble.hidden = false;
-    if (chooser) { chooser.addEventListener("change", showMistakes); showMistakes(); }
-    return;
-  }
+  const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(stream).text();
+  document.head.append(script);
 
   const draw = (place, spec, rows) => vegaEmbed(place, { ...spec, description: place.ariaLabel, datasets: { rows } }, {
     mode: "vega-lite", renderer: "svg", actions: false,
@@ -81,8 +50,7 @@
       const { spec, columns } = data.charts[place.dataset.chart];
       return draw(place, spec, zip(columns));
     }),
-    ...(data.chosen.curves ? [drawCurves()] : []),
-    ...(chooser ? drawCell() : []),
+    ...(chooser ? [drawCurves(), ...drawCell()] : []),
   ]);
 
   if (chooser) {
