@@ -41,20 +41,16 @@ _ERRORS = (
 log = logging.getLogger(__name__)
 
 
-class Escaped(str):
-    """A name that is no UTF-8, which DVC and JSON refuse, with each of its other bytes as `%E9`."""
-
-
 def names(path: Path) -> list[str]:
-    """The files of an archive or a folder as `a/b/c`, in its own order; one that is no UTF-8 is `Escaped`.
+    """The files of an archive or a folder as `a/b/c`, in its own order. DVC and JSON refuse
+    names that are no UTF-8: each of their other bytes becomes `%E9`.
 
     Raises ResgridError for an archive that cannot be read, is a bomb, or holds a name twice.
     """
-    held = [name for name, _ in _members(path, wanted=())]
-    for name, count in Counter(held).items():
-        if count > 1:
-            raise ResgridError(f"{path}: holds {name!r} twice. Make the archive again.")
-    return held
+    members = [name for name, _ in _members(path, wanted=())]
+    if twice := [name for name, count in Counter(members).items() if count > 1]:
+        raise ResgridError(f"{path}: holds {twice[0]!r} twice. Make the archive again.")
+    return members
 
 
 def contents(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes]]:
@@ -200,8 +196,7 @@ def _plain(name: str) -> str:
 
 
 def _utf8(name: str) -> str:
-    escaped = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
-    return name if escaped == name else Escaped(escaped)
+    return re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
 
 
 @cache

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from resgrid.data import archives
 from resgrid.data.cifar_pickle import load_pickle
 from resgrid.data.dataset import SIDE, OnImage, Source, Split
-from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError
 
 
@@ -93,7 +92,6 @@ class Cifar(Source):
     def _batch(self, batch: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Images (N, 32, 32, 3) and labels (N,)."""
         origin = self._origin(batch)
-        require_memory(4 * len(content), origin)  # content, text, array, and the array with channels last
         rows, labels = (self._binary if self._form.label_bytes else self._pickled)(origin, content)
         num_classes = len(self.class_names)
         for label in labels:

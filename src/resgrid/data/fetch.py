@@ -24,8 +24,7 @@ import numpy as np
 from resgrid import __version__, config
 from resgrid.data import archives
 from resgrid.data.cifar import Cifar
-from resgrid.data.room import require_disk
-from resgrid.data.sources import ImageFolder, raw_path
+from resgrid.data.sources import ImageFolder
 from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.filetype import reason
 from resgrid.project import write_whole
@@ -74,10 +73,6 @@ def download(data: config.Data, out: Path, on_progress: OnProgress | None = None
     """
     report: OnProgress = on_progress or (lambda done, total: None)
     checksum = known_checksum(data)
-    held = raw_path(out)
-    if checksum and held.is_file() and digest(held, checksum) == checksum:
-        return
-
     partial = out.parent / ".partial"
     fresh = partial / out.name
     shutil.rmtree(fresh, ignore_errors=True)
@@ -128,20 +123,17 @@ def _fetch_into(fresh: Path, urls: Sequence[str], checksum: str, report: OnProgr
 def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, report: OnProgress) -> None:
     if not path.is_file():
         raise ResgridError(f"{key}: {path}: no such file (the current folder is {Path.cwd()}).")
-    size = path.stat().st_size
-    require_disk(fresh, size, f"a copy of {path}")
     if checksum:
         verify(
             path, checksum, f"{key} must name the archive that params.yaml means; it may be cut or altered."
         )
     shutil.copyfile(path, fresh / _file_name(path.name))  # no link: DVC's cache must own its files
-    report(size, size)
+    report(path.stat().st_size, path.stat().st_size)
 
 
 def _copy_files(folder: Path, names: list[str], fresh: Path, report: OnProgress) -> None:
     """Copy the files `names` of `folder`, as `archives` calls them there."""
     sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in names}
-    require_disk(fresh, sum(sizes.values()), f"a copy of the {len(names):,} files in {folder}")
     done = 0
     for name, content in archives.contents(folder, sizes):
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
@@ -266,8 +258,6 @@ def _resume(
             raise ValueError(f"an answer that was not asked for: {extent!r}")
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
-        if total is not None:
-            require_disk(part.parent, total - have, f"the rest of {url}")
         with part.open("r+b" if have else "wb") as file:
             file.seek(done)
             since, done_since = time.monotonic(), done

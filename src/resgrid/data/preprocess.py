@@ -16,7 +16,6 @@ from resgrid import config
 from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import (
     ORDER,
-    SIDE,
     EqualImages,
     Meta,
     OnImage,
@@ -27,7 +26,6 @@ from resgrid.data.dataset import (
     split_digest,
 )
 from resgrid.data.fetch import known_checksum, verify
-from resgrid.data.room import require_disk
 from resgrid.data.sources import Digits, ImageFolder, count_classes, raw_path, truncate
 from resgrid.errors import ResgridError
 
@@ -83,8 +81,6 @@ def preprocess(
         duplicates=duplicates,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
-    require_disk(out.parent, num_bytes, f"{out.name} of {sum(meta.num_images.values()):,} images")
     save(out, meta, splits)
     return meta
 
