@@ -102,13 +102,13 @@ def find_pictures(paths: Iterable[Path], passed_over: Counter[str] | None = None
     pictures stands for itself, as what is not there does: `predict` says so.
     """
     for path in paths:
-        found = (
+        pictures = (
             _in_folder(path, Counter() if passed_over is None else passed_over)
             if path.is_dir()
             else iter((path,))
         )
-        yield next(found, path)
-        yield from found
+        yield next(pictures, path)
+        yield from pictures
 
 
 def _in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[Path]:

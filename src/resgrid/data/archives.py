@@ -29,7 +29,6 @@ from resgrid.filetype import first_bytes, unreadable
 MAX_MEMBER_BYTES = 256 * 2**20  # CIFAR-100's training batch has 155 MB, a photograph 5 to 30
 MAX_RATIO = 250  # of all inflated bytes to the packed ones: 5 for JPEGs in a tar.xz, 1,000 for zeros …
 FREE_BYTES = 256 * 2**20  # … and not looked at below this
-DEFLATE64 = 9  # in a zip: Windows packs large folders so
 
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open, b"": open}
 # What tarfile, zipfile and the decompressors raise on an archive that is damaged, or that they do not read.
@@ -169,8 +168,6 @@ def _zip_members(path: Path, wanted: Container[str], size: int) -> Iterator[tupl
             if not member.is_dir() and name in wanted:
                 if size < 0:
                     _limit_member(path, name, member.file_size)
-                if member.compress_type == DEFLATE64:
-                    raise NotImplementedError(f"{name} is packed by Deflate64, which Python does not read")
                 # zipfile stops at the size that the directory claims, and compares the checksum there
                 with archive.open(member) as stream:
                     yield name, stream.read(size)

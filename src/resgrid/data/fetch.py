@@ -45,7 +45,6 @@ OWN_ARCHIVE = "RESGRID_ARCHIVE"  # environment variable: an archive that is on t
 TIMEOUT_SECONDS = 30.0  # for a connection, and for each piece that arrives
 PATIENCE_SECONDS = 15.0  # over which a host must reach …
 SLOW_BYTES_PER_SECOND = 300_000  # … this, as long as there is another to try
-MAX_ATTEMPTS = 100
 CHUNK_BYTES = 2**18
 
 
@@ -112,7 +111,7 @@ def _get_location(data: config.Archive | config.ImageFolder, fresh: Path, report
         _copy_files(path, list(Cifar(path).files.values()), fresh, report)
     else:  # finds what is missing before anything is copied
         source = ImageFolder(path, "stretch", test_fraction=data.test_fraction)
-        _copy_files(path, [name for held in source.images.values() for name, _ in held], fresh, report)
+        _copy_files(path, [name for images in source.images.values() for name, _ in images], fresh, report)
 
 
 def _fetch_into(fresh: Path, urls: Sequence[str], checksum: str, report: OnProgress) -> None:
@@ -173,9 +172,9 @@ def _hash(algorithm: str) -> hashlib._Hash:
 
 def verify(path: Path, checksum: str, advice: str) -> None:
     """Raises ResgridError, with `advice`, if the file is not the one that `checksum` was made of."""
-    found = digest(path, checksum)
-    if found != checksum:
-        raise ResgridError(f"{path}: its checksum is {found}, not {checksum}. {advice}")
+    actual = digest(path, checksum)
+    if actual != checksum:
+        raise ResgridError(f"{path}: its checksum is {actual}, not {checksum}. {advice}")
 
 
 # --- HTTP -------------------------------------------------------------------------------------------
@@ -203,18 +202,16 @@ def fetch(
     part = folder / f"{checksum.partition(':')[2][:16]}.part"
     waiting: list[tuple[str, float]] = [(url, patience_seconds) for url in urls[:-1]] + [(urls[-1], math.inf)]
     reasons: dict[str, str] = {}
-    for _ in range(MAX_ATTEMPTS):
-        if not waiting:
-            break
+    while waiting:
         url, patience = waiting.pop(0)
         had = _size(part)
         try:
             _resume(url, part, on_progress, timeout_seconds, patience)
-            found = digest(part, checksum)
-            if found == checksum:
+            actual = digest(part, checksum)
+            if actual == checksum:
                 return part
             part.unlink()
-            reasons[url] = f"what came has the checksum {found}, not {checksum}; it was removed"
+            reasons[url] = f"what came has the checksum {actual}, not {checksum}; it was removed"
             again = had > 0  # what it was added to may have been the bad part
         except _Slow:
             waiting.append((url, math.inf))
@@ -253,9 +250,6 @@ def _resume(
         if response.headers.get_content_type() == "text/html":  # of a network that wants a login, say
             raise ValueError("a web page in place of the file")
         done = have if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
-        extent = response.headers.get("Content-Range", "")
-        if done and not extent.startswith(f"bytes {done}-"):
-            raise ValueError(f"an answer that was not asked for: {extent!r}")
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with part.open("r+b" if have else "wb") as file:

@@ -122,16 +122,16 @@ def _arrange(
     if rows := np.flatnonzero(labels != labels[first]).tolist():
         pairs = [f"{names[i]} = {names[first[i]]}" for i in rows]
         duplicates["across_classes"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
-        told = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
+        message = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
         if not isinstance(data, config.ImageFolder):
-            log.warning(told)
+            log.warning(message)
         elif data.on_broken == "skip":
-            log.warning(f"Left out, both: {told}")
+            log.warning(f"Left out, both: {message}")
             out |= np.isin(first, first[rows])
         else:
             raise ResgridError(
-                f"{source.path}: {told} Correct or remove them; data.on_broken: skip in params.yaml leaves "
-                "them out."
+                f"{source.path}: {message} Correct or remove them; data.on_broken: skip in params.yaml "
+                "leaves them out."
             )
 
     def draw_apart(fraction: float, seed: int) -> NDArray[np.int64]:

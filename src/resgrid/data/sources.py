@@ -67,8 +67,7 @@ def by_reason(broken: Mapping[str, str], limit: int = SHOWN) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in broken.items():
         names.setdefault(reason, []).append(name)
-    lines = [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
-    return lines[:SHOWN] + [f"… and {len(lines) - SHOWN:,} more reasons"] * (len(lines) > SHOWN)
+    return [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
 
 
 def count_classes(class_names: Sequence[str], labels: Iterable[Iterable[str]]) -> str:
