@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resgrid import config
-from resgrid.data.archives import Escaped, contents, names
+from resgrid.data.archives import contents, names
 from resgrid.data.cifar_pickle import load_pickle
 from resgrid.data.fetch import download
 from resgrid.data.sources import ImageFolder
@@ -130,7 +130,6 @@ def test_a_name_that_is_not_utf_8_is_escaped(form, tmp_path):
         (path / "caf\udce9/%41.png").write_bytes(b"x")
     [name] = names(path)
     assert name == "caf%E9/%41.png"
-    assert isinstance(name, Escaped)
     assert read(path, name) == {"caf%E9/%41.png": b"x"}
 
 
@@ -164,7 +163,7 @@ def patched(path: Path, local: int, central: int, value: int) -> Path:
 @pytest.mark.parametrize(
     ("local", "central", "value", "why"),
     [
-        (8, 10, 9, "thing is packed by Deflate64, which Python does not read"),
+        (8, 10, 9, "That compression method is not supported"),
         (6, 8, 1, ".* is encrypted, password required for extraction"),
     ],
 )
@@ -249,19 +248,12 @@ def test_a_cut_archive_is_named(form, part, tmp_path):
         names(path)
 
 
-def test_a_plain_tar_that_was_cut_between_two_members_is_noticed(tmp_path):
+@pytest.mark.parametrize("damage", [lambda raw: raw[:1024], lambda raw: raw[:1024] + b"B" + raw[1025:]])
+def test_a_plain_tar_that_ends_early_or_has_a_wrong_header_is_refused(damage, tmp_path):
+    """tarfile takes both for the end: a cut behind a's block, and another name than b's checksum is of."""
     path = write_tar(tmp_path / "cut.tar", {"a": b"x", "b": b"y"}, "w:")
-    path.write_bytes(path.read_bytes()[:1024])  # a's header and a's block
-    with pytest.raises(ResgridError, match="the end is missing"):
-        names(path)
-
-
-def test_a_header_that_was_altered_is_not_taken_for_the_end(tmp_path):
-    path = write_tar(tmp_path / "altered.tar", {"a": b"x", "b": b"y"}, "w:")
-    raw = bytearray(path.read_bytes())
-    raw[1024] ^= 1  # the name of b, so that the header's checksum is wrong
-    path.write_bytes(raw)
-    with pytest.raises(ResgridError, match="a header is damaged"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ResgridError, match="a header is damaged, or the end is missing"):
         names(path)
 
 

@@ -121,8 +121,8 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "m.pt2"
     assert main(["export", str(weights), "--format", "pt2", "--out", str(out)]) == 1
-    said = capsys.readouterr().err
-    assert re.search(rf"resgrid: .*: {out}\. Check its owner and mode, and its disk\.\n$", said)
+    printed = capsys.readouterr().err
+    assert re.search(rf"resgrid: .*: {out}\. Check its owner and mode, and its disk\.\n$", printed)
 
 
 def test_the_command_writes_beside_the_person_and_says_on_what_it_was_compared(
@@ -130,7 +130,7 @@ def test_the_command_writes_beside_the_person_and_says_on_what_it_was_compared(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(weights), "--format", "pt2"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("weights.pt2: 1.")
-    assert "On 64 images of noise, since there is no data/processed here, it differs" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("weights.pt2: 1.")
+    assert "On 64 images of noise, since there is no data/processed here, it differs" in printed
     assert (tmp_path / "weights.pt2").is_file()

@@ -5,11 +5,11 @@ Each kind is tried in a process of its own, whose end, time and memory are looke
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import multiprocessing
 import pickle
 import random
+import re
 import resource
 import sys
 import time
@@ -45,38 +45,13 @@ SHARE = {"keras": 0.5, "torch": 0.5, "weights": 0.7}  # of the inputs that the q
 # --- a good file of each kind, and its reader --------------------------------------------------------
 
 
-def _good_tar(path: Path) -> None:
-    write_tar(path, FILES, "w:")
-
-
-def _good_tar_gz(path: Path) -> None:
-    write_tar(path, FILES, "w:gz")
-
-
-def _good_zip(path: Path) -> None:
-    write_zip(path, FILES)
-
-
 def _read_archive(path: Path) -> None:
     dict(contents(path, names(path)))
 
 
-def _good_pickle(path: Path) -> None:
-    path.write_bytes(pickle.dumps(BATCH, protocol=2))
-
-
-def _read_pickle(path: Path) -> None:
-    load_pickle(path.read_bytes(), str(path))
-
-
-def _good_png(path: Path) -> None:
+def _good_image(path: Path, form: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, "PNG")
-
-
-def _good_jpeg(path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, "JPEG")
+    Image.fromarray(pixels).save(path, form)
 
 
 def _read_image(path: Path) -> None:
@@ -89,29 +64,13 @@ def _read_image(path: Path) -> None:
     assert images.shape == (2, 32, 32, 3)
 
 
-def _good_keras(path: Path) -> None:
-    _keras_file(path, "resnet20", _random_model("resnet20"))
-
-
-def _read_keras(path: Path) -> None:
-    import_weights(path, "resnet20", path.parent / "out.safetensors")
-
-
-def _good_torch(path: Path) -> None:
-    torch.save(build_model("resnet20", 10).state_dict(), path)
-
-
-def _read_torch(path: Path) -> None:
+def _import(path: Path) -> None:
     import_weights(path, "resnet20", path.parent / "out.safetensors")
 
 
 def _good_weights(path: Path) -> None:
     info = WeightsInfo(architecture="resnet20", class_names=("a", "b"), mean=(0.5,) * 3, std=(0.2,) * 3)
     save_weights(path, build_model("resnet20", 2), info)
-
-
-def _read_weights(path: Path) -> None:
-    load_weights(path)
 
 
 def _good_checkpoint(path: Path) -> None:
@@ -136,16 +95,19 @@ def _read_checkpoint(path: Path) -> None:
         checkpoint.read(path)
 
 
-KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
-    "tar": (_good_tar, _read_archive),
-    "tar.gz": (_good_tar_gz, _read_archive),
-    "zip": (_good_zip, _read_archive),
-    "pickle": (_good_pickle, _read_pickle),
-    "png": (_good_png, _read_image),
-    "jpeg": (_good_jpeg, _read_image),
-    "keras": (_good_keras, _read_keras),
-    "torch": (_good_torch, _read_torch),
-    "weights": (_good_weights, _read_weights),
+KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "tar": (lambda path: write_tar(path, FILES, "w:"), _read_archive),
+    "tar.gz": (lambda path: write_tar(path, FILES, "w:gz"), _read_archive),
+    "zip": (lambda path: write_zip(path, FILES), _read_archive),
+    "pickle": (
+        lambda path: path.write_bytes(pickle.dumps(BATCH, protocol=2)),
+        lambda path: load_pickle(path.read_bytes(), str(path)),
+    ),
+    "png": (lambda path: _good_image(path, "PNG"), _read_image),
+    "jpeg": (lambda path: _good_image(path, "JPEG"), _read_image),
+    "keras": (lambda path: _keras_file(path, "resnet20", _random_model("resnet20")), _import),
+    "torch": (lambda path: torch.save(build_model("resnet20", 10).state_dict(), path), _import),
+    "weights": (_good_weights, load_weights),
     "checkpoint": (_good_checkpoint, _read_checkpoint),
 }
 
@@ -237,39 +199,11 @@ def test_broken_input_is_refused_or_read(
 
 # --- no pickle is ever unpickled ---------------------------------------------------------------------
 
-FORBIDDEN = {
-    "pickle.load", "pickle.loads", "pickle.Unpickler", "_pickle.loads", "cPickle.loads", "dill.load",
-    "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load", "marshal.load", "marshal.loads",
-    "shelve.open", "pandas.read_pickle", "pd.read_pickle", "torch.jit.load", "torch.package.PackageImporter",
-    "mlflow.pyfunc.load_model", "mlflow.pytorch.load_model", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
-}  # fmt: skip
-
-
-def _calls(source: str) -> list[tuple[str, ast.Call | None]]:
-    """Dotted names that are used in `source`, with the call where one is made."""
-    tree = ast.parse(source)
-    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    found: list[tuple[str, ast.Call | None]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found += [(f"{node.module}.{alias.name}", None) for alias in node.names]
-        elif isinstance(node, ast.Name | ast.Attribute):
-            found.append((ast.unparse(node), called.get(id(node))))
-    return found
-
-
-def _unsafe(source: str) -> list[str]:
-    unsafe = []
-    for name, call in _calls(source):
-        settings = {each.arg: ast.unparse(each.value) for each in call.keywords} if call else {}
-        if (
-            name in FORBIDDEN
-            or (name == "torch.load" and settings.get("weights_only") != "True")
-            or settings.get("allow_pickle", "False") != "False"
-            or settings.get("weights_only", "True") != "True"
-        ):
-            unsafe.append(name)
-    return unsafe
+UNSAFE = re.compile(
+    r"\b(pickle|dill|cloudpickle|joblib|marshal|shelve)\.\w*([Ll]oad|Unpickler|open)|from (pickle|marshal) import|"
+    r"read_pickle|allow_pickle|torch\.load\b(?!\(.*weights_only=True\))|jit\.load|PackageImporter|"
+    r"(pyfunc|pytorch)\.load_model|yaml\.(unsafe|full)_load|(?<![.\w])(eval|exec)\("
+)
 
 
 def test_no_general_unpickling_stands_anywhere_in_the_source() -> None:
@@ -277,29 +211,14 @@ def test_no_general_unpickling_stands_anywhere_in_the_source() -> None:
         path for folder in ("src", "tasks", "flows", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     ]
     assert len(files) > 40
-    # whose find_class knows stand-ins alone
-    allowed = {"cifar_pickle.py": ["pickle.Unpickler"]}
-    assert {path.name: found for path in files if (found := _unsafe(path.read_text()))} == allowed
+    lines = [line.strip() for path in files for line in path.read_text().splitlines() if UNSAFE.search(line)]
+    assert lines == ["class _Unpickler(pickle.Unpickler):"]  # whose find_class knows stand-ins alone
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle\npickle.load(file)",
-        "from pickle import loads",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "load = torch.load",
-        "np.load(path, allow_pickle=True)",
-        "pd.read_pickle(path)",
-    ],
+    "line",
+    ["pickle.load(file)", "from pickle import loads", "torch.load(path)", "np.load(p, allow_pickle=True)"],
 )
-def test_the_search_finds_what_it_is_for(source: str) -> None:
-    assert _unsafe(source)
-
-
-def test_the_search_lets_the_safe_forms_pass() -> None:
-    assert (
-        _unsafe("torch.load(path, weights_only=True)\nnp.load(path)\njson.loads(text)\nre.compile('eval')")
-        == []
-    )
+def test_the_search_sees_what_it_is_for(line: str) -> None:
+    assert UNSAFE.search(line)
+    assert not UNSAFE.search("torch.load(path, weights_only=True); np.load(path); re.compile('eval')")

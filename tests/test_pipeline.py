@@ -116,8 +116,8 @@ TRAIN = {f"train@{cell}" for cell in GRID} | {"train-study@too-fast"}
         ("src/resgrid/cli.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/config.py", '"""', '"""Edited. ', set()),
         ("src/resgrid/training/engine.py", '"""', '"""Edited. ', TRAIN | {"evaluate"}),
-        ("src/resgrid/data/batches.py", '"""', '"""Edited. ', TRAIN | {"evaluate"}),
-        ("src/resgrid/data/fetch.py", '"""', '"""Edited. ', set()),
+        ("src/resgrid/data/batches.py", '"""', '"""Edited. ', TRAIN | {"preprocess", "evaluate"}),
+        ("src/resgrid/data/fetch.py", '"""', '"""Edited. ', {"preprocess"}),
     ],
 )  # fmt: skip
 def test_a_cell_is_stale_when_something_that_can_change_it_changed(project, path, old, new, stale):

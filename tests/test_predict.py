@@ -17,9 +17,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from small import PARAMS as SMALL_PARAMS
+from small import RECIPE
 
 from resgrid.cli import main
-from resgrid.config import Digits, Preprocess, parse_params
+from resgrid.config import Digits, Preprocess, load_params
 from resgrid.data.fetch import download
 from resgrid.data.preprocess import draw, preprocess
 from resgrid.data.sources import open_source
@@ -33,50 +35,14 @@ from resgrid.training.engine import score
 from resgrid.weights import WeightsInfo, load_weights, save_weights
 
 CPU = torch.device("cpu")
-PARAMS = {
-    "name": "digits",
-    "data": {"source": "digits", "test_fraction": 0.2, "split_seed": 0},
-    "preprocess": {"resize": "stretch", "validation_fraction": 0.0, "training_fraction": 1.0, "seed": 0},
-    "grid": {"architectures": ["resnet20"], "optimizers": ["adam"], "seeds": [0]},
-    "recipes": {
-        "resnet20": {
-            "epochs": 2,
-            "batch_size": 16,
-            "schedule": {"name": "cosine", "final_factor": 0.0},
-            "warmup": {"steps": 0, "factor": 1.0},
-            "time_decay": 0.0,
-            "weight_decay": 0.0,
-            "decay_norm_and_bias": False,
-            "dropout": 0.0,
-            "augmentation": {
-                "flip": False,
-                "crop_padding": 0,
-                "rotation_degrees": 0.0,
-                "shift_fraction": 0.0,
-            },
-            "normalization": {"name": "scalar"},
-            "approach": "end_to_end",
-            "initial_weights": {"name": "random"},
-        }
-    },
-    "tuning": {
-        "resnet20": {
-            "sgd": {"lr": 0.1},
-            "adam": {"lr": 3e-3},
-            "rmsprop": {"lr": 3e-3},
-            "adagrad": {"lr": 2e-2},
-        }
-    },
-    "optimizers": {
-        "sgd": {"momentum": 0.9, "nesterov": True},
-        "adam": {"betas": [0.9, 0.999], "eps": 1e-8},
-        "rmsprop": {"alpha": 0.99, "momentum": 0.0, "eps": 1e-8},
-        "adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
-    },
-    "studies": {},
-    "rates": {"factors": []},
-    "engine": {"precision": "fp32", "compile": "never", "scored_epochs": "all"},
-}
+PARAMS = SMALL_PARAMS.format(
+    data="{source: digits, test_fraction: 0.2, split_seed: 0}",
+    training=1.0,
+    validation=0.0,
+    seeds="[0]",
+    recipe=RECIPE.format(epochs=2, batch_size=16),
+    studies="{}",
+)
 
 
 @dataclass(frozen=True)
@@ -98,8 +64,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     download(data, folder / "data" / "raw")
     settings = Preprocess(resize="stretch", validation_fraction=0.0, training_fraction=1.0, seed=0)
     preprocess(data, settings, folder / "data" / "raw", folder / "data" / "processed")
-    (folder / "params.yaml").write_text(json.dumps(PARAMS))  # JSON is YAML
-    [cell] = expand(parse_params(PARAMS))
+    (folder / "params.yaml").write_text(PARAMS)
+    cell = next(each for each in expand(load_params(folder / "params.yaml")) if each.id == "resnet20-adam-0")
     for _ in train_cell(cell, folder / "data" / "processed", folder / "runs" / cell.id, CPU):
         pass
     digits = load_digits()
@@ -140,6 +106,7 @@ def test_files_are_prepared_as_the_training_images_were_so_that_the_accuracy_is_
     assert len(rows) == 359
     assert right / 359 == read_json(inside.weights.parent / "run.json")["test_accuracy"]
     assert right > 300
+    assert load_weights(inside.weights)[0].resize == "stretch"
 
 
 def test_the_resizing_is_the_one_stored_with_the_weights(tmp_path: Path) -> None:
@@ -161,11 +128,6 @@ def test_the_resizing_is_the_one_stored_with_the_weights(tmp_path: Path) -> None
         [prediction] = predict(Watched(), info, [tmp_path / "wide.png"], CPU)
         assert prediction.top == (("a", 0.5), ("b", 0.5))
         assert seen["mean"] == pytest.approx(mean, abs=0.01)
-
-
-def test_training_stores_the_resizing_of_its_data(pipeline: Pipeline) -> None:
-    info, _ = load_weights(pipeline.weights)
-    assert info.resize == "stretch"
 
 
 def test_probabilities_add_up_and_stand_best_first(
@@ -294,7 +256,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "printed"),
     [
         (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
@@ -303,11 +265,11 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
     ],
 )
 def test_a_mistake_ends_with_one_message(
-    inside: Pipeline, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    inside: Pipeline, arguments: list[str], printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", "pictures", *arguments]) == 1
     output = capsys.readouterr()
-    assert said in output.err
+    assert printed in output.err
     assert output.out == ""
 
 
@@ -316,7 +278,7 @@ def test_weights_that_changed_since_training_are_refused(
 ) -> None:
     cell = tmp_path / "runs" / "resnet20-adam-0"
     shutil.copytree(inside.weights.parent, cell)
-    (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
+    (tmp_path / "params.yaml").write_text(PARAMS)
     save_weights(cell / "weights.safetensors", build_model("resnet20", 10), _info(10))
     monkeypatch.chdir(tmp_path)
     assert main(["predict", str(inside.pictures), "--model", "resnet20-adam-0"]) == 1
@@ -328,16 +290,16 @@ def test_a_diverged_cell_is_refused_unless_its_file_is_named(
 ) -> None:
     cell = tmp_path / "runs" / "resnet20-adam-0"
     shutil.copytree(inside.weights.parent, cell)
-    (tmp_path / "params.yaml").write_text(json.dumps(PARAMS))
+    (tmp_path / "params.yaml").write_text(PARAMS)
     record = json.loads((cell / "run.json").read_text())
     cause = "the training loss was not finite at the end of epoch 1 of 2; the weights are the initial ones."
     (cell / "run.json").write_text(json.dumps(record | {"status": "diverged", "cause": cause}))
     monkeypatch.chdir(tmp_path)
     for command in (["predict", str(inside.pictures), "--model"], ["export", "--format", "pt2"]):
         assert main([*command, "resnet20-adam-0"]) == 1
-        said = capsys.readouterr().err
-        assert f"resnet20-adam-0: it diverged: {cause}" in said
-        assert "name their file: runs/resnet20-adam-0/weights.safetensors" in said
+        printed = capsys.readouterr().err
+        assert f"resnet20-adam-0: it diverged: {cause}" in printed
+        assert "name their file: runs/resnet20-adam-0/weights.safetensors" in printed
     asked_for = "runs/resnet20-adam-0/weights.safetensors"
     assert main(["predict", str(inside.pictures), "--model", asked_for]) == 0
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from resgrid.cli import main
 from resgrid.errors import ResgridError
@@ -28,10 +27,6 @@ def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     save_weights(tmp_path / "weights.safetensors", build_model("resnet20", 3), INFO)
     return tmp_path / "weights.safetensors"
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
 
 
 @pytest.mark.parametrize("architecture", ["resnet20", "resnet10", "vgg16"])
@@ -70,15 +65,6 @@ def test_the_same_weights_give_the_same_bytes_in_any_memory_format(saved: Path, 
     for number in range(5):
         save_weights(tmp_path / f"{number}", model, INFO)
         assert (tmp_path / f"{number}").read_bytes() == saved.read_bytes()
-
-
-def test_a_training_step_changes_the_bytes(saved: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = build_model("resnet20", 3)
-    with torch.no_grad():
-        model(torch.randn(4, 3, 32, 32))  # the running means alone
-    save_weights(tmp_path / "other", model, INFO)
-    assert (tmp_path / "other").read_bytes() != saved.read_bytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -154,7 +140,7 @@ def test_a_cut_file_is_refused(kept: int, saved: Path) -> None:
 
 
 def test_a_file_without_our_metadata_is_refused(saved: Path) -> None:
-    save_file(_tensors(saved), saved, {"format": "pt"})
+    save_file(load_file(saved), saved, {"format": "pt"})
     _refused(saved, "its metadata have no 'resgrid'")
 
 
@@ -179,21 +165,18 @@ def test_a_file_without_our_metadata_is_refused(saved: Path) -> None:
 )
 def test_metadata_that_are_wrong_are_refused(change: dict[str, object], message: str, saved: Path) -> None:
     info = json.loads(INFO.model_dump_json()) | change
-    save_file(_tensors(saved), saved, {"resgrid": json.dumps(info)})
+    save_file(load_file(saved), saved, {"resgrid": json.dumps(info)})
     _refused(saved, message)
-
-
-def test_metadata_that_are_no_json_are_refused(saved: Path) -> None:
-    save_file(_tensors(saved), saved, {"resgrid": "{"})
+    save_file(load_file(saved), saved, {"resgrid": "{"})
     _refused(saved, "resgrid in its metadata is wrong")
 
 
 def test_an_extra_tensor_is_refused(saved: Path) -> None:
-    save_file(_tensors(saved) | {"extra": torch.zeros(1)}, saved, {"resgrid": INFO.model_dump_json()})
+    save_file(load_file(saved) | {"extra": torch.zeros(1)}, saved, {"resgrid": INFO.model_dump_json()})
     _refused(saved, "it holds extra, which resnet20 with 3 classes has not")
 
 
 def test_another_type_of_number_is_refused(saved: Path) -> None:
-    halves = {name: tensor.half() for name, tensor in _tensors(saved).items()}
+    halves = {name: tensor.half() for name, tensor in load_file(saved).items()}
     save_file(halves, saved, {"resgrid": INFO.model_dump_json()})
     _refused(saved, r"is torch\.float16, but weights files hold torch\.float32")

@@ -266,10 +266,9 @@ def _parser() -> _Root:
     sub.add_argument("folder", type=Path, help="the folder to make")
     sub.add_argument(
         "--data",
-        required=True,
         type=Path,
         help="pictures in train/<class>/ and test/<class>/, or in <class>/; CIFAR-10 or CIFAR-100; a folder "
-        "or an archive of that",
+        "or an archive of that (without it, the dvc.yaml that another version made is written anew)",
     )
 
     sub = command("summary", models.summary, "Print an architecture's table of layers and parameters")

@@ -45,7 +45,13 @@ def export(
     else:
         content = _pt2(predictor, info)
         probabilities = torch.export.load(io.BytesIO(content)).module()(scaled)
-    difference = _difference(probabilities, predictor(scaled), out)
+    difference = float((probabilities - predictor(scaled)).abs().max())
+    if not difference <= TOLERANCE:  # nor NaN
+        raise ResgridError(
+            f"{out}: not written, for what was exported differs from the model by {difference:g} on "
+            f"{len(images)} images, where {TOLERANCE:g} is allowed. Please report it, with the versions of "
+            "torch and onnx."
+        )
     write_whole(out, content)
     return difference
 
@@ -90,14 +96,3 @@ def _pt2(predictor: Predictor, info: WeightsInfo) -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": info.model_dump_json()})
     return file.getvalue()
-
-
-def _difference(found: Tensor, expected: Tensor, out: Path) -> float:
-    difference = float((found - expected).abs().max())
-    if not difference <= TOLERANCE:  # nor NaN
-        raise ResgridError(
-            f"{out}: not written, for what was exported differs from the model by {difference:g} on "
-            f"{len(found)} images, where {TOLERANCE:g} is allowed. Please report it, with the versions of "
-            "torch and onnx."
-        )
-    return difference

@@ -1,6 +1,6 @@
 """A person's own pictures, classified: what `resgrid predict` does.
 
-A picture goes the way of a training image: `sources.decode` with the resizing that is stored with the
+A picture goes the way of a training image: `read_picture` with the resizing that is stored with the
 weights, then their mean and deviation. Pictures stream through in batches, so that a folder may hold any
 number of them.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resgrid.config import Resize
-from resgrid.data.pictures import decode, is_picture, picture_suffixes
+from resgrid.data.pictures import is_picture, picture_suffixes, read_picture
 from resgrid.errors import ResgridError
 from resgrid.filetype import first_bytes
 from resgrid.weights import WeightsInfo
@@ -102,13 +102,13 @@ def find_pictures(paths: Iterable[Path], passed_over: Counter[str] | None = None
     pictures stands for itself, as what is not there does: `predict` says so.
     """
     for path in paths:
-        found = (
+        pictures = (
             _in_folder(path, Counter() if passed_over is None else passed_over)
             if path.is_dir()
             else iter((path,))
         )
-        yield next(found, path)
-        yield from found
+        yield next(pictures, path)
+        yield from pictures
 
 
 def _in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[Path]:
@@ -140,6 +140,6 @@ def _read(file: Path, resize: Resize) -> NDArray[np.uint8] | str:
     try:
         first_bytes(file)  # of a pipe there are none
         with file.open("rb") as opened:
-            return decode(opened, str(file), resize)
+            return read_picture(opened, str(file), resize).pixels
     except ResgridError as error:
         return str(error)

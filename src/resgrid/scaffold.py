@@ -35,6 +35,7 @@ from resgrid.dvc.pipeline import dvc
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
+from resgrid.project import write_whole
 
 PACKAGE = Path(resgrid.__file__).parent
 NUM_READ = 200  # pictures that are read to choose by, a few of each kind
@@ -42,6 +43,7 @@ DRAWN_FOR_TEST = 0.2
 SEED = 0  # of the draw, as in init_params.yaml.jinja
 MIN_FOR_VALIDATION = 20  # training images in the smallest class
 
+MADE_BY = "Made by `resgrid init`"  # in the head of a dvc.yaml
 MADE = ("data", "runs", "reports")  # folders that a pipeline writes into
 IGNORED_BY_DVC = "# not part of any hash\n__pycache__\n*.pyc\n.DS_Store\n/mlruns\n/.resgrid\n"
 IGNORED_BY_GIT = "# what the pipeline makes\n/data/\n/runs/\n/reports/\n/mlflow.db*\n/mlruns/\n/.resgrid/\n"
@@ -67,13 +69,16 @@ class DatasetInfo:
     normalization: str = "per_channel"
 
 
-def init(folder: Path, data: Path) -> str:
+def init(folder: Path, data: Path | None) -> str:
     """Make `folder`, with `params.yaml` and `dvc.yaml` for the images at `data`; returns what to do next.
 
-    Where that is in no DVC repository, it becomes one. Raises ResgridError for images that the pipeline could
+    Without `data` the `dvc.yaml` that an earlier version made is written anew, and all else stays. Where
+    `folder` is in no DVC repository, it becomes one. Raises ResgridError for images that the pipeline could
     not read, and for a folder that is a pipeline already. Whatever fails, nothing that was written is left.
     """
     folder = folder.resolve()
+    if data is None:
+        return _renew(folder)
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ResgridError(f"{folder / name}: is there already. Name a new folder, or delete it.")
@@ -110,6 +115,14 @@ def init(folder: Path, data: Path) -> str:
         f"Look at {folder / 'params.yaml'}, then:\n"
         f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid compare && resgrid sync"
     )
+
+
+def _renew(folder: Path) -> str:
+    stages = folder / "dvc.yaml"
+    if not stages.is_file() or MADE_BY not in stages.read_text(encoding="utf-8"):
+        raise ResgridError(f"{folder}: no pipeline that `resgrid init` made. --data names images for one.")
+    write_whole(stages, _stages(folder, _repository(folder)).encode())
+    return f"{stages}: written anew. params.yaml, data and results are as they were. `dvc repro` goes on."
 
 
 @contextmanager
@@ -232,7 +245,7 @@ def _stages(folder: Path, root: Path | None) -> str:
         lines += [f"{indent}{_quoted(os.path.relpath(file, folder))}" for file in files]
     head = (
         "# download -> preprocess -> a stage a cell, of train, train-rate, train-own, … -> evaluate\n"
-        "# Made by `resgrid init`: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
+        f"# {MADE_BY}: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
     )
     return head + "\n".join(lines) + "\n"
 

@@ -46,7 +46,7 @@ def read_keras(source: Path, info: WeightsInfo) -> dict[str, Tensor]:
 
 
 def _layers(file: h5py.File) -> list[Layer]:
-    """The layers in the order of the network, told from their names alone.
+    """The layers in the order of the network, by their names alone.
 
     Keras numbers layers as they are made (`sequential`, `sequential_1`, …, `res_net_unit_10`), while a file
     may list them by name. Beside groups of layers, such as stages, a single layer comes first if it sees the

@@ -139,7 +139,7 @@ def _fitting(sets: dict[str, dict[str, Tensor]], info: WeightsInfo) -> dict[str,
 def _rename(
     tensors: dict[str, Tensor], info: WeightsInfo, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The same tensors by our names, as far as these can be told.
+    """The same tensors by our names, as far as they are known.
 
     Other names than ours are read for the wide ResNets alone: the customary ones, or any whose tensors are
     the same in the same order. Elsewhere order proves nothing: the twins that normalise before the ReLU or

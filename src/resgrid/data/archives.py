@@ -29,7 +29,6 @@ from resgrid.filetype import first_bytes, unreadable
 MAX_MEMBER_BYTES = 256 * 2**20  # CIFAR-100's training batch has 155 MB, a photograph 5 to 30
 MAX_RATIO = 250  # of all inflated bytes to the packed ones: 5 for JPEGs in a tar.xz, 1,000 for zeros …
 FREE_BYTES = 256 * 2**20  # … and not looked at below this
-DEFLATE64 = 9  # in a zip: Windows packs large folders so
 
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open, b"": open}
 # What tarfile, zipfile and the decompressors raise on an archive that is damaged, or that they do not read.
@@ -41,20 +40,16 @@ _ERRORS = (
 log = logging.getLogger(__name__)
 
 
-class Escaped(str):
-    """A name that is no UTF-8, which DVC and JSON refuse, with each of its other bytes as `%E9`."""
-
-
 def names(path: Path) -> list[str]:
-    """The files of an archive or a folder as `a/b/c`, in its own order; one that is no UTF-8 is `Escaped`.
+    """The files of an archive or a folder as `a/b/c`, in its own order. DVC and JSON refuse
+    names that are no UTF-8: each of their other bytes becomes `%E9`.
 
     Raises ResgridError for an archive that cannot be read, is a bomb, or holds a name twice.
     """
-    held = [name for name, _ in _members(path, wanted=())]
-    for name, count in Counter(held).items():
-        if count > 1:
-            raise ResgridError(f"{path}: holds {name!r} twice. Make the archive again.")
-    return held
+    members = [name for name, _ in _members(path, wanted=())]
+    if twice := [name for name, count in Counter(members).items() if count > 1]:
+        raise ResgridError(f"{path}: holds {twice[0]!r} twice. Make the archive again.")
+    return members
 
 
 def contents(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes]]:
@@ -173,8 +168,6 @@ def _zip_members(path: Path, wanted: Container[str], size: int) -> Iterator[tupl
             if not member.is_dir() and name in wanted:
                 if size < 0:
                     _limit_member(path, name, member.file_size)
-                if member.compress_type == DEFLATE64:
-                    raise NotImplementedError(f"{name} is packed by Deflate64, which Python does not read")
                 # zipfile stops at the size that the directory claims, and compares the checksum there
                 with archive.open(member) as stream:
                     yield name, stream.read(size)
@@ -200,8 +193,7 @@ def _plain(name: str) -> str:
 
 
 def _utf8(name: str) -> str:
-    escaped = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
-    return name if escaped == name else Escaped(escaped)
+    return re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
 
 
 @cache

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from resgrid.data import archives
 from resgrid.data.cifar_pickle import load_pickle
 from resgrid.data.dataset import SIDE, OnImage, Source, Split
-from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError
 
 
@@ -40,10 +39,10 @@ _CIFAR_FORMS = (
 
 def cifar_form(names: Sequence[str]) -> _CifarForm | None:
     """The form whose files are among `names`: two of its three kinds at least."""
-    held = {PurePosixPath(name).name for name in names}
+    files = {PurePosixPath(name).name for name in names}
     for form in _CIFAR_FORMS:
-        trains = any(re.fullmatch(form.train, name) for name in held)
-        if trains + (form.test in held) + (form.meta in held) >= 2:
+        trains = any(re.fullmatch(form.train, name) for name in files)
+        if trains + (form.test in files) + (form.meta in files) >= 2:
             return form
     return None
 
@@ -53,10 +52,10 @@ class Cifar(Source):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        held = archives.names(path)
-        self._form = form = cifar_form(held) or _CIFAR_FORMS[0]
+        members = archives.names(path)
+        self._form = form = cifar_form(members) or _CIFAR_FORMS[0]
         self.files: dict[str, str] = {}  # data_batch_1 -> cifar-10-batches-py/data_batch_1
-        for name in held:
+        for name in members:
             batch = PurePosixPath(name).name
             if re.fullmatch(form.train, batch) or batch in (form.test, form.meta):
                 if batch in self.files:
@@ -80,8 +79,8 @@ class Cifar(Source):
     def read(self, split: str, on_image: OnImage | None = None) -> Split:
         batches = [self._form.test]
         if split == "train":
-            held = (batch for batch in self.files if re.fullmatch(self._form.train, batch))
-            batches = sorted(held, key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)])
+            train = (batch for batch in self.files if re.fullmatch(self._form.train, batch))
+            batches = sorted(train, key=lambda batch: [int(number) for number in re.findall(r"\d+", batch)])
         wanted = {self.files[batch]: batch for batch in batches}
         read = {wanted[name]: self._batch(wanted[name], content)
                 for name, content in archives.contents(self.path, wanted)}  # fmt: skip
@@ -93,13 +92,12 @@ class Cifar(Source):
     def _batch(self, batch: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Images (N, 32, 32, 3) and labels (N,)."""
         origin = self._origin(batch)
-        require_memory(4 * len(content), origin)  # content, text, array, and the array with channels last
         rows, labels = (self._binary if self._form.label_bytes else self._pickled)(origin, content)
         num_classes = len(self.class_names)
         for label in labels:
             if type(label) is not int or not 0 <= label < num_classes:
-                shown = label if type(label) is int else f"a {type(label).__name__}"
-                raise ResgridError(f"{origin}: a label must be 0 to {num_classes - 1}, not {shown}.")
+                given = label if type(label) is int else f"a {type(label).__name__}"
+                raise ResgridError(f"{origin}: a label must be 0 to {num_classes - 1}, not {given}.")
         images = rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # red, green, blue planes -> NHWC
         return np.ascontiguousarray(images), np.array(labels, np.int64)
 

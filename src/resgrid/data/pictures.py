@@ -79,11 +79,6 @@ def is_picture(start: bytes) -> bool:
     return False
 
 
-def decode(file: IO[bytes], origin: str, resize: Resize) -> NDArray[np.uint8]:
-    """The pixels of `read_picture`."""
-    return read_picture(file, origin, resize).pixels
-
-
 def read_picture(file: IO[bytes], origin: str, resize: Resize) -> Picture:
     """A picture upright by EXIF, transparent parts on white, of several pages or frames the first.
 

@@ -16,7 +16,6 @@ from resgrid import config
 from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import (
     ORDER,
-    SIDE,
     EqualImages,
     Meta,
     OnImage,
@@ -27,7 +26,6 @@ from resgrid.data.dataset import (
     split_digest,
 )
 from resgrid.data.fetch import known_checksum, verify
-from resgrid.data.room import require_disk
 from resgrid.data.sources import Digits, ImageFolder, count_classes, raw_path, truncate
 from resgrid.errors import ResgridError
 
@@ -83,8 +81,6 @@ def preprocess(
         duplicates=duplicates,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(meta.num_images.values()) * (3 * SIDE * SIDE + 8)
-    require_disk(out.parent, num_bytes, f"{out.name} of {sum(meta.num_images.values()):,} images")
     save(out, meta, splits)
     return meta
 
@@ -126,16 +122,16 @@ def _arrange(
     if rows := np.flatnonzero(labels != labels[first]).tolist():
         pairs = [f"{names[i]} = {names[first[i]]}" for i in rows]
         duplicates["across_classes"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
-        told = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
+        message = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
         if not isinstance(data, config.ImageFolder):
-            log.warning(told)
+            log.warning(message)
         elif data.on_broken == "skip":
-            log.warning(f"Left out, both: {told}")
+            log.warning(f"Left out, both: {message}")
             out |= np.isin(first, first[rows])
         else:
             raise ResgridError(
-                f"{source.path}: {told} Correct or remove them; data.on_broken: skip in params.yaml leaves "
-                "them out."
+                f"{source.path}: {message} Correct or remove them; data.on_broken: skip in params.yaml "
+                "leaves them out."
             )
 
     def draw_apart(fraction: float, seed: int) -> NDArray[np.int64]:

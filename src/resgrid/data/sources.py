@@ -33,7 +33,6 @@ from resgrid.data.pictures import (
     read_picture,
     to_square,
 )
-from resgrid.data.room import require_memory
 from resgrid.errors import ResgridError, suggest
 from resgrid.filetype import START_BYTES
 
@@ -68,8 +67,7 @@ def by_reason(broken: Mapping[str, str], limit: int = SHOWN) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in broken.items():
         names.setdefault(reason, []).append(name)
-    lines = [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
-    return lines[:SHOWN] + [f"… and {len(lines) - SHOWN:,} more reasons"] * (len(lines) > SHOWN)
+    return [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
 
 
 def count_classes(class_names: Sequence[str], labels: Iterable[Iterable[str]]) -> str:
@@ -137,7 +135,6 @@ class ImageFolder(Source):
 
     def read(self, split: str, on_image: OnImage | None = None) -> Split:
         place = {name: i for i, (name, _) in enumerate(self.images[split])}
-        require_memory(len(place) * 3 * SIDE * SIDE, f"{self.path}: {split} of {len(place):,} images")
         images = np.zeros((len(place), SIDE, SIDE, 3), np.uint8)
         done = 0
         for done, (name, picture) in enumerate(read_pictures(self.path, place, self._resize), start=1):
@@ -185,12 +182,11 @@ def read_pictures(
 
 def _find_images(path: Path) -> dict[str, dict[str, str]]:
     """By split: name -> class, of every picture. Logs what is passed over or may surprise."""
-    names = archives.names(path)
     suffixes = picture_suffixes()
     passed: dict[str, list[str]] = {}
     pictures: list[str] = []
     unknown: list[str] = []
-    for name in names:
+    for name in archives.names(path):
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             passed.setdefault("hidden files", []).append(name)
         elif path.is_dir() and (path / name).is_symlink() and not (path / name).exists():
@@ -208,13 +204,10 @@ def _find_images(path: Path) -> dict[str, dict[str, str]]:
     if passed:
         kinds = "; ".join(f"{len(each):,} {kind} ({truncate(each)})" for kind, each in passed.items())
         log.info(f"Passed over: {kinds}.")
-    escaped = [name for name in names if isinstance(name, archives.Escaped)]
-    for what, some in (
-        ("pictures in folders within a class belong to that class", nested),
-        ("names are not UTF-8 and are written with % signs", escaped),
-    ):
-        if some:
-            log.info(f"{len(some):,} {what} ({truncate(some)}).")
+    if nested:
+        log.info(
+            f"{len(nested):,} pictures in folders within a class belong to that class ({truncate(nested)})."
+        )
     return splits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from filelock import FileLock
 from resgrid import stage_record
 from resgrid.errors import ResgridError
 from resgrid.stage_record import Record
+
+CODE = re.compile(
+    r"^ +- ['\"]?(.*\bresgrid/.+\.py)['\"]?$", re.MULTILINE
+)  # in a dvc.yaml: a file of the code
 
 # -P: or Python would look for modules in the pipeline's folder first
 DVC_COMMAND = (sys.executable, "-P", "-m", "dvc", "--wait-for-lock")
@@ -26,12 +31,22 @@ class Pipeline:
 
     @classmethod
     def find(cls, folder: str | Path) -> Pipeline:
-        """The pipeline in `folder`; raises ResgridError if it has no dvc.yaml or is in no DVC repository."""
+        """The pipeline in `folder`.
+
+        Raises ResgridError if it has no dvc.yaml, or one that lists code of another version, or is in no DVC
+        repository.
+        """
         path = Path(folder).resolve()
         if not (path / "dvc.yaml").is_file():
             raise ResgridError(
                 f"{path}: there is no dvc.yaml here. Name a pipeline's folder, such as the project's root or "
                 "examples/digits; `git checkout dvc.yaml` brings back one that is gone."
+            )
+        code = CODE.findall((path / "dvc.yaml").read_text(encoding="utf-8"))
+        if missing := [file for file in code if not (path / file).is_file()]:
+            raise ResgridError(
+                f"{path / 'dvc.yaml'}: lists {missing[0]}, which this version of ResGrid has not. "
+                f"`resgrid init {path}` writes it anew, and keeps params.yaml, data and results."
             )
         for root in (path, *path.parents):
             if (root / ".dvc").is_dir():
