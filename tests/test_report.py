@@ -26,7 +26,6 @@ from resgrid import evaluation
 from resgrid.config import load_params, parse_params
 from resgrid.convert import CIFAR10_CLASSES
 from resgrid.data.dataset import EqualImages, Meta, Split, content_digest, load_meta, load_split
-from resgrid.errors import ResgridError
 from resgrid.evaluation import Predictions, Result
 from resgrid.grid import Cell, compared_factors, expand
 from resgrid.report import tables
@@ -36,7 +35,7 @@ from resgrid.report.findings import Findings, how_it_was_made
 from resgrid.report.leaderboard import headline, read_leaderboard, readable
 from resgrid.report.page import markdown, most_confident_mistakes
 from resgrid.report.page import page as draw_page
-from resgrid.run_status import find_runs, noted_failure
+from resgrid.run_status import find_runs
 
 ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
@@ -594,21 +593,11 @@ def test_the_markdown_has_the_same_figures_as_the_page(small, small_page):
 
 
 def test_a_cell_whose_training_failed_is_shown_as_failed_and_why(small, small_page):
-    assert "absent.safetensors" in (small.root / "runs/no-weights/failure.txt").read_text()
     report = (small.root / "reports/report.md").read_text()
     assert "no-weights failed: studies.no-weights.initial_weights.path: there is no file" in report
     rows = {row[0]: row for row in small_page.tables["Every cell"]}
     assert "failed" in rows["no-weights"]
     assert "diverged" in rows["too-fast"]
-
-
-def test_a_training_that_succeeds_takes_the_note_of_an_earlier_failure_away(tmp_path):
-    with pytest.raises(ResgridError), noted_failure(tmp_path / "cell"):
-        raise ResgridError("no such file")
-    assert (tmp_path / "cell/failure.txt").read_text() == "no such file\n"
-    with noted_failure(tmp_path / "cell"):
-        pass
-    assert list((tmp_path / "cell").iterdir()) == []
 
 
 def test_pictures_that_were_left_out_or_are_equal_in_both_splits_stand_in_the_report():
