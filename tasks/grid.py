@@ -30,8 +30,8 @@ from resgrid.dvc.ask import remote as dvc_remote
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run_logged
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_files, checkpoint_folder, delete
 from resgrid.grid import choose
-from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.progress import duration
 from resgrid.stage_record import Fault, State, state_file
 from tasks.plan import Plan, Step, await_plan, expect, finish_time, longest_first, slots_for

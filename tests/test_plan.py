@@ -20,8 +20,8 @@ from resgrid.config import load_params
 from resgrid.dvc.ask import Busy, cache_folder
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
+from resgrid.gc import find_leftovers, usage
 from resgrid.grid import expand
-from resgrid.leftovers import find_leftovers, usage
 from resgrid.stage_record import Record, State, write_state
 from tasks import slots
 from tasks.plan import Step, expect, longest_first, make_plan, makespan

@@ -53,7 +53,7 @@ from resgrid.report.tables import published as published_table
 from resgrid.report.tables import rates as rates_table
 from resgrid.report.tables import studies as studies_table
 from resgrid.run_status import find_runs, noted_failure
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 
 ROOT = YAML(typ="safe").load(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from resgrid.grid import Cell, find_cell
 from resgrid.models import build_model
 from resgrid.run_status import epoch_ends, epoch_speeds, started_at
 from resgrid.summary import summarize
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.training.engine import Epoch, Outcome, score, stream_seed
 from resgrid.training.initial import load_initial_weights
 from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights

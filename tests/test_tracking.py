@@ -42,7 +42,7 @@ from resgrid.grid import Cell, expand
 from resgrid.run_status import FILES
 from resgrid.tracking.mirror import Snapshot, mirror
 from resgrid.tracking.store import _is_within_reach, fetch
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.training.engine import Epoch
 from resgrid.weights import load_model
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from resgrid import mps, watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.grid import Cell, expand
-from resgrid.leftovers import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.models import own_file
 from resgrid.project import num_cores
 from resgrid.provenance import code_digest
