@@ -106,7 +106,7 @@ def import_weights(options: argparse.Namespace) -> None:
     )
     if options.data is None:
         print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
-    elif _print_scores(options.out, options).accuracy < 2 / len(info.class_names):
+    elif _print_scores(options.out, options.data, options.device).accuracy < 2 / len(info.class_names):
         print(
             "That is about as good as guessing. The file may be of another network with the same shapes, or "
             "of other classes or another order of them, or its images were normalised by other figures."
@@ -124,15 +124,17 @@ def _normalization(options: argparse.Namespace) -> tuple[Triple, Triple] | None:
 
 
 def score(options: argparse.Namespace) -> None:
-    _print_scores(options.file, options)
+    _print_scores(options.file, options.data, options.device, options.split, options.json)
 
 
-def _print_scores(weights: Path, options: argparse.Namespace) -> Scores:
+def _print_scores(
+    weights: Path, data: Path, device: str | None, split: str = "test", as_json: bool = False
+) -> Scores:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(weights, options.data, options.split, choose_device(options.device))
-    if options.json:
+    scores = score_file(weights, data, split, choose_device(device))
+    if as_json:
         print(json.dumps(asdict(scores)))
     else:
         print(
