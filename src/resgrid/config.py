@@ -21,14 +21,12 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from resgrid.errors import ResgridError, suggest
 from resgrid.mistakes import Check, report, shown
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
-from resgrid.project import unreadable
+from resgrid.project import read_yaml
 from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
 
 
@@ -259,13 +257,8 @@ class Study(Strict):
     changes: dict[str, Any]  # what the study says differs, by its keys: `lr`, a setting, or one of a recipe
 
 
-class Grid(Strict):
-    """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
-
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
-    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
+class _Lists(Strict):
+    """Lists of which none holds a value twice."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -273,6 +266,15 @@ class Grid(Strict):
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} holds a value twice")
         return self
+
+
+class Grid(_Lists):
+    """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
+
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
+    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
 
 
 def _as_named(factor: Any) -> Any:
@@ -285,19 +287,13 @@ def _as_named(factor: Any) -> Any:
     return factor
 
 
-class Rates(Strict):
+class Rates(_Lists):
     """Every cell of the grid at its learning rate times each of `factors` as well.
 
     The same factors for every optimizer give each the same number of tries. Studies have none.
     """
 
     factors: tuple[Annotated[float, BeforeValidator(_as_named)], ...]
-
-    @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        if len(set(self.factors)) != len(self.factors):
-            raise ValueError("factors holds a value twice")
-        return self
 
 
 class Engine(Strict):
@@ -353,28 +349,21 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises ResgridError: for a file that is missing or not YAML, and for every unknown key, missing
     key, wrong type and impossible value, each named with its line, path and value.
     """
-    text, raw = read_yaml(path)
-    return parse_params(raw, str(path), text)
+    return parse_params(read_params_file(path), str(path), path)
 
 
-def read_yaml(path: Path) -> tuple[str, Any]:
-    """The text of a params.yaml and what it holds; raises ResgridError for one that is missing or no YAML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, YAML(typ="safe").load(text)
-    except FileNotFoundError:
+def read_params_file(path: Path) -> Any:
+    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no YAML."""
+    if not path.exists():
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
             "such as the project's root or examples/digits."
-        ) from None
-    except PermissionError as error:
-        raise unreadable(path, error, "") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
+        )
+    return read_yaml(path)
 
 
-def parse_params(raw: Any, origin: str = "params.yaml", text: str | None = None) -> Params:
-    """Check what was read from `origin`; raises ResgridError as `load_params` does, with lines of `text`."""
+def parse_params(raw: Any, origin: str = "params.yaml", path: Path | None = None) -> Params:
+    """Check what was read from `origin`; raises ResgridError as `load_params` does, with `path`'s lines."""
     if not isinstance(raw, dict):
         raise ResgridError(f"{origin}: must be a mapping of keys to values, not {shown(raw)}")
     match raw:
@@ -385,7 +374,7 @@ def parse_params(raw: Any, origin: str = "params.yaml", text: str | None = None)
     file = check(_File, raw)
     params = _put_together(file, check) if file else None
     if check.problems or params is None:
-        raise ResgridError(report(check.problems, origin, text))
+        raise ResgridError(report(check.problems, origin, path))
     return params
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -44,9 +45,9 @@ class Check:
             return None
 
 
-def report(problems: Sequence[tuple[str, str]], origin: str, text: str | None) -> str:
-    """`params.yaml:43: KEY: WHAT`, a line a mistake; without the file's `text` no lines are known."""
-    root = None if text is None else YAML().load(text)  # once more, with its lines: 0.1 s
+def report(problems: Sequence[tuple[str, str]], origin: str, path: Path | None) -> str:
+    """`params.yaml:43: KEY: WHAT`, a line a mistake; without the file's `path` no lines are known."""
+    root = None if path is None else YAML().load(path)  # once more, with its lines: 0.1 s
     lines = (f"{origin}{_line(root, key)}: {f'{key}: ' if key else ''}{what}" for key, what in problems)
     return "\n".join(dict.fromkeys(lines))
 

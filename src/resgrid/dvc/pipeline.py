@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from resgrid import stage_record
 from resgrid.errors import ResgridError
+from resgrid.project import nearest
 from resgrid.stage_record import Record
 
 # -P: or Python would look for modules in the pipeline's folder first
@@ -38,9 +39,8 @@ class Pipeline:
                 f"{path}: there is no dvc.yaml here. Name a pipeline's folder, such as the project's root or "
                 "examples/digits."
             )
-        for root in (path, *path.parents):
-            if (root / ".dvc").is_dir():
-                return cls(path, root)
+        if root := nearest(path, ".dvc"):
+            return cls(path, root)
         raise ResgridError(f"{path}: is in no DVC repository. Clone the project with git, or run `dvc init`.")
 
     @property
