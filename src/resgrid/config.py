@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from resgrid.errors import ResgridError, suggest
-from resgrid.mistakes import Check, report, shown
+from resgrid.mistakes import Check, report, short_json
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.project import read_yaml
@@ -282,7 +282,7 @@ def _as_named(factor: Any) -> Any:
     if type(factor) in (int, float) and not (0.001 <= factor <= 1000 and str(factor) == f"{factor:g}" != "1"):
         raise ValueError(
             "a factor is a number from 0.001 to 1000, not 1 (that is the grid's own cell), and written as "
-            f"0.3 or 3, not as 3.0 (it is {shown(factor)})"
+            f"0.3 or 3, not as 3.0 (it is {short_json(factor)})"
         )
     return factor
 
@@ -365,7 +365,7 @@ def read_params_file(path: Path) -> Any:
 def parse_params(raw: Any, origin: str = "params.yaml", path: Path | None = None) -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does, with `path`'s lines."""
     if not isinstance(raw, dict):
-        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {shown(raw)}")
+        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {short_json(raw)}")
     match raw:
         case {"grid": {"own_architectures": list(own)}}:
             check = Check([name for name in own if isinstance(name, str)])

@@ -80,7 +80,7 @@ def _what(problem: Any, key: str, missing: Sequence[str]) -> str:
             return str(context["error"])
     value = context.get("tag", problem["input"])
     known = re.findall("'([^']+)'", context.get("expected_tags", "") + context.get("expected", ""))
-    return f"{problem['msg']} (it is {shown(value)}){suggest(str(value), known).removesuffix('.')}"
+    return f"{problem['msg']} (it is {short_json(value)}){suggest(str(value), known).removesuffix('.')}"
 
 
 def _locate(problem: Any, raw: dict[str, Any]) -> str:
@@ -100,6 +100,6 @@ def _locate(problem: Any, raw: dict[str, Any]) -> str:
     return ".".join(keys)
 
 
-def shown(value: Any) -> str:
+def short_json(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -119,10 +119,10 @@ def check_lock(pipeline: Path) -> None:
             f"{made.project}: a shallow clone, in which DVC records no experiment. `git fetch --unshallow` "
             "brings the rest of the history; then run the experiment again."
         )
-    found = subprocess.run(
+    committed = subprocess.run(
         ["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=pipeline, capture_output=True, check=False
     )
-    if found.returncode:
+    if committed.returncode:
         raise ResgridError(
             "dvc.lock is in no commit, so applying this experiment would lose what it records of the other "
             "cells. Commit it first: `git add dvc.lock && git commit -m 'Record results'`; then run the "

@@ -65,8 +65,7 @@ def train(cell: Cell, pipeline: str, device_choice: str | None, afresh: bool) ->
     watch.watch()
     keep_freed_memory()
     root, data, run_folder = project_root(), Path("data/processed"), Path("runs", cell.id)
-    cache = root / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / ".resgrid/cache/inductor"))  # for all cells
     device = choose_device(device_choice)
     meta = load_meta(data)
     weights = tracking.fetch_weights(cell.recipe.initial_weights)
@@ -111,7 +110,9 @@ def train(cell: Cell, pipeline: str, device_choice: str | None, afresh: bool) ->
                     "End them, or begin anew with fewer threads: RESGRID_THREADS=1 resgrid train %s --afresh",
                     cell.id, cell.id,
                 )  # fmt: skip
-        _write_metrics(run_folder, cell, pipeline)
+        # `dvc exp show` has a column for each key, and puts the file's path before keys of several files.
+        accuracy = read_json(run_folder / RUN)["test_accuracy"]
+        write_whole(run_folder / METRICS, _json({pipeline: {cell.id: accuracy}}).encode())
         run.complete(run_folder)
 
 
@@ -180,27 +181,18 @@ def train_cell(
     return outcome
 
 
-def choose_threads(device: torch.device, kept: int | None) -> int:
-    """Set and return torch's number of threads: `kept` of an earlier start, a variable's, or the free cores.
+def choose_threads(device: torch.device, earlier: int | None) -> int:
+    """Set and return torch's number of threads: an `earlier` start's, a variable's, or the free cores.
 
     Each operation waits for its slowest thread: with two other programs computing on two cores, one thread
     trained ResNet-10 at 39 to 76 images/s, and two at 5 to 26.
     """
     if device.type == "cpu":
-        if kept is not None:
-            torch.set_num_threads(kept)
+        if earlier is not None:
+            torch.set_num_threads(earlier)
         elif not (os.environ.get("RESGRID_THREADS") or os.environ.get("OMP_NUM_THREADS")):
             torch.set_num_threads(free_cores())
     return torch.get_num_threads()
-
-
-def _write_metrics(run_folder: Path, cell: Cell, pipeline: str) -> None:
-    """`metrics.json`, the one figure for DVC's tables: `{<pipeline>: {<cell>: test accuracy}}`.
-
-    `dvc exp show` has a column for each key, and puts the file's path before keys that several files have.
-    """
-    accuracy = read_json(run_folder / RUN)["test_accuracy"]
-    write_whole(run_folder / METRICS, _json({pipeline: {cell.id: accuracy}}).encode())
 
 
 def _record(

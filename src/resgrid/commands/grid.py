@@ -98,7 +98,7 @@ def gc(options: argparse.Namespace) -> None:
 
     root, pipeline = project_root(), Path.cwd().resolve()
 
-    def shown(path: Path) -> str:  # DVC's cache may be elsewhere
+    def relative(path: Path) -> str:  # DVC's cache may be elsewhere
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
     cache = cache_folder(root)
@@ -111,7 +111,7 @@ def gc(options: argparse.Namespace) -> None:
         content = {
             "deleted": not options.dry_run,
             "leftovers": [
-                {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in leftovers
+                {"path": relative(each.path), "bytes": each.num_bytes, "why": each.why} for each in leftovers
             ],
             "queues": queues,
             "bytes": taken,
@@ -119,7 +119,7 @@ def gc(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for each in leftovers:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
+        print(f"{amount(each.num_bytes, 'B'):>9}  {relative(each.path)}: {each.why}")
     for queue in queues:
         print(f"{'':9}  Prefect's queue {queue}: of a former checkout, empty, and no worker asks it")
     total = amount(sum(each.num_bytes for each in leftovers), "B")

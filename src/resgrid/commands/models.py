@@ -56,21 +56,21 @@ def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
     from resgrid import tracking
     from resgrid.weights import load_model
 
-    weights, told = tracking.find_weights(name, RUNS)
-    return *load_model(weights), told
+    weights, origin_of_weights = tracking.find_weights(name, RUNS)
+    return *load_model(weights), origin_of_weights
 
 
 def export(options: argparse.Namespace) -> None:
     from resgrid.data.sources import truncate
     from resgrid.export import export, images_to_compare
 
-    model, info, told = _model(options.model)
+    model, info, origin_of_weights = _model(options.model)
     name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
     difference = export(model, info, options.format, out, images)
     print(
-        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {told}\n"
+        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {origin_of_weights}\n"
         "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
         f"(N, {len(info.class_names)}), in the order {truncate(info.class_names)}.\n"
         f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."

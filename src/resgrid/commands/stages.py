@@ -142,16 +142,16 @@ def evaluate(options: argparse.Namespace) -> None:
     meta = load_meta(PROCESSED)
     names = [name for name in ("test", "validation") if name in meta.num_images]
     splits: dict[str, Split] = {name: load_split(PROCESSED, name) for name in names}
-    cells, kept = expand(params), REPORTS / "predictions"
-    shutil.rmtree(kept, ignore_errors=True)  # of cells that are no more
+    cells, predictions = expand(params), REPORTS / "predictions"
+    shutil.rmtree(predictions, ignore_errors=True)  # of cells that are no more
     device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
         results = []
         for run in find_runs(cells, Path()):
-            results.append(evaluate(run, splits["test"], device, splits.get("validation"), kept))
+            results.append(evaluate(run, splits["test"], device, splits.get("validation"), predictions))
             progress.update(len(results))
-    kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
-    findings = Findings(results, splits["test"], meta, params.name, device_name(device), kept)
+    predictions.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
+    findings = Findings(results, splits["test"], meta, params.name, device_name(device), predictions)
     write_report(findings, REPORTS)
     show(findings.frame, findings.as_dict())
     print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")
