@@ -352,20 +352,21 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return parse_params(read_params_file(path), str(path), path)
 
 
-def read_params_file(path: Path) -> Any:
-    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no YAML."""
+def read_params_file(path: Path) -> dict[str, Any]:
+    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no mapping."""
     if not path.exists():
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
             "such as the project's root or examples/digits."
         )
-    return read_yaml(path)
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ResgridError(f"{path}: must be a mapping of keys to values, not {short_json(raw)}")
+    return raw
 
 
 def parse_params(raw: Any, origin: str = "params.yaml", path: Path | None = None) -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does, with `path`'s lines."""
-    if not isinstance(raw, dict):
-        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {short_json(raw)}")
     match raw:
         case {"grid": {"own_architectures": list(own)}}:
             check = Check([name for name in own if isinstance(name, str)])

@@ -120,15 +120,16 @@ def _damaged(cache: Path) -> Iterator[Path]:
 
 
 def usage(root: Path, pipeline: Path, cache: Path) -> dict[str, int]:
-    """Bytes of what the project keeps, by its path in `root`; hard links count each time."""
+    """Bytes of each place where the project keeps something, by its path; hard links count each time."""
     inside = pipeline.relative_to(root)
     names = ("mlflow.db", "mlruns", ".resgrid/checkpoints", ".resgrid/weights", ".resgrid/logs")
     places = [cache, *(root / name for name in names), *(root / inside / name for name in ("data", "runs"))]
-    return {
-        str(place.relative_to(root) if place.is_relative_to(root) else place): size(place)
-        for place in places
-        if place.exists()
-    }
+    return {path_in(root, place): size(place) for place in places if place.exists()}
+
+
+def path_in(root: Path, path: Path) -> str:
+    """`path` as seen from `root`; as it is where it lies elsewhere, as DVC's cache may."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def size(path: Path) -> int:

@@ -94,12 +94,9 @@ def sync(options: argparse.Namespace) -> int:
 
 def gc(options: argparse.Namespace) -> None:
     from resgrid.dvc.ask import cache_folder
-    from resgrid.gc import delete, find_leftovers, usage
+    from resgrid.gc import delete, find_leftovers, path_in, usage
 
     root, pipeline = project_root(), Path.cwd().resolve()
-
-    def relative(path: Path) -> str:  # DVC's cache may be elsewhere
-        return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
     cache = cache_folder(root)
     leftovers = find_leftovers(root, pipeline, cache)
@@ -111,7 +108,8 @@ def gc(options: argparse.Namespace) -> None:
         content = {
             "deleted": not options.dry_run,
             "leftovers": [
-                {"path": relative(each.path), "bytes": each.num_bytes, "why": each.why} for each in leftovers
+                {"path": path_in(root, each.path), "bytes": each.num_bytes, "why": each.why}
+                for each in leftovers
             ],
             "queues": queues,
             "bytes": taken,
@@ -119,7 +117,7 @@ def gc(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for each in leftovers:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {relative(each.path)}: {each.why}")
+        print(f"{amount(each.num_bytes, 'B'):>9}  {path_in(root, each.path)}: {each.why}")
     for queue in queues:
         print(f"{'':9}  Prefect's queue {queue}: of a former checkout, empty, and no worker asks it")
     total = amount(sum(each.num_bytes for each in leftovers), "B")
