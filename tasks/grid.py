@@ -31,8 +31,8 @@ from resgrid.dvc import remote
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_files, checkpoint_folder, delete
 from resgrid.grid import choose
-from resgrid.leftovers import checkpoint_files, checkpoint_folder, delete
 from resgrid.stage_record import Fault, State, state_file
 from tasks.plan import Plan, Step, await_plan, longest_first, slots_for
 from tasks.pool import Pool

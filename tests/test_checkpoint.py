@@ -32,10 +32,10 @@ from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
 from resgrid.edit import assign
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_folder, delete, find_leftovers
 from resgrid.grid import Cell, find_cell
-from resgrid.leftovers import checkpoint_folder, delete, find_leftovers
 from resgrid.provenance import CODE, code_digest
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.training.engine import Epoch
 
 ROOT = Path(__file__).parents[1]

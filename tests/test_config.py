@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from resgrid.cli import _parser
+from resgrid.cli import COMMANDS, load
 from resgrid.config import Constant, load_params, parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
 from resgrid.optimizers import Sgd
 
 ROOT = Path(__file__).parents[1]
+OTHER = {"architecture": "resnet10", "optimizer": "adam", "seed": 1}
 
 
 @pytest.fixture
@@ -61,29 +60,10 @@ def test_the_recipes_are_those_of_the_originals():
     rates = {(c.architecture, c.optimizer.name): c.optimizer.lr for c in expand(params) if c.study is None}
     assert {rates["resnet110", name] for name in ("adam", "rmsprop")} == {1e-3}
     assert rates["vgg16", "adagrad"] == 1e-2
+    sgd = [cell for cell in expand(params) if cell.optimizer.name == "sgd"]
+    plain = {cell.architecture for cell in sgd if not cell.optimizer.settings.nesterov}
+    assert plain == {"resnet10", "resnet18", "resnet26"}  # those of the original in PyTorch
     assert {rates["resnet26", name] for name in ("sgd", "adam", "rmsprop", "adagrad")} == {0.01}
-
-
-def test_a_study_differs_from_its_grid_cell_in_one_thing():
-    params = load_params(ROOT / "params.yaml")
-    base = find_cell(params, "resnet10-adam-0")
-    for cell in expand(params):
-        if cell.study and cell.architecture == "resnet10":
-            changed = {
-                field
-                for field in type(cell.recipe).model_fields
-                if getattr(cell.recipe, field) != getattr(base.recipe, field)
-            }
-            changed |= {"lr"} if cell.optimizer.lr != base.optimizer.lr else set()
-            assert len(changed) == 1, (cell.id, changed)
-
-
-def test_seeds_multiply_the_grid_and_name_the_cells(raw):
-    raw["grid"] = {"architectures": ["resnet20"], "optimizers": ["adam", "sgd"], "seeds": [3, 4]}
-    cells = expand(parse_params(raw))
-    assert [(c.id, c.seed) for c in cells[:4]] == [
-        ("resnet20-adam-3", 3), ("resnet20-adam-4", 4), ("resnet20-sgd-3", 3), ("resnet20-sgd-4", 4),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -134,6 +114,8 @@ def test_seeds_multiply_the_grid_and_name_the_cells(raw):
         ("studies/lr-0p5/architecture", "resnet9", "studies.lr-0p5.architecture: must be 'resnet20'"),
         ("studies/lr-0p5/optimizer", "adm", "or 'adamw' (it is \"adm\")"),
         ("studies/lr-0p5", {"optimizer": "adam", "seed": 0}, "studies.lr-0p5.architecture: this key is missing"),
+        ("studies/resnet20-sgd-7", OTHER, "studies.resnet20-sgd-7: that is the name of a cell"),
+        ("studies/resnet20-sgd-7-x30", OTHER, "studies.resnet20-sgd-7-x30: that is the name of a cell"),
         ("rates", {}, "rates.factors: this key is missing"),
         ("rates/factors", [0.3, 3.0], "rates.factors.1: a factor is a number from 0.001 to 1000, not 1 (that"),
         ("rates/factors", [1], "rates.factors.0: a factor is a number from 0.001 to 1000, not 1 (that"),
@@ -152,13 +134,6 @@ def test_a_mistake_is_refused_with_its_key_and_its_value(raw, path, value, said)
         parse_params(raw)
     assert said in str(refusal.value)
     assert str(refusal.value).startswith("params.yaml: ")
-
-
-@pytest.mark.parametrize("name", ["resnet20-sgd-7", "resnet20-sgd-7-x30"])
-def test_a_study_cannot_be_called_as_a_cell_of_any_grid_is(raw, name):
-    raw["studies"][name] = raw["studies"]["lr-0p5"]
-    with pytest.raises(ResgridError, match=rf"studies\.{name}: that is the name of a cell"):
-        parse_params(raw)
 
 
 def test_a_file_without_rates_says_in_one_line_what_to_add(raw):
@@ -225,12 +200,6 @@ def test_a_study_is_the_cell_of_its_architecture_but_for_what_it_says(raw):
     )  # fmt: skip
 
 
-def test_the_pytorch_original_has_no_nesterov_momentum():
-    cells = [cell for cell in expand(load_params(ROOT / "params.yaml")) if cell.optimizer.name == "sgd"]
-    nesterov = {cell.architecture: cell.optimizer.settings.nesterov for cell in cells}
-    assert {name for name, value in nesterov.items() if not value} == {"resnet10", "resnet18", "resnet26"}
-
-
 def test_help_imports_neither_pydantic_nor_params_and_every_command_has_its_function():
     script = """
 import sys
@@ -242,11 +211,7 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
-    subcommands = next(each for each in _parser()._actions if isinstance(each.choices, dict))
-    functions = [sub.get_default("run") for sub in subcommands.choices.values()]
-    late = [each.args for each in functions if isinstance(each, partial)]
-    assert len(late) > 15
-    assert all(callable(getattr(import_module(module), name)) for module, name in late)
+    assert all(callable(load(command.function)) for command in COMMANDS.values())
 
 
 def test_an_unknown_cell_is_answered_with_the_nearest_names():

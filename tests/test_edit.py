@@ -148,8 +148,8 @@ def test_a_dry_run_shows_the_lines_and_writes_nothing(
     ("content", "said"),
     [
         (None, r"params\.yaml: no such file here"),
-        (b"name: [mine", r"params\.yaml: cannot be read as YAML"),
-        (b"name: caf\xe9", r"params\.yaml: cannot be read as YAML"),
+        (b"name: [mine", r"params\.yaml: cannot be read \(while parsing"),
+        (b"name: caf\xe9", r"params\.yaml: cannot be read \('utf-8' codec"),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_with_one_message(

@@ -22,16 +22,17 @@ def with_factors(factors: str, text: str = (ROOT / "params.yaml").read_text()) -
     return parse_params(YAML(typ="safe").load(assign(text, [f"rates.factors={factors}"])))
 
 
-def test_cells_come_in_the_order_of_the_lists_and_studies_last() -> None:
-    ids = [cell.id for cell in expand(PARAMS)]
-    grid = PARAMS.grid
-    assert ids[: len(ids) - len(PARAMS.studies)] == [
+def test_cells_come_in_the_order_of_the_lists_then_those_at_other_rates_then_studies() -> None:
+    params = with_factors("[0.3, 10]")
+    grid = params.grid
+    own = [
         f"{architecture}-{optimizer}-{seed}"
         for architecture in grid.architectures
         for optimizer in grid.optimizers
         for seed in grid.seeds
     ]
-    assert ids[len(ids) - len(PARAMS.studies) :] == list(PARAMS.studies)
+    others = [f"{cell}-x{factor}" for cell in own for factor in ("0.3", "10")]
+    assert [cell.id for cell in expand(params)] == [*own, *others, *params.studies]
 
 
 def test_a_cells_stage_depth_and_keys_are_told_by_its_name_and_study() -> None:
@@ -102,13 +103,6 @@ def test_a_cell_at_another_rate_is_the_grids_cell_with_its_exact_rate_and_nothin
     changed = {key for key, value in flat(low.numbers).items() if flat(base.numbers)[key] != value}
     assert changed == {"learning_rate"}
     assert not any(cell.is_base for cell in cells.values() if cell.study)
-
-
-def test_cells_at_other_rates_stand_between_the_grids_own_and_the_studies() -> None:
-    ids = [cell.id for cell in expand(with_factors("[0.3, 10]"))]
-    assert ids[:36] == [cell.id for cell in expand(PARAMS)][:36]
-    assert ids[36:39] == ["resnet20-sgd-0-x0.3", "resnet20-sgd-0-x10", "resnet20-adam-0-x0.3"]
-    assert ids[36 * 3 :] == list(PARAMS.studies)
 
 
 def test_a_pattern_takes_all_rates_and_one_that_ends_with_the_seed_the_grids_own() -> None:

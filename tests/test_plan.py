@@ -21,8 +21,8 @@ from resgrid.cost import expect, makespan
 from resgrid.dvc.ask import Busy, cache_folder
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
+from resgrid.gc import find_leftovers, usage
 from resgrid.grid import expand
-from resgrid.leftovers import find_leftovers, usage
 from resgrid.stage_record import Record, State, write_state
 from tasks import slots
 from tasks.plan import Step, longest_first, make_plan

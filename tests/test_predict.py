@@ -30,7 +30,7 @@ from resgrid.grid import expand
 from resgrid.models import build_model
 from resgrid.predict import BATCH, find_pictures, predict
 from resgrid.run_status import read_json
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.training.engine import score
 from resgrid.weights import WeightsInfo, load_weights, save_weights
 

@@ -27,7 +27,7 @@ from resgrid.data.dataset import load_split
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
 from resgrid.predict import probabilities
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.weights import load_model
 
 pytestmark = [

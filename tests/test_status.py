@@ -16,7 +16,7 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.grid import expand
 from resgrid.run_status import RUN
 from resgrid.stage_record import Fault, Record, State, read_record, state_file, write_state
-from resgrid.train import show_history
+from resgrid.train_cell import show_history
 from resgrid.training.engine import Epoch
 from tasks.plan import make_plan
 from tasks.status import status

@@ -41,7 +41,7 @@ from resgrid.grid import Cell, expand
 from resgrid.run_status import FILES
 from resgrid.tracking.mirror import Snapshot, mirror, params_of
 from resgrid.tracking.store import fetch
-from resgrid.train import train_cell
+from resgrid.train_cell import train_cell
 from resgrid.training.engine import Epoch
 from resgrid.weights import load_model
 

@@ -29,6 +29,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn, optim
 
 from resgrid.errors import ResgridError
+from resgrid.gc import is_recorded
 from resgrid.grid import Cell
 from resgrid.models import own_file
 from resgrid.project import num_cores, write_whole
@@ -54,7 +55,7 @@ class Checkpoint:
 class Checkpoints:
     """What is kept of one training: what an earlier start has left, and the state after each further epoch.
 
-    `num_epochs` are done already and `started` is when the first of them began; `num_kept` are on the disk.
+    `num_epochs` are done already and `started` is when the first of them began.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Checkpoints:
             "execution": execution,
             "torch": torch.__version__,
         }
-        self.digest = f"sha256:{hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()}"
-        self.path = folder / f"{cell.id}.{self.digest.removeprefix('sha256:')[:16]}"
+        digest = hashlib.sha256(json.dumps(self.owner).encode()).hexdigest()
+        self.path = folder / f"{cell.id}.{digest[:16]}"
         self._device = device
         # With a second team of OpenMP threads libgomp lets both sleep between operations, and training with
         # batches of 16 goes at half its speed from then on: this thread computes alone.
@@ -88,20 +89,20 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
         self._left = self._find(lock, afresh)
-        self.num_epochs = self.num_kept = len(self._left.epochs) if self._left else 0
+        self.num_epochs = len(self._left.epochs) if self._left else 0
         self.started = self._left.started if self._left else time.time_ns() // 1000
         self._timing = self._left.timing if self._left else None
 
     def _find(self, lock: Path | None, afresh: bool) -> Checkpoint | None:
         try:
-            found = read(self.path)
+            checkpoint = read(self.path)
         except FileNotFoundError:
             return None
         except ResgridError as error:
             log.warning("%s The training begins anew.", error)
         else:
-            if not afresh and not is_recorded(found.timing, lock) and found.owner == self.owner:
-                return found
+            if not afresh and not is_recorded(checkpoint.timing, lock) and checkpoint.owner == self.owner:
+                return checkpoint
         self.path.unlink(missing_ok=True)
         return None
 
@@ -190,27 +191,18 @@ class Checkpoints:
             raise ResgridError(
                 f"{self.path}: the checkpoint after epoch {len(checkpoint.epochs)} cannot be written: "
                 f"{error.strerror}. Check the folder and the space on its disk; the same command then goes "
-                f"on after epoch {self.num_kept}."
+                "on from the checkpoint before it."
             ) from None
-        self.num_kept = len(checkpoint.epochs)
-
-
-def is_recorded(timing: str | None, lock: Path | None) -> bool:
-    """Whether the dvc.lock `lock` lists this timing.json; no two trainings have the same."""
-    if timing is None or lock is None or not lock.is_file():
-        return False
-    md5 = hashlib.md5(timing.encode(), usedforsecurity=False).hexdigest()
-    return md5 in lock.read_text(encoding="utf-8", errors="replace")
 
 
 def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
     """The parts of its file, one after the other; not joined, for that would be another copy of them."""
     head = {name: value for name, value in vars(checkpoint).items() if name != "tensors"}
     tensors = save_tensors({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
-    told = json.dumps(head, allow_nan=False).encode() + b"\n"
-    sha256 = hashlib.sha256(told)
+    head_line = json.dumps(head, allow_nan=False).encode() + b"\n"
+    sha256 = hashlib.sha256(head_line)
     sha256.update(tensors)
-    return f"{MAGIC} {sha256.hexdigest()}\n".encode(), told, tensors
+    return f"{MAGIC} {sha256.hexdigest()}\n".encode(), head_line, tensors
 
 
 def read(path: Path) -> Checkpoint:
@@ -231,16 +223,16 @@ def _restore_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]
     present: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    for number, values in state.items():
-        for key, value in values.items():
-            if number in present:
-                present[number][key].copy_(value)
-            elif value.shape == parameters[number].shape:
-                # In the layout of the parameter, as the optimizer makes it: the same arithmetic, bit by bit.
-                values[key] = torch.empty_like(parameters[number], requires_grad=False).copy_(value)
+        if not name.startswith("optimizer."):
+            continue
+        _, index, key = name.split(".", 2)
+        number = int(index)
+        if number in present:
+            present[number][key].copy_(value)
+        elif value.shape == parameters[number].shape:
+            # In the layout of the parameter, as the optimizer makes it: the same arithmetic, bit by bit.
+            value = torch.empty_like(parameters[number], requires_grad=False).copy_(value)
+        state.setdefault(number, {})[key] = value
     if not present:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

@@ -21,14 +21,12 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from resgrid.errors import ResgridError, suggest
-from resgrid.mistakes import Check, report, shown
+from resgrid.mistakes import Check, report, short_json
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
-from resgrid.project import unreadable
+from resgrid.project import read_yaml
 from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, Seed, Strict, Triple
 
 
@@ -259,13 +257,8 @@ class Study(Strict):
     changes: dict[str, Any]  # what the study says differs, by its keys: `lr`, a setting, or one of a recipe
 
 
-class Grid(Strict):
-    """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
-
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
-    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
+class _Lists(Strict):
+    """Lists of which none holds a value twice."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -275,29 +268,32 @@ class Grid(Strict):
         return self
 
 
+class Grid(_Lists):
+    """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
+
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
+    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
+
+
 def _as_named(factor: Any) -> Any:
     """A factor as its stage's name has it: DVC would call 3.0 `x3.0`."""
     if type(factor) in (int, float) and not (0.001 <= factor <= 1000 and str(factor) == f"{factor:g}" != "1"):
         raise ValueError(
             "a factor is a number from 0.001 to 1000, not 1 (that is the grid's own cell), and written as "
-            f"0.3 or 3, not as 3.0 (it is {shown(factor)})"
+            f"0.3 or 3, not as 3.0 (it is {short_json(factor)})"
         )
     return factor
 
 
-class Rates(Strict):
+class Rates(_Lists):
     """Every cell of the grid at its learning rate times each of `factors` as well.
 
     The same factors for every optimizer give each the same number of tries. Studies have none.
     """
 
     factors: tuple[Annotated[float, BeforeValidator(_as_named)], ...]
-
-    @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        if len(set(self.factors)) != len(self.factors):
-            raise ValueError("factors holds a value twice")
-        return self
 
 
 class Engine(Strict):
@@ -353,30 +349,24 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises ResgridError: for a file that is missing or not YAML, and for every unknown key, missing
     key, wrong type and impossible value, each named with its line, path and value.
     """
-    text, raw = read_yaml(path)
-    return parse_params(raw, str(path), text)
+    return parse_params(read_params_file(path), str(path), path)
 
 
-def read_yaml(path: Path) -> tuple[str, Any]:
-    """The text of a params.yaml and what it holds; raises ResgridError for one that is missing or no YAML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, YAML(typ="safe").load(text)
-    except FileNotFoundError:
+def read_params_file(path: Path) -> dict[str, Any]:
+    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no mapping."""
+    if not path.exists():
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
             "such as the project's root or examples/digits."
-        ) from None
-    except PermissionError as error:
-        raise unreadable(path, error, "") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ResgridError(f"{path}: cannot be read as YAML: {error}") from None
-
-
-def parse_params(raw: Any, origin: str = "params.yaml", text: str | None = None) -> Params:
-    """Check what was read from `origin`; raises ResgridError as `load_params` does, with lines of `text`."""
+        )
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise ResgridError(f"{origin}: must be a mapping of keys to values, not {shown(raw)}")
+        raise ResgridError(f"{path}: must be a mapping of keys to values, not {short_json(raw)}")
+    return raw
+
+
+def parse_params(raw: Any, origin: str = "params.yaml", path: Path | None = None) -> Params:
+    """Check what was read from `origin`; raises ResgridError as `load_params` does, with `path`'s lines."""
     match raw:
         case {"grid": {"own_architectures": list(own)}}:
             check = Check([name for name in own if isinstance(name, str)])
@@ -385,7 +375,7 @@ def parse_params(raw: Any, origin: str = "params.yaml", text: str | None = None)
     file = check(_File, raw)
     params = _put_together(file, check) if file else None
     if check.problems or params is None:
-        raise ResgridError(report(check.problems, origin, text))
+        raise ResgridError(report(check.problems, origin, path))
     return params
 
 

@@ -27,8 +27,6 @@ def assign(text: str, assignments: Iterable[str], origin: str = "params.yaml") -
     Raises ResgridError for an assignment that matches no key, and for a result that is no valid params.yaml.
     """
     params = _yaml().load(text)
-    if not isinstance(params, MutableMapping):
-        raise ResgridError(f"{origin}: must be a mapping of keys to values.")
     for assignment in assignments:
         pattern, equals, written = assignment.partition("=")
         if not equals or not pattern:

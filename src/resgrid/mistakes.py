@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -44,9 +45,9 @@ class Check:
             return None
 
 
-def report(problems: Sequence[tuple[str, str]], origin: str, text: str | None) -> str:
-    """`params.yaml:43: KEY: WHAT`, a line a mistake; without the file's `text` no lines are known."""
-    root = None if text is None else YAML().load(text)  # once more, with its lines: 0.1 s
+def report(problems: Sequence[tuple[str, str]], origin: str, path: Path | None) -> str:
+    """`params.yaml:43: KEY: WHAT`, a line a mistake; without the file's `path` no lines are known."""
+    root = None if path is None else YAML().load(path)  # once more, with its lines: 0.1 s
     lines = (f"{origin}{_line(root, key)}: {f'{key}: ' if key else ''}{what}" for key, what in problems)
     return "\n".join(dict.fromkeys(lines))
 
@@ -79,7 +80,7 @@ def _what(problem: Any, key: str, missing: Sequence[str]) -> str:
             return str(context["error"])
     value = context.get("tag", problem["input"])
     known = re.findall("'([^']+)'", context.get("expected_tags", "") + context.get("expected", ""))
-    return f"{problem['msg']} (it is {shown(value)}){suggest(str(value), known).removesuffix('.')}"
+    return f"{problem['msg']} (it is {short_json(value)}){suggest(str(value), known).removesuffix('.')}"
 
 
 def _locate(problem: Any, raw: dict[str, Any]) -> str:
@@ -99,6 +100,6 @@ def _locate(problem: Any, raw: dict[str, Any]) -> str:
     return ".".join(keys)
 
 
-def shown(value: Any) -> str:
+def short_json(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -24,8 +24,8 @@ from pathlib import Path
 from resgrid import mps, watch
 from resgrid.config import Params
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.grid import Cell, expand
-from resgrid.leftovers import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.models import own_file
 from resgrid.project import num_cores
 from resgrid.provenance import code_digest
@@ -130,16 +130,16 @@ def take_in(folder: Path, params: Params, data_digest: str, root: Path) -> tuple
     inside = here.relative_to(root)
     # In the copy, as here: of the whole project, or of the pipeline's folder alone; there without a .dvc.
     runs = next((each for each in (folder / inside / RUNS, folder / RUNS) if each.is_dir()), folder)
-    kept = ".resgrid/checkpoints"
-    places = (folder / kept / inside, folder / inside / kept, folder / kept)
-    checkpoints = next((place for place in places if place.is_dir()), folder / kept)
-    found = sorted(path.parent for path in runs.glob(f"*/{RUN}"))
-    if not found and not checkpoints.is_dir():
+    usual = ".resgrid/checkpoints"
+    places = (folder / usual / inside, folder / inside / usual, folder / usual)
+    checkpoints = next((place for place in places if place.is_dir()), folder / usual)
+    results = sorted(path.parent for path in runs.glob(f"*/{RUN}"))
+    if not results and not checkpoints.is_dir():
         raise ResgridError(f"{folder}: holds no results: name a copied project's folder, or its runs/.")
     taken, refused = [], list[str]()
     (root / ".resgrid").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root / ".resgrid", prefix="take-in-") as aside:
-        for source in found:
+        for source in results:
             cell = cells.get(source.name)
             why = "params.yaml has no such cell" if cell is None else refusal(source, cell, data_digest)
             if cell is None or why:
@@ -154,7 +154,7 @@ def take_in(folder: Path, params: Params, data_digest: str, root: Path) -> tuple
             copy.replace(RUNS / cell.id)
             delete(checkpoint_files(checkpoint_folder(root, here), cell.id))  # of an earlier start here
             taken.append(cell)
-    waiting = sorted(set(cells) - {source.name for source in found})
+    waiting = sorted(set(cells) - {source.name for source in results})
     for cell_id in take_checkpoints(checkpoints, checkpoint_folder(root, here), waiting):
         log.info("%s: its checkpoint, from which the same training goes on", cell_id)
     return taken, refused
@@ -174,7 +174,7 @@ def refusal(folder: Path, cell: Cell, data_digest: str) -> str | None:
     return None
 
 
-def take_checkpoints(source: Path, kept: Path, cells: Iterable[str]) -> list[str]:
+def take_checkpoints(source: Path, target: Path, cells: Iterable[str]) -> list[str]:
     """Copy the checkpoints of `cells` from one folder to another, but not over one that is further.
 
     Returns the ids of the cells of which there were any.
@@ -182,9 +182,9 @@ def take_checkpoints(source: Path, kept: Path, cells: Iterable[str]) -> list[str
     taken = []
     for cell_id in cells:
         for path in checkpoint_files(source, cell_id):
-            if _num_epochs(path) > _num_epochs(kept / path.name):
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, kept / path.name)
+            if _num_epochs(path) > _num_epochs(target / path.name):
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target / path.name)
                 taken.append(cell_id)
     return list(dict.fromkeys(taken))
 

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,17 +32,18 @@ RESTORED = "`dvc checkout --force` restores it."
 # --- the root, and git ------------------------------------------------------------------------------
 
 
+def nearest(folder: Path, name: str) -> Path | None:
+    """The nearest folder that holds `name`: `folder` or one above it."""
+    return next((each for each in (folder, *folder.parents) if (each / name).exists()), None)
+
+
 def project_root(folder: Path | None = None) -> Path:
     """The nearest folder with a `.dvc`, upwards of `folder` (the current one), else with a `.git`, else it.
 
     Absolute. The project's state and its MLflow store lie there.
     """
     here = (folder or Path.cwd()).resolve()
-    for name in (".dvc", ".git"):
-        found = next((each for each in (here, *here.parents) if (each / name).exists()), None)
-        if found is not None:
-            return found
-    return here
+    return nearest(here, ".dvc") or nearest(here, ".git") or here
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def git_state(folder: Path | None = None) -> GitState:
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
 
-    if not any((each / ".git").exists() for each in (here, *here.parents)):
+    if nearest(here, ".git") is None:
         return GitState()
     try:
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
@@ -180,23 +180,13 @@ def _limits(controller: str, v2: str, v1: str) -> Iterator[Path]:
 
 def _allowed_cores() -> int:
     """Physical cores within the affinity: hardware threads that share one count once."""
-    if hasattr(os, "sched_getaffinity"):
-        numbers = os.sched_getaffinity(0)
-        siblings = set()
-        for number in numbers:
-            file = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-            try:
-                siblings.add(file.read_text())
-            except OSError:
-                siblings.add(str(number))
-        return len(siblings)
-    if sys.platform == "darwin":
-        shown = subprocess.run(
-            ["sysctl", "-n", "hw.physicalcpu"], capture_output=True, text=True, check=False
-        )
-        with suppress(ValueError):
-            return int(shown.stdout)
-    return os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):  # macOS, whose processors have one thread a core
+        return os.cpu_count() or 1
+    siblings = set()
+    for number in os.sched_getaffinity(0):
+        file = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        siblings.add(file.read_text() if file.exists() else str(number))
+    return len(siblings)
 
 
 # --- files ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resgrid.errors import ResgridError
-from resgrid.project import git_state, read_yaml
+from resgrid.project import git_state, nearest, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def check_links(pipeline: Path) -> None:
     """Raises ResgridError for a folder of outputs that is a link: in git, DVC records nothing behind it."""
     folder = pipeline.resolve()
     links = [folder / name for name in ("data", "runs", "reports") if (folder / name).is_symlink()]
-    if links and any((each / ".git").exists() for each in (folder, *folder.parents)):
+    if links and nearest(folder, ".git"):
         raise ResgridError(
             f"{links[0]}: is a link to {links[0].readlink()}, and in a git repository DVC records nothing "
             "behind a link. Make it a folder, and put DVC's cache on the other disk: `dvc config --local "
@@ -119,10 +119,10 @@ def check_lock(pipeline: Path) -> None:
             f"{made.project}: a shallow clone, in which DVC records no experiment. `git fetch --unshallow` "
             "brings the rest of the history; then run the experiment again."
         )
-    found = subprocess.run(
+    committed = subprocess.run(
         ["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=pipeline, capture_output=True, check=False
     )
-    if found.returncode:
+    if committed.returncode:
         raise ResgridError(
             "dvc.lock is in no commit, so applying this experiment would lose what it records of the other "
             "cells. Commit it first: `git add dvc.lock && git commit -m 'Record results'`; then run the "

@@ -180,12 +180,12 @@ def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> Non
     """Raises ResgridError unless the weights are those that `metrics` was written for."""
     path = run_folder / WEIGHTS
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ResgridError(
             f"{path}: cannot be read: {error.strerror}. `dvc checkout --force` restores it."
         ) from None
-    if found != metrics["weights_sha256"]:
+    if sha256 != metrics["weights_sha256"]:
         raise ResgridError(
             f"{path}: the file has changed since it was trained. "
             "`dvc checkout --force` restores it. If it stays so, DVC's copy is damaged as well: `resgrid gc` "

@@ -35,7 +35,7 @@ from resgrid.dvc.pipeline import dvc
 from resgrid.edit import rewritten
 from resgrid.errors import ResgridError
 from resgrid.grid import expand
-from resgrid.project import write_whole
+from resgrid.project import nearest, write_whole
 
 PACKAGE = Path(resgrid.__file__).parent
 NUM_READ = 200  # pictures that are read to choose by, a few of each kind
@@ -98,7 +98,7 @@ def init(folder: Path, data: Path | None) -> str:
             "or take the rule out of .gitignore."
         )
     info = inspect_dataset(data)
-    root = _repository(folder)
+    root = nearest(folder, ".dvc")
     with _undone_on_failure(folder):
         (folder / "dvc.yaml").write_text(_stages(folder, root), encoding="utf-8")
         params = _params(_free_name(folder, root), _location(data, folder, root), data, info)
@@ -121,7 +121,7 @@ def _renew(folder: Path) -> str:
     stages = folder / "dvc.yaml"
     if not stages.is_file() or MADE_BY not in stages.read_text(encoding="utf-8"):
         raise ResgridError(f"{folder}: no pipeline that `resgrid init` made. --data names images for one.")
-    write_whole(stages, _stages(folder, _repository(folder)).encode())
+    write_whole(stages, _stages(folder, nearest(folder, ".dvc")).encode())
     return f"{stages}: written anew. params.yaml, data and results are as they were. `dvc repro` goes on."
 
 
@@ -309,10 +309,6 @@ def _counts(info: DatasetInfo) -> str:
     )
 
 
-def _name(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9 _.-]", "-", folder.name).lstrip(" _.-") or "own"
-
-
 def _free_name(folder: Path, root: Path | None) -> str:
     """The folder's name, with a number where another pipeline of the repository has it: a name is that of an
     experiment and of a registered model."""
@@ -323,7 +319,7 @@ def _free_name(folder: Path, root: Path | None) -> str:
             text = Path(place, "params.yaml").read_text(encoding="utf-8", errors="replace")
             names = re.findall(r"^name:(.*?)(?: #.*)?$", text, re.MULTILINE)
             taken |= {each.strip(" '\"") for each in names}
-    name = _name(folder)
+    name = re.sub(r"[^A-Za-z0-9 _.-]", "-", folder.name).lstrip(" _.-") or "own"
     numbered = (f"{name}-{number}" for number in itertools.count(2))
     return name if name not in taken else next(each for each in numbered if each not in taken)
 
@@ -335,10 +331,6 @@ def _location(data: Path, folder: Path, root: Path | None) -> str:
 
 
 # --- the repository ---------------------------------------------------------------------------------
-
-
-def _repository(folder: Path) -> Path | None:
-    return next((each for each in (folder, *folder.parents) if (each / ".dvc").is_dir()), None)
 
 
 def _ignored_by_git(folder: Path) -> bool:
@@ -356,7 +348,7 @@ def _make_repository(folder: Path) -> None:
 
     DVC asks for no newer version of itself, because versions are locked.
     """
-    in_git = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), None)
+    in_git = nearest(folder, ".git")
     kind = ["--no-scm"] if in_git is None else [] if in_git == folder else ["--subdir"]
     quiet = ["config", "core.analytics", "false"], ["config", "core.check_update", "false"]
     for command in (["init", "--quiet", *kind], *quiet):

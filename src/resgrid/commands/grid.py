@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resgrid.commands import LOCK, REPORTS
-from resgrid.config import load_params, read_yaml
+from resgrid.config import load_params, read_params_file
 from resgrid.errors import ResgridError
 from resgrid.grid import compared_factors, expand
 from resgrid.progress import Progress, amount
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def cells(options: argparse.Namespace) -> None:
     cells = expand(load_params())
     if options.json:
-        told = [
+        rows = [
             {"cell": cell.id, "study": cell.study, "rate_factor": cell.rate_factor, "changes": cell.changes}
             | cell.numbers
             for cell in cells
         ]
-        print(json.dumps(told, indent=2))
+        print(json.dumps(rows, indent=2))
     else:
         print("\n".join(cell.id for cell in cells))
 
@@ -38,7 +38,8 @@ def set_numbers(options: argparse.Namespace) -> None:
     from resgrid import edit
 
     path = Path("params.yaml")
-    old, _ = read_yaml(path)
+    read_params_file(path)  # refuses what is missing or no YAML
+    old = path.read_text(encoding="utf-8")
     new = edit.assign(old, options.assignments)
     if not options.dry_run:
         path.write_text(new, encoding="utf-8")
@@ -92,38 +93,38 @@ def sync(options: argparse.Namespace) -> int:
 
 
 def gc(options: argparse.Namespace) -> None:
-    from resgrid import leftovers
     from resgrid.dvc.ask import cache_folder
+    from resgrid.gc import delete, find_leftovers, path_in, usage
 
     root, pipeline = project_root(), Path.cwd().resolve()
 
-    def shown(path: Path) -> str:  # DVC's cache may be elsewhere
-        return str(path.relative_to(root) if path.is_relative_to(root) else path)
-
     cache = cache_folder(root)
-    found = leftovers.find_leftovers(root, pipeline, cache)
+    leftovers = find_leftovers(root, pipeline, cache)
     if not options.dry_run:
-        leftovers.delete(each.path for each in found)
+        delete(each.path for each in leftovers)
     queues = _former_queues(root, options.dry_run)
-    taken = leftovers.usage(root, pipeline, cache)
+    taken = usage(root, pipeline, cache)
     if options.json:
         content = {
             "deleted": not options.dry_run,
             "leftovers": [
-                {"path": shown(each.path), "bytes": each.num_bytes, "why": each.why} for each in found
+                {"path": path_in(root, each.path), "bytes": each.num_bytes, "why": each.why}
+                for each in leftovers
             ],
             "queues": queues,
             "bytes": taken,
         }
         print(json.dumps(content, indent=2))
         return
-    for each in found:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {shown(each.path)}: {each.why}")
+    for each in leftovers:
+        print(f"{amount(each.num_bytes, 'B'):>9}  {path_in(root, each.path)}: {each.why}")
     for queue in queues:
         print(f"{'':9}  Prefect's queue {queue}: of a former checkout, empty, and no worker asks it")
-    total = amount(sum(each.num_bytes for each in found), "B")
+    total = amount(sum(each.num_bytes for each in leftovers), "B")
     print(
-        f"{total} {'can be' if options.dry_run else 'were'} deleted\n" if found else "Nothing is left over\n"
+        f"{total} {'can be' if options.dry_run else 'were'} deleted\n"
+        if leftovers
+        else "Nothing is left over\n"
     )
     for place, num_bytes in taken.items():
         print(f"{amount(num_bytes, 'B'):>9}  {place}")

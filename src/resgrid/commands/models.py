@@ -56,21 +56,21 @@ def _model(name: str) -> tuple[nn.Module, WeightsInfo, str]:
     from resgrid import tracking
     from resgrid.weights import load_model
 
-    weights, told = tracking.find_weights(name, RUNS)
-    return *load_model(weights), told
+    weights, origin_of_weights = tracking.find_weights(name, RUNS)
+    return *load_model(weights), origin_of_weights
 
 
 def export(options: argparse.Namespace) -> None:
     from resgrid.data.sources import truncate
     from resgrid.export import export, images_to_compare
 
-    model, info, told = _model(options.model)
+    model, info, origin_of_weights = _model(options.model)
     name = Path(options.model).stem if Path(options.model).is_file() else options.model.rpartition("/")[2]
     out = options.out or Path(f"{name}.{options.format}")
     images, origin = images_to_compare(PROCESSED)
     difference = export(model, info, options.format, out, images)
     print(
-        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {told}\n"
+        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, made from {origin_of_weights}\n"
         "It takes RGB images, float32 (N, 3, 32, 32) on the 0–1 scale, to probabilities "
         f"(N, {len(info.class_names)}), in the order {truncate(info.class_names)}.\n"
         f"On {len(images)} {origin} it differs from the model by {difference:.1e} of probability at most."
@@ -106,7 +106,7 @@ def import_weights(options: argparse.Namespace) -> None:
     )
     if options.data is None:
         print(f"See whether it is right: resgrid score {shlex.quote(str(options.out))} --data IMAGES")
-    elif _print_scores(options.out, options).accuracy < 2 / len(info.class_names):
+    elif _print_scores(options.out, options.data, options.device).accuracy < 2 / len(info.class_names):
         print(
             "That is about as good as guessing. The file may be of another network with the same shapes, or "
             "of other classes or another order of them, or its images were normalised by other figures."
@@ -124,15 +124,17 @@ def _normalization(options: argparse.Namespace) -> tuple[Triple, Triple] | None:
 
 
 def score(options: argparse.Namespace) -> None:
-    _print_scores(options.file, options)
+    _print_scores(options.file, options.data, options.device, options.split, options.json)
 
 
-def _print_scores(weights: Path, options: argparse.Namespace) -> Scores:
+def _print_scores(
+    weights: Path, data: Path, device: str | None, split: str = "test", as_json: bool = False
+) -> Scores:
     from resgrid.evaluation import score_file
     from resgrid.training.device import choose_device
 
-    scores = score_file(weights, options.data, options.split, choose_device(options.device))
-    if options.json:
+    scores = score_file(weights, data, split, choose_device(device))
+    if as_json:
         print(json.dumps(asdict(scores)))
     else:
         print(

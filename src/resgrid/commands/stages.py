@@ -8,21 +8,19 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resgrid.commands import LOCK, PROCESSED, RAW, REPORTS, RUNS
+from resgrid.commands import PROCESSED, RAW, REPORTS
 from resgrid.commands.grid import show
 from resgrid.config import load_params
 from resgrid.grid import expand, find_cell
-from resgrid.progress import Progress, amount
+from resgrid.progress import Progress
 from resgrid.project import project_root
 from resgrid.stage_record import RECORD_ONLY, NoResult, recorded
 
 if TYPE_CHECKING:
-    from resgrid.config import Params
-    from resgrid.grid import Cell
+    pass
 
 
 log = logging.getLogger(__name__)
@@ -94,71 +92,9 @@ def _train_one(options: argparse.Namespace) -> None:
     provenance.check_code(Path())
 
     with recorded(by_hand=cell.stage):
-        _train_cell(options, params, cell)
+        from resgrid.train_cell import train
 
-
-def _train_cell(options: argparse.Namespace, params: Params, cell: Cell) -> None:
-    from resgrid import leftovers, tracking, watch
-    from resgrid.allocator import keep_freed_memory
-    from resgrid.checkpoint import Checkpoints
-    from resgrid.data.dataset import load_meta
-    from resgrid.train import choose_threads, show_history, train_cell, write_metrics
-    from resgrid.training.device import choose_device, choose_execution, device_name
-    from resgrid.training.engine import Epoch
-
-    watch.watch()
-    keep_freed_memory()
-    root = project_root()
-    cache = root / ".resgrid/cache/inductor"  # of torch.compile, shared by all cells
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    device = choose_device(options.device)
-    meta = load_meta(PROCESSED)
-    weights = tracking.fetch_weights(cell.recipe.initial_weights)
-    execution = choose_execution(cell, meta.num_images["train"], device)
-    kept = leftovers.checkpoint_folder(root, Path.cwd().resolve())
-    checkpoints = Checkpoints(kept, cell, meta.digest, device, str(execution), LOCK, options.afresh)
-    threads = choose_threads(device, checkpoints.threads)
-    epochs, finished = cell.recipe.epochs, checkpoints.num_epochs
-    num_images = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size  # an epoch
-    epochs_so_far = [Epoch(**epoch) for epoch in checkpoints.epochs]
-    with (
-        tracking.LiveRun(params.name, cell, meta.digest, checkpoints.started, checkpoints.epochs) as run,
-        Progress(cell.id, epochs * num_images, "images") as progress,
-    ):
-        log.info("%s  %s on %s, %s", cell.id, execution, device_name(device), amount(threads, "threads"))
-        if cell.engine.compile == "always" and not execution.compiled:
-            log.info("%s  is not compiled: there is no C++ compiler with Python's headers here", cell.id)
-        if finished:
-            log.info("%s  goes on after epoch %d/%d", cell.id, finished, epochs)
-            progress.begin(finished * num_images)
-
-        def on_step(images: int, images_an_epoch: int) -> None:
-            progress.update(finished * images_an_epoch + images)
-
-        best, is_slow = 0.0, False
-        for epoch in train_cell(cell, PROCESSED, RUNS / cell.id, device, on_step, weights, checkpoints):
-            finished = epoch.epoch
-            run.log_epochs([asdict(each) for each in epochs_so_far])  # their checkpoint is on the disk by now
-            epochs_so_far.append(epoch)
-            show_history(RUNS / cell.id, epochs_so_far)
-            test = None if epoch.test_accuracy is None else f"{100 * epoch.test_accuracy:.2f} %"
-            progress.note = f"epoch {epoch.epoch}/{epochs}" + (f", test {test}" if test else "")
-            log.info(
-                f"{cell.id}  epoch {epoch.epoch:3}/{epochs}  loss {epoch.train_loss:.4f}  "
-                f"train {100 * epoch.train_accuracy:6.2f} %  {f'test {test:>8}  ' if test else ''}"
-                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining()}".rstrip()
-            )
-            best = max(best, epoch.images_per_second)
-            if not is_slow and epoch.images_per_second < best / 4:
-                is_slow = True
-                log.warning(
-                    "%s has fallen to a quarter of its best speed: other programs use what it computes on. "
-                    "End them; or stop this and begin anew with fewer threads, which wait less for one "
-                    "another: RESGRID_THREADS=1 resgrid train %s --afresh",
-                    cell.id, cell.id,
-                )  # fmt: skip
-        write_metrics(RUNS / cell.id, params.name)
-        run.complete(RUNS / cell.id)
+        train(cell, params.name, options.device, options.afresh)
 
 
 def _train_side_by_side(options: argparse.Namespace) -> int:
@@ -204,16 +140,16 @@ def evaluate(options: argparse.Namespace) -> None:
     meta = load_meta(PROCESSED)
     names = [name for name in ("test", "validation") if name in meta.num_images]
     splits: dict[str, Split] = {name: load_split(PROCESSED, name) for name in names}
-    cells, kept = expand(params), REPORTS / "predictions"
-    shutil.rmtree(kept, ignore_errors=True)  # of cells that are no more
+    cells, predictions = expand(params), REPORTS / "predictions"
+    shutil.rmtree(predictions, ignore_errors=True)  # of cells that are no more
     device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
         results = []
         for run in find_runs(cells, Path()):
-            results.append(evaluate(run, splits["test"], device, splits.get("validation"), kept))
+            results.append(evaluate(run, splits["test"], device, splits.get("validation"), predictions))
             progress.update(len(results))
-    kept.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
-    findings = Findings(results, splits["test"], meta, params.name, device_name(device), kept)
+    predictions.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
+    findings = Findings(results, splits["test"], meta, params.name, device_name(device), predictions)
     write_report(findings, REPORTS)
     show(findings.frame, findings.as_dict())
     print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from resgrid import stage_record
 from resgrid.errors import ResgridError
+from resgrid.project import nearest
 from resgrid.stage_record import Record
 
 CODE = re.compile(
@@ -48,9 +49,8 @@ class Pipeline:
                 f"{path / 'dvc.yaml'}: lists {missing[0]}, which this version of ResGrid has not. "
                 f"`resgrid init {path}` writes it anew, and keeps params.yaml, data and results."
             )
-        for root in (path, *path.parents):
-            if (root / ".dvc").is_dir():
-                return cls(path, root)
+        if root := nearest(path, ".dvc"):
+            return cls(path, root)
         raise ResgridError(f"{path}: is in no DVC repository. Clone the project with git, or run `dvc init`.")
 
     @property

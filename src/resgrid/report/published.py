@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resgrid.config import read_yaml
 from resgrid.convert import CIFAR10_CLASSES
 from resgrid.data.dataset import Meta
 from resgrid.grid import Cell
+from resgrid.project import read_yaml
 
 NUM_IMAGES = {"train": 50_000, "test": 10_000}  # of CIFAR-10, all of which both experiments used
 
@@ -27,7 +27,7 @@ class Publication(NamedTuple):
 @cache
 def _published() -> dict[str, Publication]:
     """By architecture and optimizer, as `resnet20-sgd`."""
-    _, experiments = read_yaml(Path(__file__).with_suffix(".yaml"))
+    experiments = read_yaml(Path(__file__).with_suffix(".yaml"))
     return {
         name: Publication(accuracy, experiment["settings"])
         for experiment in experiments.values()

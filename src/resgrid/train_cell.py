@@ -1,4 +1,7 @@
-"""One cell, from the data folder to its run folder: what `resgrid train` does.
+"""One training from top to bottom: what `resgrid train CELL` does, from the data folder to the run folder.
+
+`train` chooses the device, goes on from a checkpoint, mirrors the training into MLflow while it runs, and
+shows it. It drives `train_cell`: the training itself and its files.
 
 What depends on the clock or the machine stands in `timing.json` alone. The same cell on the same CPU with the
 same number of threads writes the same bytes into all other files.
@@ -10,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -18,25 +22,28 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resgrid import __version__
+from resgrid import __version__, tracking, watch
+from resgrid.allocator import keep_freed_memory
 from resgrid.checkpoint import Checkpoints
-from resgrid.config import MlflowWeights, WeightsFile
 from resgrid.data.batches import statistics
 from resgrid.data.dataset import Meta, load_meta, load_split
 from resgrid.errors import ResgridError
+from resgrid.gc import checkpoint_folder
 from resgrid.grid import Cell
 from resgrid.models import origin_of, own_file
 from resgrid.models.classifier import Classifier
-from resgrid.project import free_cores, read_json, write_whole
+from resgrid.progress import Progress, amount
+from resgrid.project import free_cores, project_root, read_json, write_whole
 from resgrid.provenance import code_digest, made_by
 from resgrid.run_status import METRICS, RUN
 from resgrid.summary import count_parameters, summarize
-from resgrid.training.device import choose_execution, device_name
+from resgrid.training.device import choose_device, choose_execution, device_name
 from resgrid.training.engine import Epoch, OnStep, Outcome, TrainingData, fit
 from resgrid.training.initial import initial_model
 from resgrid.weights import WeightsInfo, save_weights
@@ -45,6 +52,68 @@ HISTORY = (
     "epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
     "validation_loss", "validation_accuracy",
 )  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def train(cell: Cell, pipeline: str, device_choice: str | None, afresh: bool) -> None:
+    """Train `cell` of the current folder's pipeline, which is called `pipeline`, and record it in MLflow.
+
+    It goes on after the last epoch of an earlier start, unless that is recorded in dvc.lock or `afresh`.
+    Raises ResgridError as `train_cell` does.
+    """
+    watch.watch()
+    keep_freed_memory()
+    root, data, run_folder = project_root(), Path("data/processed"), Path("runs", cell.id)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / ".resgrid/cache/inductor"))  # for all cells
+    device = choose_device(device_choice)
+    meta = load_meta(data)
+    weights = tracking.fetch_weights(cell.recipe.initial_weights)
+    execution = choose_execution(cell, meta.num_images["train"], device)
+    folder = checkpoint_folder(root, Path.cwd().resolve())
+    checkpoints = Checkpoints(folder, cell, meta.digest, device, str(execution), Path("dvc.lock"), afresh)
+    threads = choose_threads(device, checkpoints.threads)
+    epochs = [Epoch(**epoch) for epoch in checkpoints.epochs]
+    num_epochs, num_before = cell.recipe.epochs, len(epochs)
+    images_an_epoch = meta.num_images["train"] // cell.recipe.batch_size * cell.recipe.batch_size
+    with (
+        tracking.LiveRun(pipeline, cell, meta.digest, checkpoints.started, checkpoints.epochs) as run,
+        Progress(cell.id, num_epochs * images_an_epoch, "images") as progress,
+    ):
+        log.info("%s  %s on %s, %s", cell.id, execution, device_name(device), amount(threads, "threads"))
+        if cell.engine.compile == "always" and not execution.compiled:
+            log.info("%s  is not compiled: there is no C++ compiler with Python's headers here", cell.id)
+        if num_before:
+            log.info("%s  goes on after epoch %d/%d", cell.id, num_before, num_epochs)
+            progress.begin(num_before * images_an_epoch)
+
+        def on_step(images: int, _: int) -> None:
+            progress.update(len(epochs) * images_an_epoch + images)
+
+        best, is_slow = 0.0, False
+        for epoch in train_cell(cell, data, run_folder, device, on_step, weights, checkpoints):
+            run.log_epochs([asdict(each) for each in epochs])  # their checkpoint is on the disk by now
+            epochs.append(epoch)
+            show_history(run_folder, epochs)
+            test = "" if epoch.test_accuracy is None else f"test {100 * epoch.test_accuracy:6.2f} %  "
+            progress.note = f"epoch {epoch.epoch}/{num_epochs}  {test}".rstrip()
+            log.info(
+                f"{cell.id}  epoch {epoch.epoch:3}/{num_epochs}  loss {epoch.train_loss:.4f}  "
+                f"train {100 * epoch.train_accuracy:6.2f} %  {test}"
+                f"{epoch.images_per_second:,.0f} images/s  {progress.remaining()}".rstrip()
+            )
+            best = max(best, epoch.images_per_second)
+            if not is_slow and epoch.images_per_second < best / 4:
+                is_slow = True
+                log.warning(
+                    "%s has fallen to a quarter of its best speed: other programs use what it computes on. "
+                    "End them, or begin anew with fewer threads: RESGRID_THREADS=1 resgrid train %s --afresh",
+                    cell.id, cell.id,
+                )  # fmt: skip
+        # `dvc exp show` has a column for each key, and puts the file's path before keys of several files.
+        accuracy = read_json(run_folder / RUN)["test_accuracy"]
+        write_whole(run_folder / METRICS, _json({pipeline: {cell.id: accuracy}}).encode())
+        run.complete(run_folder)
 
 
 def train_cell(
@@ -98,11 +167,12 @@ def train_cell(
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / RUN).unlink(missing_ok=True)
         save_weights(run_folder / "weights.safetensors", model, info)
-        _write(run_folder / "summary.txt", summary + "\n")
-        _write(run_folder / "history.csv", _history(outcome.epochs))
-        _write(run_folder / "timing.json", timing)
+        write_whole(run_folder / "summary.txt", f"{summary}\n".encode())
+        write_whole(run_folder / "history.csv", _history(outcome.epochs))
+        write_whole(run_folder / "timing.json", timing.encode())
         weights_sha256 = hashlib.sha256((run_folder / "weights.safetensors").read_bytes()).hexdigest()
-        _write(run_folder / RUN, _json(_record(cell, model, meta, outcome, weights_sha256)))
+        record = _json(_record(cell, model, meta, outcome, weights_sha256))
+        write_whole(run_folder / RUN, record.encode())
     except OSError as error:
         raise ResgridError(
             f"{error.filename or run_folder}: cannot be written: {error.strerror}. Check the folder and the "
@@ -111,28 +181,18 @@ def train_cell(
     return outcome
 
 
-def choose_threads(device: torch.device, kept: int | None) -> int:
-    """Have torch work with `kept` threads, those of an earlier start, or as many as nothing else computes on.
+def choose_threads(device: torch.device, earlier: int | None) -> int:
+    """Set and return torch's number of threads: an `earlier` start's, a variable's, or the free cores.
 
-    Where RESGRID_THREADS or OMP_NUM_THREADS gives a number, a training begins with that. Each operation waits
-    for its slowest thread: with two other programs computing on two cores, one thread trained ResNet-10 at 39
-    to 76 images/s, and two at 5 to 26. Returns the number of threads.
+    Each operation waits for its slowest thread: with two other programs computing on two cores, one thread
+    trained ResNet-10 at 39 to 76 images/s, and two at 5 to 26.
     """
     if device.type == "cpu":
-        if kept is not None:
-            torch.set_num_threads(kept)
+        if earlier is not None:
+            torch.set_num_threads(earlier)
         elif not (os.environ.get("RESGRID_THREADS") or os.environ.get("OMP_NUM_THREADS")):
             torch.set_num_threads(free_cores())
     return torch.get_num_threads()
-
-
-def write_metrics(run_folder: Path, pipeline: str) -> None:
-    """`metrics.json`, the one figure for DVC's tables: `{<pipeline>: {<cell>: test accuracy}}`.
-
-    `dvc exp show` has a column for each key, and puts the file's path before keys that several files have.
-    """
-    record = read_json(run_folder / RUN)
-    _write(run_folder / METRICS, _json({pipeline: {record["cell"]: record["test_accuracy"]}}))
 
 
 def _record(
@@ -141,7 +201,7 @@ def _record(
     last = outcome.epochs[-1] if outcome.epochs else None
     scored = [epoch for epoch in outcome.epochs if epoch.test_accuracy is not None]
     best = max(scored, key=lambda epoch: epoch.test_accuracy or 0.0, default=None)  # the first of equals
-    validation = outcome.validation
+    start, validation = cell.recipe.initial_weights, outcome.validation
     total, trainable, non_trainable = count_parameters(model)
     return {
         "cell": cell.id,
@@ -155,7 +215,7 @@ def _record(
         "batch_size": cell.recipe.batch_size,
         "seed": cell.seed,
         "approach": cell.recipe.approach,
-        "initial_weights": _origin(cell),
+        "initial_weights": getattr(start, "path", None) or getattr(start, "uri", start.name),
         "status": outcome.status,
         "cause": outcome.cause,
         "epochs": len(outcome.epochs),
@@ -178,16 +238,6 @@ def _record(
         "weights_sha256": weights_sha256,
         "numbers": cell.numbers,  # all that the cell was trained with
     }
-
-
-def _origin(cell: Cell) -> str:
-    match cell.recipe.initial_weights:
-        case WeightsFile(path=path):
-            return path
-        case MlflowWeights(uri=uri):
-            return uri
-        case other:
-            return other.name
 
 
 def _timing(cell: Cell, outcome: Outcome, meta: Meta, device: torch.device, started: int) -> dict[str, Any]:
@@ -225,18 +275,17 @@ def _peak_memory(device: torch.device) -> int:
 
 def show_history(run_folder: Path, epochs: Sequence[Epoch]) -> None:
     """Write the epochs so far into `history.csv`, for whoever watches, unless a whole result stands there."""
-    if (run_folder / RUN).exists():
-        return
-    with suppress(OSError):  # a full disk is no reason to stop
-        _write(run_folder / "history.csv", _history(epochs))
+    if not (run_folder / RUN).exists():
+        with suppress(OSError):  # a full disk is no reason to stop
+            write_whole(run_folder / "history.csv", _history(epochs))
 
 
-def _history(epochs: Sequence[Epoch]) -> str:
+def _history(epochs: Sequence[Epoch]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HISTORY)
     writer.writerows([getattr(epoch, column) for column in HISTORY] for epoch in epochs)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -245,7 +294,3 @@ def _json(content: dict[str, Any]) -> str:
         for key, value in content.items()
     }
     return json.dumps(finite, indent=2, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(path, text.encode())

@@ -32,8 +32,16 @@ def checkpoint_files(folder: Path, cell_id: str | None = None) -> list[Path]:
     return sorted(path for path in folder.glob(f"{cell_id or '*'}.*") if path.is_file())
 
 
+def is_recorded(timing: str | None, lock: Path | None) -> bool:
+    """Whether the dvc.lock `lock` lists this timing.json; no two trainings have the same."""
+    if timing is None or lock is None or not lock.is_file():
+        return False
+    md5 = hashlib.md5(timing.encode(), usedforsecurity=False).hexdigest()
+    return md5 in lock.read_text(encoding="utf-8", errors="replace")
+
+
 def delete(paths: Iterable[Path]) -> list[Path]:
-    """Delete these files and folders; those that were there."""
+    """Delete `paths`, files and folders; return those that existed."""
     deleted = []
     for path in paths:
         with suppress(FileNotFoundError):  # another process was quicker
@@ -63,14 +71,13 @@ def find_leftovers(root: Path, pipeline: Path, cache: Path) -> list[Leftover]:
     reasons: dict[Path, str] = {}
     folder = checkpoint_folder(root, pipeline)
     lock = pipeline / "dvc.lock"
-    recorded = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
     is_shared = "RESGRID_CHECKPOINTS" in os.environ  # where it is another's, this dvc.lock says nothing of it
     for path in checkpoint_files(folder):
         if _age(path) > MONTH:
             reasons[path] = "nobody has gone on from it for a month"
         elif not is_shared and path.suffix in (".0", ".1", ".done"):
             reasons[path] = "it is of a former version"
-        elif not is_shared and (md5 := _timing_md5(path)) and md5 in recorded:
+        elif not is_shared and is_recorded(checkpoint_head(path).get("timing"), lock):
             reasons[path] = "its training is recorded in dvc.lock"
     for path in (*folder.glob("*.part"), *(pipeline / "runs").glob("*/*.part")):
         if _age(path) > HOUR:
@@ -103,12 +110,6 @@ def checkpoint_head(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _timing_md5(path: Path) -> str | None:
-    """That of the timing.json in the checkpoint of a training that is done."""
-    timing = checkpoint_head(path).get("timing")
-    return _md5(timing.encode()) if isinstance(timing, str) else None
-
-
 def _damaged(cache: Path) -> Iterator[Path]:
     """Files in DVC's cache whose MD5 is not their name. DVC itself never looks: it would hand them out."""
     for path in sorted(cache.glob("??/*")):
@@ -119,15 +120,16 @@ def _damaged(cache: Path) -> Iterator[Path]:
 
 
 def usage(root: Path, pipeline: Path, cache: Path) -> dict[str, int]:
-    """Bytes of what the project keeps, by its path in `root`; hard links count each time."""
+    """Bytes of each place where the project keeps something, by its path; hard links count each time."""
     inside = pipeline.relative_to(root)
     names = ("mlflow.db", "mlruns", ".resgrid/checkpoints", ".resgrid/weights", ".resgrid/logs")
     places = [cache, *(root / name for name in names), *(root / inside / name for name in ("data", "runs"))]
-    return {
-        str(place.relative_to(root) if place.is_relative_to(root) else place): size(place)
-        for place in places
-        if place.exists()
-    }
+    return {path_in(root, place): size(place) for place in places if place.exists()}
+
+
+def path_in(root: Path, path: Path) -> str:
+    """`path` as seen from `root`; as it is where it lies elsewhere, as DVC's cache may."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def size(path: Path) -> int:
@@ -138,7 +140,3 @@ def size(path: Path) -> int:
         with suppress(OSError):  # gone meanwhile
             total += file.lstat().st_size if file.is_file() else 0
     return total
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
