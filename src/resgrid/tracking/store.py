@@ -97,7 +97,7 @@ def open_store(name: str, folder: Path | None = None, rebuild: bool = False) -> 
             if present is None or rebuild:
                 number = client.create_experiment(name, place, {PIPELINE: ours})
                 return Store(uri, name, number, client)
-    except ResgridError:
+    except (ResgridError, ImportError):  # a machine with torch alone has no MLflow
         raise
     except Exception as error:  # SQLAlchemy's, sqlite3's, MLflow's, requests', the system's
         raise unusable(uri, error) from None
