@@ -72,7 +72,7 @@ class Pool:
         self._reminded = time.monotonic()
         self._is_away = self._is_remote_away = False
         self._ended: set[str] = set()  # stages whose result is to be recorded
-        self._deployment = _deploy(client, name)
+        self._deployment = _deploy(client, name, spec.queue)
 
     def train(self, cell: str, stage: str, follow: Callable[[bool], None]) -> None:
         """Have a worker train the cell; its result is here when this returns.
@@ -213,8 +213,8 @@ class Pool:
             raise Stopped
 
 
-def _deploy(client: SyncPrefectClient, name: str) -> UUID:
-    """The deployment of `train-cell` in the pool `name`; both are made if need be."""
+def _deploy(client: SyncPrefectClient, name: str, queue: str) -> UUID:
+    """The deployment of `train-cell` in the pool `name`; both are made if need be, and the queue."""
     try:
         base = client.read_deployment_by_name(f"{FLOW}/{FLOW}")
     except ObjectNotFound:
@@ -222,7 +222,8 @@ def _deploy(client: SyncPrefectClient, name: str) -> UUID:
             f"Prefect's server has no deployment {FLOW}: `prefect deploy --all` in the project's folder "
             "registers it."
         ) from None
-    make_pool(client, name)
+    # The queue too: made by the first cells that are placed in it at once, all but one get a conflict.
+    make_pool(client, name, [queue])
     watch_runs(client)
     # Of a pod silence means less: it may be on its way, or send no heartbeats.
     watched = [WATCHED] if client.read_work_pool(name).type == "process" else []

@@ -277,8 +277,10 @@ def test_killed_and_stopped_workers_and_a_killed_coordinator_cost_no_cell(projec
 
 
 def test_a_cancelled_coordinator_cancels_its_cells_and_a_worker_ends_them(project: Project) -> None:
-    worker = project.work("worker", NAP="600")
     grid = project.train_all()
+    # Before any worker has made the queue, which PostgreSQL refuses to all but one that make it at once.
+    wait_until(lambda: len(project.runs()) == 4, 120, "not every cell was placed")
+    worker = project.work("worker", NAP="600")
     wait_until(worker.has_begun, 300, "no cell has begun")
     began = time.monotonic()
     grid.terminate()
