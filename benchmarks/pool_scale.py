@@ -74,6 +74,7 @@ def _one(cluster: Cluster, folder: Path, num: int) -> dict[str, float]:
     folder.mkdir()
     seeds = ", ".join(str(seed) for seed in range(-(-num // 24)))
     origin = sleeping(folder / "origin", SIX, FOUR, seeds)
+    origin.set(f"name=cells-{num}")  # an experiment belongs to one repository
     (origin.root / "work.sh").write_text(NAPPING)
     project = Project(cluster, origin)
     commit(project)
@@ -149,6 +150,7 @@ def _children_cpu() -> float:
 def workers(cluster: Cluster, folder: Path) -> None:
     """12 cells of 10 s on three workers, each in a clone of its own: ideally 40 s."""
     origin = sleeping(folder / "w" / "origin", SIX, "sgd, adam")
+    origin.set("name=workers")
     (origin.root / "work.sh").write_text(NAPPING)
     project = Project(cluster, origin)
     commit(project)
