@@ -27,7 +27,7 @@ from prefect.tasks import Task
 from resgrid import watch
 from resgrid.cell_states import GRID, RESTORED, TRAINED, UNCHANGED, CellRun, GridRun
 from resgrid.cost import expect, finish_time
-from resgrid.dvc import remote
+from resgrid.dvc.ask import push, remote_name
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, Stopped, acquire, reproduce, run
 from resgrid.errors import ResgridError
@@ -36,10 +36,10 @@ from resgrid.grid import choose
 from resgrid.stage_record import Fault, State, state_file
 from tasks.plan import Plan, Step, await_plan, longest_first, slots_for
 from tasks.pool import Pool
-from tasks.publish import Page, mlflow_address
+from tasks.server import Page
+from tasks.services import mlflow_address
 from tasks.slots import Slot, whole_machine
 from tasks.spec import DATA_STAGES, RunSpec
-from tasks.status import time_left
 
 EVALUATE = "evaluate"  # after them
 HERE = "here"  # where cells train: on this machine; anything else names a work pool
@@ -74,16 +74,15 @@ def grid_run(
 
 
 def begin_flow() -> None:
-    """Have Prefect take our messages, and end this process with the worker that started it, if one did."""
+    """Have Prefect take our messages, and end this process with the worker that started it, if one did.
+
+    A trainer's run in MLflow names the flow run.
+    """
+    os.environ["RESGRID_FLOW_RUN_ID"] = str(runtime.flow_run.id or "")
     for name in ("resgrid", "tasks"):  # Prefect leaves the level to us
         logging.getLogger(name).setLevel(logging.INFO)
     if runtime.deployment.id:
         watch.watch(watch.describe(os.getppid()), grace_seconds=WORKER_GRACE_SECONDS)
-
-
-def flow_environment() -> dict[str, str]:
-    """By which a trainer's run in MLflow leads back to the flow run that this is called in."""
-    return {"RESGRID_FLOW_RUN_ID": str(runtime.flow_run.id or "")}
 
 
 def can_pass(task: Task[..., RunState], run: TaskRun, state: RunState) -> bool:
@@ -108,7 +107,7 @@ def stage(title: str, slot: Slot, grid: Grid) -> RunState:
 def sync(grid: Grid) -> None:
     """Give every current cell its complete run in MLflow, also those that DVC restored."""
     file = grid.pipeline.log("sync")
-    code, tail = run(["resgrid", "sync"], grid.pipeline.folder, grid.env, file, grid.stop)
+    code, tail = run(["resgrid", "sync"], grid.pipeline.folder, {}, file, grid.stop)
     if code:
         raise StageFailed("sync", f"it ended with status {code}", tail, file)
 
@@ -121,7 +120,7 @@ class Grid:
     ) -> None:
         self.pipeline, self.num_slots, self.force = pipeline, num_slots, force
         self.where, self.device, self.stop = where, device, threading.Event()
-        self.page, self.env = Page(pipeline), flow_environment()
+        self.page = Page(pipeline, mlflow_address(pipeline.root))
         self.plan: Plan
         self.chosen: list[str] = []
         self.has_changed = False  # whether any stage was trained or restored
@@ -142,8 +141,8 @@ class Grid:
         elif self.device:
             raise ResgridError("device: is for a work pool; here, RESGRID_DEVICE says what cells train on.")
         self.plan = await_plan(self.pipeline, self.num_slots, self.stop)
-        selected = {cell.id for cell in choose(self.plan.params, ["*"] if patterns is None else patterns)}
-        self.chosen = [step.title for step in self.plan.cells if step.title in selected]
+        cells = choose(self.plan.params, ["*"] if patterns is None else patterns)
+        self.chosen = [cell.id for cell in cells]
 
     def run(self, title: str, slot: Slot | None = None) -> bool:
         """Bring one stage up to date while nothing else runs; whether it is."""
@@ -152,8 +151,8 @@ class Grid:
 
     def submit(self, title: str, slot: Slot, then: Callable[[Slot], None]) -> None:
         """Begin to bring a stage up to date on a free slot, which `then` gets back after the last retry."""
-        self.futures[title] = stage.submit(title, slot, self)
-        self.futures[title].add_done_callback(lambda future: then(slot))
+        self.futures[title] = future = stage.submit(title, slot, self)
+        future.add_done_callback(lambda _: then(slot))
 
     def wait(self) -> None:
         """Until all that was submitted has ended."""
@@ -234,8 +233,7 @@ class Grid:
                 has_run = True
             else:
                 follow(True)
-                env = {**slot.env, **self.env}
-                has_run = reproduce(self.pipeline, step.stage, env, force=force, stop=self.stop)
+                has_run = reproduce(self.pipeline, step.stage, slot.env, force=force, stop=self.stop)
             became = TRAINED if has_run else RESTORED if step.state == "stale" else UNCHANGED
             self.has_changed |= became != UNCHANGED
         except Stopped:
@@ -276,7 +274,7 @@ class Grid:
             self.state.save(self.pipeline.root, self.pipeline.folder)
             text = f"{len(cells) - len(at_work)} of {len(cells)} cells done"
         if cells:
-            text += f"; {time_left(self.state)}" if at_work else ""
+            text += f"; {self.state.time_left}" if at_work else ""
             self.page.progress(100 * (1 - len(at_work) / len(cells)), text)
 
     def _is_fresh(self, step: Step) -> bool:
@@ -302,12 +300,12 @@ class Grid:
                 f"where={self.where}: there is no MLflow server to which all workers could record. Start "
                 "`make up`, or let MLFLOW_TRACKING_URI name one."
             )
-        remote.name(self.pipeline)
+        remote_name(self.pipeline)
 
     def _open_pool(self, num_cells: int) -> None:
         """Let the workers of a pool train the cells: these get the data, and each cell a run at once."""
         spec = RunSpec.of(self.pipeline, self.device)
-        remote.push(self.pipeline, ["--run-cache", *DATA_STAGES], self.stop)
+        push(self.pipeline, ["--run-cache", *DATA_STAGES], self.stop)
         client = self._exits.enter_context(get_client(sync_client=True))
-        self.pool = Pool(client, self.where, self.pipeline, spec, self.env, self.stop)
+        self.pool = Pool(client, self.where, self.pipeline, spec, self.stop)
         self.slots = [Slot(self.where, whole_machine().threads)] * num_cells

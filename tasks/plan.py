@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from typing import Any, Literal
 from resgrid.cell_states import CellState, cell_states
 from resgrid.config import Params, load_params
 from resgrid.cost import expect, makespan, timings, work
-from resgrid.dvc.ask import Busy, ask
+from resgrid.dvc.ask import Answer, Busy, ask
 from resgrid.dvc.lock import repair
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import Stopped
+from resgrid.dvc.process import pause
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.progress import duration
@@ -39,12 +39,18 @@ class Step:
     stage: str
     cell: Cell | None
     state: Literal["up to date", "stale", "after"]  # `after`: looked at again after what runs before it
-    why: tuple[str, ...]
+    why: tuple[str, ...] = ()
     seconds: float | None = None  # as far as it is known
 
     @property
     def title(self) -> str:
         return self.cell.id if self.cell else self.stage
+
+    def __str__(self) -> str:
+        if self.state == "stale":
+            time = f"  ({duration(self.seconds)})" if self.seconds is not None else ""
+            return f"stale: {'; '.join(self.why[:3])}{' …' * (len(self.why) > 3)}{time}"
+        return "up to date" if self.state == "up to date" else f"up to date so far: {self.why[0]}"
 
 
 @dataclass(frozen=True)
@@ -66,36 +72,36 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Until all that is stale has run; None while the time of any of it is unknown."""
-        stale = longest_first(step for step in self.cells if step.state == "stale")
-        others = [step for step in self.steps if step.state == "stale" and not step.cell]
-        if any(step.seconds is None for step in stale):
+        """Until all that is stale has run; None while the time of any cell of it is unknown."""
+        stale = [step for step in self.steps if step.state == "stale"]
+        if any(step.seconds is None for step in stale if step.cell):
             return None
-        rest = sum(step.seconds or 0.0 for step in others)
-        return makespan([step.seconds or 0.0 for step in stale], len(self.slots)) + rest
+        cells = [step.seconds or 0.0 for step in longest_first(step for step in stale if step.cell)]
+        return makespan(cells, len(self.slots)) + sum(step.seconds or 0.0 for step in stale if not step.cell)
 
     def as_dict(self) -> dict[str, Any]:
-        stages = [asdict(step) | {"cell": step.cell.id if step.cell else None} for step in self.steps]
-        slots = [{"name": slot.name, "threads": slot.threads} for slot in self.slots]
         return {
-            "pipeline": self.pipeline.name, "slots": slots, "seconds": self.seconds, "stages": stages,
-        }  # fmt: skip
+            "pipeline": self.pipeline.name,
+            "slots": [{"name": slot.name, "threads": slot.threads} for slot in self.slots],
+            "seconds": self.seconds,
+            "stages": [asdict(step) | {"cell": step.cell.id if step.cell else None} for step in self.steps],
+        }
 
     def __str__(self) -> str:
         width = max(len(step.title) for step in self.steps)
-        lines = [f"  {step.title:{width}}  {_line(step)}" for step in self.steps]
+        lines = [f"  {step.title:{width}}  {step}" for step in self.steps] + [""]
         num = Counter(step.state for step in self.steps)
         if not num["stale"]:
-            return "\n".join([*lines, "", "Everything is up to date: nothing would run."])
+            return "\n".join([*lines, "Everything is up to date: nothing would run."])
         threads, names = self.slots[0].threads, ", ".join(slot.name for slot in self.slots[:8])
         time = "unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
         if self.seconds is not None:
             time = f"{duration(self.seconds)}, less what DVC's run cache restores"
-        total = f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date."
-        slots = (
-            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}."
-        )
-        return "\n".join([*lines, "", total, slots])
+        lines += [
+            f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date.",
+            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}.",
+        ]
+        return "\n".join(lines)
 
 
 def make_plan(pipeline: Pipeline, slots: int | None = None, *, measure: bool = False) -> Plan:
@@ -107,21 +113,18 @@ def make_plan(pipeline: Pipeline, slots: int | None = None, *, measure: bool = F
     params = load_params(pipeline.folder / "params.yaml")
     check_links(pipeline.folder)
     repair(pipeline)
-    cells = {cell.stage: cell for cell in expand(params)}
-    answer = ask(pipeline)
-    if missing := [cell.id for stage, cell in cells.items() if stage not in answer.needs]:
+    cells, answer = expand(params), ask(pipeline)
+    if missing := [cell.id for cell in cells if cell.stage not in answer.needs]:
         raise ResgridError(
             f"{pipeline.folder / 'dvc.yaml'}: has no stage for {', '.join(missing[:5])}"
             f"{' and others' if len(missing) > 5 else ''}, which params.yaml asks for."
         )
-    states = cell_states(list(cells.values()), pipeline.folder, pipeline.root)
-    by_stage = {state.cell.stage: state for state in states}
-    steps = _steps(answer.needs, answer.status, by_stage)
+    states = {each.cell.stage: each for each in cell_states(cells, pipeline.folder, pipeline.root)}
+    steps = list(_steps(answer, states))
     stale = [step.cell for step in steps if step.cell and step.state == "stale"]
-    shares = slots_for(pipeline, params, stale or list(cells.values()), slots)
-    seconds = expect(
-        params, pipeline.folder, pipeline.root, shares[0].threads, shares[0].on_card, measure=measure
-    )
+    shares = slots_for(pipeline, params, stale or cells, slots)
+    threads, on_card = shares[0].threads, shares[0].on_card
+    seconds = expect(params, pipeline.folder, pipeline.root, threads, on_card, measure=measure)
     timed = tuple(replace(step, seconds=seconds.get(step.stage)) for step in steps)
     return Plan(pipeline, params, timed, tuple(shares))
 
@@ -136,8 +139,7 @@ def await_plan(pipeline: Pipeline, slots: int | None, stop: threading.Event) -> 
             if not waiting:
                 log.info("%s Waiting for it.", busy)
             waiting = True
-            if stop.wait(BUSY_SECONDS):
-                raise Stopped from None
+            pause(stop, BUSY_SECONDS)
 
 
 def slots_for(pipeline: Pipeline, params: Params, cells: Sequence[Cell], slots: int | None) -> list[Slot]:
@@ -157,23 +159,20 @@ def longest_first(steps: Iterable[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: work(step.cell) if step.cell else 0.0, reverse=True)
 
 
-def _steps(
-    needs: Mapping[str, list[str]], status: Mapping[str, list[Any]], states: Mapping[str, CellState]
-) -> list[Step]:
+def _steps(answer: Answer, states: Mapping[str, CellState]) -> Iterator[Step]:
     def upstream(stage: str) -> list[str]:
-        return [name for each in needs[stage] for name in (each, *upstream(each))]
+        return [name for each in answer.needs[stage] for name in (each, *upstream(each))]
 
-    steps = []
-    for stage in needs:
+    for stage in answer.needs:
         state = states.get(stage)
-        step = Step(stage, state.cell if state else None, "up to date", ())
-        if stage in status:
-            step = replace(step, state="stale", why=tuple(_reasons(status[stage], state)))
-        elif waits := [name for name in dict.fromkeys(upstream(stage)) if name in status]:
+        cell = state.cell if state else None
+        if stage in answer.status:
+            yield Step(stage, cell, "stale", tuple(_reasons(answer.status[stage], state)))
+        elif waits := [name for name in dict.fromkeys(upstream(stage)) if name in answer.status]:
             more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
-            step = replace(step, state="after", why=(f"after {waits[0]}{more}",))
-        steps.append(step)
-    return steps
+            yield Step(stage, cell, "after", (f"after {waits[0]}{more}",))
+        else:
+            yield Step(stage, cell, "up to date")
 
 
 def _reasons(status: list[Any], state: CellState | None) -> list[str]:
@@ -192,10 +191,3 @@ def _reasons(status: list[Any], state: CellState | None) -> list[str]:
             keys = how if isinstance(how, dict) else {path: how}  # the params of a file
             reasons += [f"{key} {words.get(value, 'has changed')}" for key, value in keys.items()]
     return reasons
-
-
-def _line(step: Step) -> str:
-    if step.state == "stale":
-        time = f"  ({duration(step.seconds)})" if step.seconds is not None else ""
-        return f"stale: {'; '.join(step.why[:3])}{' …' * (len(step.why) > 3)}{time}"
-    return "up to date" if step.state == "up to date" else f"up to date so far: {step.why[0]}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -28,9 +28,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from resgrid.dvc import remote
+from resgrid.dvc.ask import record, remote_answers
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import StageFailed, Stopped
+from resgrid.dvc.process import StageFailed, Stopped, pause
 from resgrid.errors import ResgridError
 from resgrid.stage_record import Fault
 from tasks.server import ACTIVE, AWAY, WATCHED, make_pool, named, read_runs, watch_runs
@@ -55,16 +55,10 @@ class Pool:
     """The work pool `name`, as one run of a grid uses it, with a thread for each cell."""
 
     def __init__(
-        self,
-        client: SyncPrefectClient,
-        name: str,
-        pipeline: Pipeline,
-        spec: RunSpec,
-        env: Mapping[str, str],
-        stop: threading.Event,
+        self, client: SyncPrefectClient, name: str, pipeline: Pipeline, spec: RunSpec, stop: threading.Event
     ) -> None:
         """Make the pool and its deployment if need be; raises ResgridError if the server lacks ours."""
-        self.name, self.pipeline, self.spec, self.env = name, pipeline, spec, env
+        self.name, self.pipeline, self.spec = name, pipeline, spec
         self._client, self._stop = client, stop
         self._asking, self._recording = threading.Lock(), threading.Lock()
         self._active: dict[UUID, FlowRun] = {}  # those of this spec, when last asked
@@ -126,7 +120,7 @@ class Pool:
                 if state.is_running() and not runs:
                     runs = True
                     follow(True)
-                self._pause(POLL_SECONDS)
+                pause(self._stop, POLL_SECONDS)
         except Stopped:
             with suppress(*AWAY):  # then the run goes on
                 self._client.set_flow_run_state(run, Cancelling())
@@ -160,11 +154,10 @@ class Pool:
         queue = self._client.read_work_queue_by_name(self.spec.queue, work_pool_name=self.name)
         if queue.last_polled and datetime.now(UTC) - queue.last_polled < timedelta(seconds=IDLE_SECONDS):
             return  # its workers are busy
-        device = f" and the device {self.spec.device}" if self.spec.device else ""
         log.info(
             "No worker of the pool %r takes these cells: `resgrid worker --pool %s` starts one, in a clone "
-            "at commit %s with the same package versions (`make install`)%s",
-            self.name, self.name, self.spec.commit[:10], device,
+            "at commit %s with the same package versions (`make install`; device: %s)",
+            self.name, self.name, self.spec.commit[:10], self.spec.device or "any",
         )  # fmt: skip
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
@@ -181,7 +174,7 @@ class Pool:
                 if not self._is_away:
                     log.warning("Prefect's server does not answer; the cells go on (%r)", error)
                 self._is_away = True
-                self._pause(POLL_SECONDS)
+                pause(self._stop, POLL_SECONDS)
 
     def _record(self, stage: str) -> bool:
         """Whether the cell's result is here, as the remote gives it; waits for a remote that is away.
@@ -192,25 +185,21 @@ class Pool:
         self._ended.add(stage)
         while True:
             with self._recording:
-                self._pause(0.0)
+                pause(self._stop, 0.0)
                 if stage not in self._ended:
                     return True  # another one's `dvc` has recorded it
                 for stages in dict.fromkeys([tuple(sorted(self._ended)), (stage,)]):
-                    fault = remote.record(self.pipeline, stages, self.env, self._stop)
+                    fault = record(self.pipeline, stages, self._stop)
                     if fault is None:
                         self._ended -= {*stages}
                         return True
-                if fault == Fault.NO_RESULT and remote.answers(self.pipeline, DATA_STAGES[-1]):
+                if fault == Fault.NO_RESULT and remote_answers(self.pipeline, DATA_STAGES[-1]):
                     self._ended.remove(stage)
                     return False
             if not self._is_remote_away:
                 log.warning("The DVC remote does not answer, see %s; asking again", self.pipeline.log(stage))
             self._is_remote_away = True
-            self._pause(AWAY_SECONDS)
-
-    def _pause(self, seconds: float) -> None:
-        if self._stop.wait(seconds):
-            raise Stopped
+            pause(self._stop, AWAY_SECONDS)
 
 
 def _deploy(client: SyncPrefectClient, name: str, queue: str) -> UUID:

@@ -11,12 +11,13 @@ examples/digits, `prefect` is therefore as it came; name the pipeline instead, f
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from pathlib import Path
 
 from prefect.plugins import HookContext, SetupResult, register_hook
+
+from resgrid.errors import suggest
 
 DEPLOYMENTS = ("train-all", "train-cell", "prepare-data")  # those of prefect.yaml, each called like its flow
 
@@ -34,8 +35,8 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
         return None
     from tasks.services import no_proxy, running
 
-    if services := running(Path()):
-        return SetupResult(env={"PREFECT_API_URL": f"{services.prefect}/api", **no_proxy()})
+    if addresses := running(Path()):
+        return SetupResult(env={"PREFECT_API_URL": f"{addresses[0]}/api", **no_proxy()})
     if asked and not ctx.api_url:
         sys.exit(
             "prefect: no server of this project is running. Start it with `make up` in another terminal and "
@@ -53,15 +54,14 @@ def _complete(arguments: list[str]) -> bool:
     if begin is None:
         return False
     for i in range(begin, len(arguments)):
-        is_value = arguments[i - 1].startswith("-") and arguments[i - 1] != "--watch"
-        if is_value or arguments[i].startswith("-") or "/" in arguments[i]:
+        name, before = arguments[i], arguments[i - 1]
+        is_value = before.startswith("-") and before != "--watch"
+        if is_value or name.startswith("-") or "/" in name:
             continue
-        if arguments[i] not in DEPLOYMENTS:
-            near = difflib.get_close_matches(arguments[i], DEPLOYMENTS, n=1)
+        if name not in DEPLOYMENTS:
+            near = suggest(name, DEPLOYMENTS)
             sys.exit(
-                f"prefect: there is no deployment {arguments[i]!r}"
-                + (f"; did you mean {near[0]}?" if near else ".")
-                + f" This project has {', '.join(DEPLOYMENTS)}."
+                f"prefect: there is no deployment {name!r}{near} This project has {', '.join(DEPLOYMENTS)}."
             )
-        arguments[i] = f"{arguments[i]}/{arguments[i]}"
+        arguments[i] = f"{name}/{name}"
     return not {"--help", "-h"} & set(arguments)

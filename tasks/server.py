@@ -1,14 +1,20 @@
-"""What ResGrid asks of Prefect's server besides running flows: pools, queues, automations, lost runs."""
+"""What ResGrid asks of Prefect's server besides running flows: pools, automations, lost runs, artifacts."""
 
 from __future__ import annotations
 
+import csv
+import logging
+import re
+import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 import httpx
+from prefect import artifacts
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -18,7 +24,10 @@ from prefect.exceptions import ObjectAlreadyExists, PrefectException
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
+from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
+from resgrid.tracking import shown
+from resgrid.tracking.address import run_page
 from tasks.spec import QUEUE
 
 WATCHED = "resgrid-watched"  # the tag of deployments in pools of processes, where silence means an end
@@ -28,17 +37,18 @@ SILENCE_SECONDS = 60  # without one, a run is set to Crashed
 START_SECONDS = 90  # likewise, from a worker's taking of a run to its first sign of life
 FORMER_SECONDS = 24 * 3600.0  # without a worker's look, after which a queue may go
 PAGE = 200  # flow runs in one answer of the server
+PAUSE_SECONDS = 60.0  # without an artifact after one that failed, for such a call takes up to half a minute
 
 ACTIVE = ("SCHEDULED", "PENDING", "RUNNING")  # types of the states of runs that a cell may join
 TAKEN = ("PENDING", "RUNNING", "CANCELLING")  # by a worker
 AWAY = (httpx.HTTPError, PrefectException, OSError)  # what asking a server raises that is away
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
     """A client of the server at `url`, an API's address; raises ResgridError if it cannot be used."""
-    from resgrid.tracking import shown
-
     try:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
             client.raise_for_api_version_mismatch()
@@ -113,20 +123,15 @@ def end_runs(client: SyncPrefectClient, pool: str, why: str, seconds: float = 0.
     return len(runs)
 
 
-def delete_former_queues(client: SyncPrefectClient, current: str, dry_run: bool) -> list[str]:
-    """Delete the empty queues of other digests than `current` that no worker asks; return their names."""
-    names = []
-    for pool in client.read_work_pools():
-        for queue in client.read_work_queues(work_pool_name=pool.name):
-            asked = queue.last_polled or queue.created or datetime.now(UTC)
-            is_quiet = datetime.now(UTC) - asked > timedelta(seconds=FORMER_SECONDS)
-            is_former = QUEUE.fullmatch(queue.name) and not queue.name.startswith(current)
-            of_queue: dict[str, Any] = {"work_pools": named(pool.name), "work_pool_queues": named(queue.name)}
-            if is_former and is_quiet and not read_runs(client, ACTIVE, **of_queue):
-                names.append(queue.name)
-                if not dry_run:
-                    client.delete_work_queue_by_id(queue.id)
-    return names
+def delete_former_queues(client: SyncPrefectClient, pool: str, current: str) -> None:
+    """Delete the empty queues of a pool of other digests than `current` that no worker asks."""
+    for queue in client.read_work_queues(work_pool_name=pool):
+        asked = queue.last_polled or queue.created or datetime.now(UTC)
+        is_quiet = datetime.now(UTC) - asked > timedelta(seconds=FORMER_SECONDS)
+        is_former = QUEUE.fullmatch(queue.name) and not queue.name.startswith(current)
+        of_queue: dict[str, Any] = {"work_pools": named(pool), "work_pool_queues": named(queue.name)}
+        if is_former and is_quiet and not read_runs(client, ACTIVE, **of_queue):
+            client.delete_work_queue_by_id(queue.id)
 
 
 def read_runs(
@@ -148,3 +153,62 @@ def read_runs(
 def named(*names: str) -> dict[str, object]:
     """The filter for pools or queues of these names."""
     return {"name": {"any_": names}}
+
+
+class Page:
+    """The artifacts of one flow run: progress, a link a cell to MLflow, the leaderboard. Nothing here raises.
+
+    A server that is away is no reason to stop training, so what cannot be published is left out.
+    """
+
+    def __init__(self, pipeline: Pipeline, mlflow: str | None) -> None:
+        """`mlflow` is where its pages are served, if they are."""
+        self._mlflow = mlflow
+        self._board = pipeline.folder / "reports/leaderboard.csv"
+        self._suffix = _key(pipeline.name) or "root"
+        self._progress: UUID | None = None
+        self._sending = threading.Lock()
+        self._away_until = 0.0
+
+    def progress(self, percent: float, text: str) -> None:
+        """Show how far the grid is, in place of the figure before."""
+
+        def show() -> None:
+            if self._progress is None:
+                created = artifacts.create_progress_artifact(
+                    percent, key=f"progress-{self._suffix}", description=text
+                )
+                self._progress = cast(UUID, created)  # as in all synchronous code
+            else:
+                artifacts.update_progress_artifact(self._progress, percent, description=text)
+
+        self._publish(show)
+
+    def leaderboard(self) -> None:
+        """reports/leaderboard.csv as a table, if it is there."""
+        if self._board.is_file():
+            with self._board.open(encoding="utf-8", newline="") as lines:
+                table = [{key: value or None for key, value in row.items()} for row in csv.DictReader(lines)]
+            key, text = f"leaderboard-{self._suffix}", f"`{self._board}`"
+            self._publish(lambda: artifacts.create_table_artifact(table, key=key, description=text))
+
+    def link(self, experiment: str, cell: str) -> None:
+        """To the cell's run in MLflow, if it answers; called within its task, whose page then shows it."""
+        if page := self._mlflow and run_page(self._mlflow, experiment, cell):
+            key, text = f"mlflow-{_key(cell)}", f"{cell} in MLflow"
+            self._publish(lambda: artifacts.create_link_artifact(page, link_text=text, key=key))
+
+    def _publish(self, publish: Callable[[], object]) -> None:
+        with self._sending:
+            if time.monotonic() < self._away_until:
+                return
+            try:
+                publish()
+            except Exception as error:  # whatever a server that is away may raise
+                self._away_until = time.monotonic() + PAUSE_SECONDS
+                log.warning("Prefect's page is not up to date: %s", error)
+
+
+def _key(name: str) -> str:
+    """As keys of artifacts are: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

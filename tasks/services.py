@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from resgrid import watch
 from resgrid.config import load_params
-from resgrid.dvc.process import Stopped
+from resgrid.dvc.process import Stopped, pause
 from resgrid.errors import ResgridError
 from resgrid.stage_record import read_state, write_state
 
@@ -48,19 +47,14 @@ POLL_SECONDS = 0.2
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Addresses:
-    """Where the services of a project answer."""
+def running(root: Path) -> tuple[str, str] | None:
+    """The addresses of Prefect and MLflow that `up` keeps running for the project, once both answer.
 
-    prefect: str  # http://127.0.0.1:4200, its API under /api
-    mlflow: str  # a server of ours, or the one that MLFLOW_TRACKING_URI names
-
-
-def running(root: Path) -> Addresses | None:
-    """The services that `up` keeps running for the project in `root`, if all of them answer."""
+    MLflow's is that of a server of ours, or of the one that MLFLOW_TRACKING_URI names.
+    """
     state: Any = read_state(root / STATE)
     is_up = state and "prefect" in state and watch.alive(state["by"])
-    return Addresses(state["prefect"], state["mlflow"]) if is_up else None
+    return (state["prefect"], state["mlflow"]) if is_up else None
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:
@@ -76,6 +70,13 @@ def environment(root: Path, **more: str) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         **more,
     }
+
+
+def mlflow_address(root: Path) -> str | None:
+    """Where MLflow's pages are served, if they are: by `resgrid up`, or by a server that serves the store."""
+    addresses = running(root)
+    uri = addresses[1] if addresses else os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else None
 
 
 def no_proxy() -> dict[str, str]:
@@ -100,7 +101,7 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
         only_one = FileLock(root / ".resgrid/locks/services.lock").acquire(timeout=0)
     except Timeout:
         others = running(root)
-        where = f": Prefect {others.prefect}, MLflow {others.mlflow}" if others else ""
+        where = ": Prefect {}, MLflow {}".format(*others) if others else ""
         raise ResgridError(
             f"the services of this project run already{where}. Use those, or end them with Ctrl-C where they "
             "were started."
@@ -150,7 +151,7 @@ class _Services:
         )
         os.environ.update(self.env)  # before Prefect is imported here
         self._spawn("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(port))
-        mlflow = self._start_mlflow(mlflow_port, port)
+        mlflow = self._start_mlflow(mlflow_port)
         self._wait_for("prefect", f"{self.prefect}/api/health")
         log.info("Prefect      %s", self.prefect)
         from tasks import server
@@ -174,7 +175,7 @@ class _Services:
             "\nWithout -p it trains the grid of this folder's own params.yaml. Ctrl-C here ends all of it."
         )
 
-    def _start_mlflow(self, port: int, taken: int) -> str:
+    def _start_mlflow(self, port: int) -> str:
         """A server on the pipeline's store, unless MLFLOW_TRACKING_URI names a server; return its address."""
         from resgrid import tracking
         from resgrid.tracking.store import SETTINGS, server, shown
@@ -184,7 +185,7 @@ class _Services:
             self.env["MLFLOW_TRACKING_URI"] = uri  # a relative path would mean a store for each pipeline
         if uri.startswith(("http://", "https://", "databricks")):
             return shown(uri)
-        port = _free_port("MLflow", port, taken)
+        port = _free_port("MLflow", port)
         # First of all directly: what a server makes has no place in the file system (`mlflow-artifacts:/`).
         tracking.open_store(load_params(self.root / "params.yaml").name, self.root)
         self.env = SETTINGS | self.env
@@ -197,8 +198,7 @@ class _Services:
             if (code := process.poll()) is not None:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
                 self._fail(name, f"{name} ended by itself ({how})")
-        if self.stop.wait(POLL_SECONDS):
-            raise Stopped
+        pause(self.stop, POLL_SECONDS)
 
     def end(self) -> None:
         """End everything: flow runs, the worker, MLflow, Prefect; nothing is left when this returns."""
@@ -245,7 +245,7 @@ class _Services:
         raise ResgridError(f"{what}. The end of its log:{tail}\n    All of it: {self._log(name)}")
 
 
-def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
+def _free_port(what: str, wanted: int) -> int:
     """`wanted`, or the next port that nobody holds, which is logged. Raises ResgridError if there is none."""
     for port in range(wanted, min(wanted + 50, 65536)):
         # Asked first: macOS lets one bind 127.0.0.1 where another program (AirPlay, on 5000) has them all.
@@ -253,8 +253,6 @@ def _free_port(what: str, wanted: int, taken: int | None = None) -> int:
             continue
         # As the servers do, with SO_REUSEADDR: connections that were closed a minute ago do not count.
         with suppress(OSError), socket.create_server((HOST, port)):
-            if port == taken:
-                continue
             if port != wanted:
                 log.info("Port %d is taken: %s takes %d", wanted, what, port)
             return port

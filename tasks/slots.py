@@ -69,9 +69,22 @@ def share(
     if devices := mps.cards():
         known = {name: int(gib * GIB) for name, gib in CUDA_GIB.items()} | dict(footprints or {})
         most = max(known.values())
-        largest = max((known.get(name, most) for name in architectures), default=most)
-        sharing = mps.MAX_SHARING if mps.available() else 1
-        return _on_cards(devices, largest + CUDA_CONTEXT_BYTES, num_cells, cores, slots, sharing)
+        each = max((known.get(name, most) for name in architectures), default=most) + CUDA_CONTEXT_BYTES
+        limit = mps.MAX_SHARING if mps.available() else 1
+        rooms = [max(1, min(limit, card.free_bytes // each)) for card in devices]
+        if slots is None:
+            # A process of its own launches the kernels of each cell, and needs a core to do so.
+            slots = max(1, min(sum(rooms), num_cells, max(cores, len(devices))))
+        else:
+            rooms = [-(-slots // len(devices))] * len(devices)
+        # One on each card, then a second on each: the first cells to start are the longest, and they spread.
+        turns = sorted((turn, card) for card, room in enumerate(rooms) for turn in range(room))[:slots]
+        sharing, threads = Counter(card for _, card in turns), max(1, cores // slots)
+        names = [card.name for card in devices]
+        return [
+            Slot(f"cuda:{names[i]} {turn + 1}/{sharing[i]}", threads, names[i], sharing[i])
+            for turn, i in turns
+        ]
     if slots is None:
         # Metal's one queue gains little from sharing, and its memory is the machine's.
         on_metal = sys.platform == "darwin" and os.environ.get("RESGRID_DEVICE") in (None, "", "auto", "mps")
@@ -83,27 +96,3 @@ def share(
 def whole_machine() -> Slot:
     """All of it, for a stage that runs alone."""
     return Slot("all cores", num_cores())
-
-
-def _on_cards(
-    devices: list[mps.Card],
-    each: int,
-    num_cells: int,
-    cores: int,
-    slots: int | None,
-    max_sharing: int = mps.MAX_SHARING,
-) -> list[Slot]:
-    if slots is None:
-        rooms = [max(1, min(max_sharing, card.free_bytes // each)) for card in devices]
-        # A process of its own launches the kernels of each cell, and needs a core to do so.
-        slots = max(1, min(sum(rooms), num_cells, max(cores, len(devices))))
-    else:
-        rooms = [-(-slots // len(devices))] * len(devices)
-    # One on each card, then a second on each: the first cells to start are the longest, and they spread.
-    places = list(zip([card.name for card in devices], rooms, strict=True))
-    turns = [(turn, name) for turn in range(max(rooms)) for name, room in places if turn < room][:slots]
-    sharing = Counter(name for _, name in turns)
-    threads = max(1, cores // slots)
-    return [
-        Slot(f"cuda:{name} {turn + 1}/{sharing[name]}", threads, name, sharing[name]) for turn, name in turns
-    ]

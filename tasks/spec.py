@@ -14,10 +14,10 @@ from importlib import metadata
 from typing import Self
 
 from pydantic import BaseModel
-from ruamel.yaml import YAML
 
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
+from resgrid.project import read_yaml
 
 DATA_STAGES = ("download", "preprocess")  # the cells are trained on what the last of them makes
 DEVICES = ("cpu", "cuda", "mps")
@@ -68,12 +68,8 @@ def checkout(pipeline: Pipeline) -> tuple[str, str]:
         lines = git("status", "--porcelain", "-z", "--no-renames").split("\0")
     except (OSError, subprocess.CalledProcessError):
         raise ResgridError(f"{pipeline.root}: is in no git repository with a commit.") from None
-    changed = [
-        line[3:]
-        for line in lines
-        if line[3:].rpartition("/")[2] not in ("", "dvc.lock", ".gitignore")
-        and (not line.startswith("??") or line.startswith("?? src/"))
-    ]
+    counting = [line[3:] for line in lines if not line.startswith("??") or line.startswith("?? src/")]
+    changed = [path for path in counting if path.rpartition("/")[2] not in ("", "dvc.lock", ".gitignore")]
     if changed:
         raise ResgridError(
             f"{pipeline.root}: {', '.join(changed[:3])}{' and others' if changed[3:] else ''} differ from "
@@ -99,12 +95,10 @@ def difference(pipeline: Pipeline, commit: str, digest: str) -> str | None:
 
 def recorded_data(pipeline: Pipeline) -> str | None:
     """DVC's hash of the processed data, by this checkout's dvc.lock."""
-    try:
-        lock = YAML(typ="safe").load(pipeline.folder / "dvc.lock")
-        (out,) = lock["stages"][DATA_STAGES[-1]]["outs"]
+    with suppress(ResgridError, KeyError, TypeError, ValueError):
+        (out,) = read_yaml(pipeline.folder / "dvc.lock")["stages"][DATA_STAGES[-1]]["outs"]
         return str(out["md5"])
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return None
+    return None
 
 
 def installed() -> dict[str, str]:

@@ -42,15 +42,13 @@ class Status:
         }
 
     def __str__(self) -> str:
-        last = {record.stage: line for record, line in self.running}
-        stages = {record.stage: record.started for record, _ in self.running}
+        stages = {record.stage: (record.started, line) for record, line in self.running}
         rows: list[tuple[str, str, float | None, str]] = []
         for each in self.cells:
+            _, line = stages.pop(each.cell.stage, (0.0, ""))
             slot = each.at_work.slot if each.at_work else ""
-            text = last.get(each.cell.stage) or slot or each.reason.partition("\n")[0]
-            rows.append((each.cell.id, each.word, each.since, text))
-            stages.pop(each.cell.stage, None)
-        rows += [(stage, State.RUNNING, started, last[stage]) for stage, started in stages.items()]
+            rows.append((each.cell.id, each.word, each.since, line or slot or each.reason.partition("\n")[0]))
+        rows += [(stage, State.RUNNING, *of_stage) for stage, of_stage in stages.items()]
         rows.sort(key=lambda row: (row[1] != State.RUNNING, row[1] != State.QUEUED))  # those at work first
         width, lines = max(len(row[0]) for row in rows), []
         for title, word, since, text in rows:
@@ -66,27 +64,19 @@ class Status:
         if not self.grid.is_alive:
             return ["The last train-all was killed. Run it again: what it had finished is kept."]
         since = duration(time.time() - self.grid.started)
-        line = f"train-all has been running for {since}; {time_left(self.grid)}."
+        line = f"train-all has been running for {since}; {self.grid.time_left}."
         return [line, *([self.grid.url] if self.grid.url else [])]
 
 
 def status(pipeline: Pipeline) -> Status:
     """The state of a pipeline now; raises ResgridError for a params.yaml that cannot be used."""
     cells = expand(load_params(pipeline.folder / "params.yaml"))
-    records = [pipeline.record(path.stem) for path in sorted(pipeline.state("").parent.glob("*.json"))]
+    running = [each for each in pipeline.records() if each.is_running]
     return Status(
         grid=read_grid_run(pipeline.root, pipeline.folder),
         cells=cell_states(cells, pipeline.folder, pipeline.root),
-        running=[
-            (each, _last_line(pipeline.log(each.stage))) for each in records if each and each.is_running
-        ],
+        running=[(each, _last_line(pipeline.log(each.stage))) for each in running],
     )
-
-
-def time_left(grid: GridRun) -> str:
-    """As one would say it."""
-    left = "unknown until a cell of every architecture has been trained"
-    return f"time left: {left if grid.until is None else duration(max(0.0, grid.until - time.time()))}"
 
 
 def watch(pipeline: Pipeline) -> None:

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 
+import psutil
 from filelock import FileLock, Timeout
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -26,14 +27,14 @@ from prefect.states import Completed, Crashed, Failed
 
 from resgrid import mps, tracking, watch
 from resgrid.config import load_params
-from resgrid.dvc import remote
+from resgrid.dvc.ask import push, record, remote_name
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.dvc.process import StageFailed, acquire, reproduce
+from resgrid.dvc.process import StageFailed, acquire, members, reproduce
 from resgrid.errors import ResgridError
 from resgrid.grid import find_cell
 from resgrid.stage_record import Fault
-from tasks.grid import RETRIED, begin_flow, flow_environment
-from tasks.server import BEAT_SECONDS, make_pool, prefect_client
+from tasks.grid import RETRIED, begin_flow
+from tasks.server import BEAT_SECONDS, delete_former_queues, make_pool, prefect_client
 from tasks.services import POOL, environment, running
 from tasks.slots import Slot, share
 from tasks.spec import DATA_STAGES, RunSpec, checkout, difference, recorded_data
@@ -86,19 +87,18 @@ def _train(cell: str, pipeline: Pipeline, spec: RunSpec, slot: Slot) -> None:
     _compare(pipeline, spec)
     with acquire(pipeline.lock("data"), "another run, which brings the data", stop):
         has_data = recorded_data(pipeline) == spec.data and (pipeline.folder / "data/processed").is_dir()
-        if not has_data and remote.record(pipeline, DATA_STAGES, {}, stop) is not None:
+        if not has_data and record(pipeline, DATA_STAGES, stop) is not None:
             # They were pushed before any cell was placed, so a remote without them is away.
             why = "the DVC remote does not give the grid's data"
             raise StageFailed(DATA_STAGES[-1], why, [], pipeline.log(DATA_STAGES[0]), Fault.CONNECTION)
     if (data := recorded_data(pipeline)) != spec.data:
         raise Mismatch(f"the data here are {data}, the grid's {spec.data}")
-    env = {**flow_environment(), **slot.env}
-    reproduce(pipeline, stage, env, pull=True, stop=stop)
+    reproduce(pipeline, stage, slot.env, pull=True, stop=stop)
     _compare(pipeline, spec)  # or a result of other code would go out
     # All outputs that are recorded here before the run cache, of which DVC pushes all: an entry whose
     # outputs are not there would be in the way of another worker's.
-    remote.push(pipeline, [], stop, log=f"push-{stage}")
-    remote.push(pipeline, ["--run-cache", stage], stop, log=f"push-{stage}")
+    push(pipeline, [], stop, log=f"push-{stage}")
+    push(pipeline, ["--run-cache", stage], stop, log=f"push-{stage}")
 
 
 def _compare(pipeline: Pipeline, spec: RunSpec) -> None:
@@ -134,7 +134,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         raise ResgridError(f"{root}: there is no prefect.yaml here. Run this in the project's root folder.")
     pipeline = Pipeline.find(root)
     env = _environment(root)
-    storage = remote.name(pipeline)
+    storage = remote_name(pipeline)
     shares = share(slots or os.cpu_count() or 1, slots=slots)
     is_coordinator = pool == POOL  # it runs train-all itself, whatever its files
     commit, digest = ("", "") if is_coordinator else checkout(pipeline)
@@ -150,6 +150,8 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
         command += ["--work-queue", queue]
     with prefect_client(env["PREFECT_API_URL"]) as client:
         make_pool(client, pool, queues)  # first: a worker whose queue is not there yet takes nothing from any
+        if not is_coordinator:
+            delete_former_queues(client, pool, digest)
     if is_coordinator:
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         if subprocess.run(deploy, cwd=root, env=env, check=False).returncode:
@@ -158,34 +160,22 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     with ExitStack() as exits:
         env |= exits.enter_context(mps.shared(slot.card for slot in shares))
         while not stop.is_set():
-            with _ended(subprocess.Popen(command, cwd=root, env=env, process_group=0)) as process:
+            process = subprocess.Popen(command, cwd=root, env=env, process_group=0)
+            try:
                 while process.poll() is None and not stop.wait(COMPARE_SECONDS):
                     if not is_coordinator and (why := difference(pipeline, commit, digest)):
                         raise ResgridError(f"The worker leaves: {why}")
+            finally:
+                # Asked to end, Prefect's worker would kill its flows at once (see `tasks.services`); without
+                # it they end their trainers and say so, as `begin_flow` has it.
+                process.kill()
+                psutil.wait_procs(members(process), LEAVE_SECONDS)
+                watch.end_group(process, 0.0)
             if not stop.is_set():
                 log.warning("Prefect's worker has ended; it starts again in %.0f s", RESTART_SECONDS)
                 stop.wait(RESTART_SECONDS)
     log.info("The worker has left.")
     return 0
-
-
-@contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """End Prefect's worker, and wait for its flows to end their trainers and to say so.
-
-    Told to end it would kill them at once (see `tasks.services`); without it they end as `begin_flow` has it.
-    """
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + LEAVE_SECONDS
-        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's of a group of zombies
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
-                time.sleep(0.1)
-        watch.end_group(process, 0.0)
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -196,9 +186,9 @@ def _environment(root: Path) -> dict[str, str]:
         # Without a server Prefect's worker gives up after 45 times as long, and its flows end with it.
         PREFECT_WORKER_QUERY_SECONDS=os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "5"),
     )
-    if services := running(root):
-        env.setdefault("PREFECT_API_URL", f"{services.prefect}/api")
-        env.setdefault("MLFLOW_TRACKING_URI", services.mlflow)
+    if addresses := running(root):
+        prefect, mlflow = addresses
+        env = {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow} | env
     for variable, example in SERVERS.items():
         if not env.get(variable, "").startswith(("http://", "https://")):
             raise ResgridError(f"{variable} names no server: set it to an address such as {example}.")

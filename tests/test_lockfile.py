@@ -68,78 +68,34 @@ def mend(repository: Sleeping) -> None:
     assert repository.run("dvc", "repro", "-k").returncode == 0
 
 
-def assert_all_is_recorded(repository: Sleeping) -> None:
-    assert repository.run("dvc", "status", "--json").stdout.strip() == "{}"
+def train_again(repository: Sleeping) -> None:
+    """Train a cell anew, so that its entry is none of the copy's."""
+    assert reproduce(Pipeline.find(repository.root), STAGE, {}, force=True)
 
 
-def cut(repository: Sleeping, size: int = PART) -> None:
-    lock(repository).write_bytes(lock(repository).read_bytes()[:size])
-
-
-def train_again(repository: Sleeping) -> float:
-    """Train a cell anew, so that its entry is none of the copy's; when its command ended."""
-    pipeline = Pipeline.find(repository.root)
-    assert reproduce(pipeline, STAGE, {}, force=True)
-    record = pipeline.record(STAGE)
-    assert record is not None and record.ended is not None  # noqa: PT018
-    return record.ended
-
-
-def test_a_lock_that_a_kill_has_cut_is_told_from_a_whole_one_wherever_it_is_cut(recorded: Sleeping) -> None:
-    """Inside lines, at the end of an entry, or before it; written a second after the command."""
-    ended, pipeline = train_again(recorded), Pipeline.find(recorded.root)
+def test_a_lock_that_is_cut_within_a_line_or_after_a_key_is_told_from_a_whole_one(recorded):
     content = lock(recorded).read_bytes()
-    assert not is_cut(pipeline)
-    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    last = content.rindex(b"\n  train@")  # of whose entry some lines may be gone, and all others be there
-    for size in [0, *(end for end in ends if end <= last), *set(range(1, len(content), 97)) - {*ends}]:
+    assert not is_cut(lock(recorded))
+    keys = [i + 1 for i in range(len(content)) if content[i - 1 : i + 1] == b":\n"]
+    for size in [0, *keys, *(size for size in range(1, len(content), 97) if content[size - 1] != ord("\n"))]:
         lock(recorded).write_bytes(content[:size])
-        os.utime(lock(recorded), (ended + 1, ended + 1))
-        assert is_cut(pipeline), content[:size][-80:]
+        assert is_cut(lock(recorded)), content[:size][-80:]
 
 
-def test_dvc_restores_what_a_cut_inside_the_last_entry_has_lost(recorded: Sleeping) -> None:
-    """At the end of a line, where the file is not told from one that git has made."""
-    content, trained = lock(recorded).read_text(), recorded.trained()
-    lock(recorded).write_text(content[: content.rindex("\n      hash: md5") + 1])
-    mend(recorded)
-    assert_all_is_recorded(recorded)
-    assert recorded.trained() == trained
+def test_a_whole_lock_of_gits_or_of_a_hand_is_left_as_it_is(recorded):
+    whole = lock(recorded).read_text()
+    entries = re.split(r"^(?=  \S)", whole, flags=re.MULTILINE)
+    for content in ("".join(entries[:-2]), "# by hand\n" + whole, "".join(entries[:3] + entries[4:])):
+        lock(recorded).write_text(content)
+        repair(Pipeline.find(recorded.root))
+        assert lock(recorded).read_text() == content
 
 
-def test_a_lock_that_git_or_a_hand_has_made_shorter_stays_as_it_is(recorded: Sleeping) -> None:
-    """At the end of an entry, where a kill might have left it: nothing ran, or long before."""
-    whole, pipeline = lock(recorded).read_text(), Pipeline.find(recorded.root)
-    entries = [i.start() for i in re.finditer(r"^  \S", whole, flags=re.MULTILINE)]
-    shorter = whole[: entries[-2]]
-    lock(recorded).write_text(shorter)
-    assert not is_cut(pipeline)
-    lock(recorded).write_text(whole)
-    ended = train_again(recorded)
-    lock(recorded).write_text(shorter)
-    os.utime(lock(recorded), (ended + 60, ended + 60))
-    assert not is_cut(pipeline)
-    lock(recorded).write_text("# by hand\n" + whole)
-    assert not is_cut(pipeline)
-
-
-def test_conflict_markers_are_refused_with_what_git_offers_and_nothing_is_replaced(
-    recorded: Sleeping,
-) -> None:
-    """Two branches that recorded another training of the same cell, merged by git."""
-    for command in (
-        "git config user.name t", "git config user.email t@t.invalid", "git add -A", "git commit -qm start",
-        "git switch -qc other",
-    ):  # fmt: skip
-        assert recorded.run(*command.split()).returncode == 0
-    train_again(recorded)
-    for command in ("git commit -qam theirs", "git switch -q main", "dvc checkout -q --force"):
-        assert recorded.run(*command.split()).returncode == 0
-    train_again(recorded)
-    assert recorded.run("git", "commit", "-qam", "ours").returncode == 0
-    assert recorded.run("git", "merge", "other").returncode == 1
-    conflict = lock(recorded).read_text()
-    assert "<<<<<<< HEAD" in conflict
+def test_conflict_markers_are_refused_with_what_git_offers_and_nothing_is_replaced(recorded):
+    """As a merge of two branches leaves them that recorded another training of the same cell."""
+    whole = lock(recorded).read_text()
+    conflict = f"<<<<<<< HEAD\n{whole}=======\n{whole}>>>>>>> other\n"
+    lock(recorded).write_text(conflict)
     for command in ("plan", "sync"):
         done = recorded.run("resgrid", command)
         assert done.returncode == 1
@@ -148,65 +104,49 @@ def test_conflict_markers_are_refused_with_what_git_offers_and_nothing_is_replac
     with pytest.raises(ResgridError, match="conflict markers"):  # as train-all begins
         repair(Pipeline.find(recorded.root))
     assert lock(recorded).read_text() == conflict
-    for command in ("git checkout --theirs dvc.lock", "git add dvc.lock"):
-        assert recorded.run(*command.split()).returncode == 0
-    assert recorded.run("resgrid", "plan").returncode == 0
 
 
-@pytest.mark.parametrize("size", [0, PART])
-def test_what_is_trained_after_the_copy_is_recorded_from_its_latest_run(
-    recorded: Sleeping, size: int
-) -> None:
-    """Also of a forced run, of whose inputs the run cache has an earlier result."""
-    pipeline = Pipeline.find(recorded.root)
-    assert reproduce(pipeline, STAGE, {}, force=True)
+@pytest.mark.parametrize("at", ["nothing", "a buffer", "a line", "an entry"])
+def test_what_a_cut_has_lost_is_recorded_again_from_its_latest_run(recorded, at):
+    """Also of a forced run since the copy was made, of whose inputs the run cache has an earlier result."""
+    train_again(recorded)
     expected, weights = recorded_weights(recorded), (recorded.root / f"runs/{CELL}/weights").read_bytes()
     recorded.run("dvc", "repro", "--single-item", "evaluate")
-    trained = recorded.trained()
-    cut(recorded, size)
+    content, trained = lock(recorded).read_text(), recorded.trained()
+    ends = {"nothing": 0, "a buffer": PART, "a line": content.rindex("\n      hash: md5") + 1,
+            "an entry": content.rindex("\n  train@") + 1}  # fmt: skip
+    lock(recorded).write_text(content[: ends[at]])
     mend(recorded)
     assert recorded_weights(recorded) == expected
     assert (recorded.root / f"runs/{CELL}/weights").read_bytes() == weights
-    assert_all_is_recorded(recorded)
+    assert recorded.run("dvc", "status", "--json").stdout.strip() == "{}"
     assert recorded.trained() == trained
 
 
-def test_after_dvc_gc_nothing_that_is_recorded_is_trained_anew(recorded: Sleeping) -> None:
-    pipeline = Pipeline.find(recorded.root)
+def test_after_dvc_gc_nothing_that_is_recorded_is_trained_anew(recorded):
     before = recorded_weights(recorded)
-    assert reproduce(pipeline, STAGE, {}, force=True)  # its entry's outputs go with the next lines
+    train_again(recorded)  # the earlier entry's outputs go with the next lines
     recorded.run("dvc", "repro", "--single-item", "evaluate")
-    make_plan(pipeline)
-    expected = recorded_weights(recorded)
+    make_plan(Pipeline.find(recorded.root))
+    expected, trained = recorded_weights(recorded), recorded.trained()
     assert expected != before
     assert recorded.run("dvc", "gc", "--workspace", "--force").returncode == 0
-    trained = recorded.trained()
-    cut(recorded)
+    lock(recorded).write_bytes(lock(recorded).read_bytes()[:PART])
     mend(recorded)
     assert recorded_weights(recorded) == expected
-    assert_all_is_recorded(recorded)
+    assert recorded.run("dvc", "status", "--json").stdout.strip() == "{}"
     assert recorded.trained() == trained
-
-
-def test_a_whole_lock_of_gits_or_of_a_hand_is_left_as_it_is(recorded: Sleeping) -> None:
-    whole = YAML(typ="safe").load(lock(recorded))
-    del whole["stages"][STAGE]
-    with lock(recorded).open("w") as file:
-        YAML().dump(whole, file)
-    before = lock(recorded).read_bytes()
-    repair(Pipeline.find(recorded.root))
-    assert lock(recorded).read_bytes() == before
 
 
 @pytest.mark.parametrize("num", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_a_dvc_killed_at_random_moments_of_its_writing_costs_no_record_and_no_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int
-) -> None:
+    tmp_path, monkeypatch, num
+):
     seeds = "0, 1, 2, 3"
     repository = all_recorded(tmp_path / "r", "resnet20, resnet32, resnet44", "sgd, adam, rmsprop", seeds)
     for name, value in repository.env.items():
         monkeypatch.setenv(name, value)
-    pipeline, draws, num_cut = Pipeline.find(repository.root), random.Random(num), 0
+    draws, num_cut = random.Random(num), 0
     for i in range(num):
         size = lock(repository).stat().st_size
         command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", STAGE]
@@ -219,7 +159,7 @@ def test_a_dvc_killed_at_random_moments_of_its_writing_costs_no_record_and_no_tr
         time.sleep(draws.uniform(0, 0.3) if i else 0.0)
         os.killpg(dvc.pid, signal.SIGKILL)
         dvc.communicate()
-        num_cut += is_cut(pipeline)
+        num_cut += is_cut(lock(repository))
         trained = [each for each in repository.trained() if each != "evaluate"]
         weights = (repository.root / f"runs/{CELL}/weights").read_bytes()
         mend(repository)

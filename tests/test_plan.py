@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sleeping import Sleeping, sleeping
+from sleeping import Sleeping, sleeping, wait_until
 from small import DIGITS, ROOT
 
 from resgrid import mps
@@ -30,6 +30,7 @@ from tasks.slots import Slot
 from tasks.status import status
 
 GRID = ["resnet20-sgd-0", "resnet20-adam-0", "resnet110-sgd-0", "resnet110-adam-0"]
+WEIGHTS = "runs/resnet20-sgd-0/weights"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,19 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
     repository.behave("resnet110-adam-0", "exit 1")
     assert repository.run("dvc", "repro", "-k").returncode != 0
     return repository
+
+
+@pytest.fixture(autouse=True)
+def undone(repository: Sleeping) -> Iterator[None]:
+    """What a test has changed, or added to a run, is as before when it has ended."""
+    files = [repository.root / name for name in ("params.yaml", "dvc.yaml", "code/net.py", WEIGHTS)]
+    before = {file: file.read_bytes() for file in files}
+    (repository.root / WEIGHTS).unlink()  # it may be a link into the cache
+    (repository.root / WEIGHTS).write_bytes(before[repository.root / WEIGHTS])
+    yield
+    for file, content in before.items():
+        file.write_bytes(content)
+    (repository.root / "runs/resnet20-sgd-0/timing.json").unlink(missing_ok=True)
 
 
 def plan_of(repository: Sleeping, **more):
@@ -78,64 +92,44 @@ def test_every_stage_is_in_the_plan_in_the_order_of_dvc_yaml(repository):
             "resnet110-sgd-0": ("recipes.resnet110 has changed",),
         }),
         ("code/net.py", "depth = 20", "depth = 32", dict.fromkeys(GRID[:3], ("code has changed",))),
-        ("runs/resnet20-sgd-0/weights", "resnet20", "resnet32",
-         {"resnet20-sgd-0": ("runs/resnet20-sgd-0/weights has changed",)}),
+        (WEIGHTS, "resnet20", "resnet32", {"resnet20-sgd-0": (f"{WEIGHTS} has changed",)}),
         ("dvc.yaml", "sh work.sh preprocess data", "sh  work.sh preprocess data",
          {"preprocess": ("its command has changed",)}),
         ("params.yaml", "name: cifar10 #", "name: cifar10 # a comment", {}),
     ],
 )  # fmt: skip
 def test_a_change_is_given_as_the_reason_and_dvc_agrees(repository, path, old, new, reasons):
-    file = repository.root / path
-    before = file.read_text()
-    file.unlink()  # it may be a link into the cache
-    file.write_text(before)
     if old is None:
         repository.set(*new.split())
     else:
         repository.edit(path, old, new)
-    try:
-        stale = [step for step in plan_of(repository).steps if step.state == "stale"]
-        assert {step.title: step.why for step in stale} == reasons | NEVER
-        public = json.loads(repository.run("dvc", "status", "--json", "dvc.yaml").stdout)
-        assert {step.stage for step in stale} == set(public)
-    finally:
-        file.write_text(before)
+    stale = [step for step in plan_of(repository).steps if step.state == "stale"]
+    assert {step.title: step.why for step in stale} == reasons | NEVER
+    public = json.loads(repository.run("dvc", "status", "--json", "dvc.yaml").stdout)
+    assert {step.stage for step in stale} == set(public)
 
 
 def test_a_missing_output_is_named(repository):
-    file = repository.root / "runs/resnet20-sgd-0/weights"
-    content = file.read_bytes()
-    file.unlink()
-    try:
-        assert why(repository)["resnet20-sgd-0"] == ("runs/resnet20-sgd-0/weights is missing",)
-    finally:
-        file.write_bytes(content)
+    (repository.root / WEIGHTS).unlink()
+    assert why(repository)["resnet20-sgd-0"] == (f"{WEIGHTS} is missing",)
 
 
 def test_what_comes_after_a_stale_stage_is_looked_at_again(repository):
     repository.set("preprocess.seed=1")
-    try:
-        plan = plan_of(repository)
-        assert plan.by_title["preprocess"].why == ("preprocess has changed",)
-        cell = plan.by_title["resnet20-sgd-0"]
-        assert (cell.state, cell.why) == ("after", ("after preprocess",))
-        assert plan.by_title["download"].state == "up to date"
-    finally:
-        repository.set("preprocess.seed=0")
+    plan = plan_of(repository)
+    assert plan.by_title["preprocess"].why == ("preprocess has changed",)
+    cell = plan.by_title["resnet20-sgd-0"]
+    assert (cell.state, cell.why) == ("after", ("after preprocess",))
+    assert plan.by_title["download"].state == "up to date"
 
 
 def test_while_a_stage_runs_the_plan_says_that_dvc_is_busy_and_with_what(repository):
     """`dvc status` ends as busy meanwhile."""
     repository.behave("resnet110-adam-0", "touch begun; while [ ! -f behave/go ]; do sleep 0.1; done; exit 1")
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@resnet110-adam-0"]
-    by_hand = subprocess.Popen(
-        command, cwd=repository.root, env=repository.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "dvc", "repro", "-q", "--single-item", "train@resnet110-adam-0"]
+    by_hand = subprocess.Popen(command, cwd=repository.root, env=repository.env, stderr=subprocess.DEVNULL)
     try:
-        while not (repository.root / "begun").exists():
-            assert by_hand.poll() is None
-            time.sleep(0.05)
+        wait_until((repository.root / "begun").exists)
         with pytest.raises(Busy, match=f"DVC is busy with process {by_hand.pid} "):
             plan_of(repository)
         done = repository.run("resgrid", "plan")
@@ -162,143 +156,87 @@ def test_a_number_that_a_trained_cell_no_longer_has_is_the_reason_with_both_valu
 
 def test_expected_times_come_from_earlier_runs_and_carry_over_by_flops(repository):
     """50,000 images, 250 epochs: at 1,000 images/s 12,500 s; ResNet-110 takes 1.52 / 0.24 as long."""
-    run = repository.root / "runs/resnet20-sgd-0/timing.json"
-    run.write_text('{"images_per_second": 1000.0, "device": "cpu", "threads": 1}')
     pipeline = Pipeline.find(repository.root)
     for record in pipeline.state("").parent.glob("*.json"):
         record.unlink()
-    state = pipeline.state("evaluate")
-    write_state(state, vars(Record("evaluate", "1:1", 1000.0, 1077.0, State.DONE)))
-    try:
-        plan = plan_of(repository, slots=slots.num_cores())  # one thread each
-        assert plan.by_title["resnet20-sgd-0"].seconds == 12_500.0
-        assert plan.by_title["resnet110-sgd-0"].seconds == pytest.approx(12_500.0 * 1.52 / 0.24)
-        assert plan.by_title["evaluate"].seconds == 77.0  # as long as last time
-        assert plan.by_title["download"].seconds is None
-    finally:
-        run.unlink()
-        state.unlink()
-    assert plan_of(repository).seconds is None
-    assert (
-        "Expected: unknown until each architecture has been trained or timed (`resgrid plan --measure`)"
-        in str(plan_of(repository))
-    )
+    plan = plan_of(repository)
+    assert plan.seconds is None
+    assert "Expected: unknown until each architecture has been trained or timed (`resgrid plan" in str(plan)
+    timing = repository.root / "runs/resnet20-sgd-0/timing.json"
+    timing.write_text('{"images_per_second": 1000.0, "device": "cpu", "threads": 1}')
+    write_state(pipeline.state("evaluate"), vars(Record("evaluate", "1:1", 1000.0, 1077.0, State.DONE)))
+    plan = plan_of(repository, slots=slots.num_cores())  # one thread each
+    pipeline.state("evaluate").unlink()
+    assert plan.by_title["resnet20-sgd-0"].seconds == 12_500.0
+    assert plan.by_title["resnet110-sgd-0"].seconds == pytest.approx(12_500.0 * 1.52 / 0.24)
+    assert plan.by_title["evaluate"].seconds == 77.0  # as long as last time
+    assert plan.by_title["download"].seconds is None
 
 
 def test_expected_times_on_a_card_go_by_how_many_cells_share_it(repository):
     """One graphed ResNet-20 alone on an H100: 57,759 images/s, so 216 s for 250 epochs; eight together 2.06 as many."""
-    run = repository.root / "runs/resnet20-sgd-0/timing.json"
-    run.write_text(
+    (repository.root / "runs/resnet20-sgd-0/timing.json").write_text(
         '{"images_per_second": 57759.0, "device": "cuda", "threads": 2, "sharing": 1, "peak_memory_bytes": 9}'
     )
-    pipeline, params = Pipeline.find(repository.root), load_params(repository.root / "params.yaml")
-    for record in pipeline.state("").parent.glob("*.json"):
-        record.unlink()
-    try:
-        alone = expect(params, pipeline.folder, pipeline.root, 8, sharing=1)
-        eighth = expect(params, pipeline.folder, pipeline.root, 2, sharing=8)
-        on_cpu = expect(params, pipeline.folder, pipeline.root, 1, sharing=None)
-    finally:
-        run.unlink()
-    assert alone["train@resnet20-adam-0"] == pytest.approx(216.4, abs=0.1)
-    assert eighth["train@resnet20-adam-0"] == pytest.approx(216.4 * 8 / 2.06, rel=1e-3)
-    assert "train@resnet20-adam-0" not in on_cpu  # a card says nothing of a CPU
-
-
-def test_a_grid_that_dvc_yaml_does_not_have_is_refused(repository):
-    repository.edit("params.yaml", "studies: {}", "studies: {}\n# none")
-    repository.edit("dvc.yaml", "  train:", "  practise:")
-    try:
-        with pytest.raises(ResgridError, match=r"has no stage for resnet20-sgd-0"):
-            plan_of(repository)
-    finally:
-        repository.edit("dvc.yaml", "  practise:", "  train:")
-
-
-def test_a_dvc_yaml_that_cannot_be_read_is_told_with_dvcs_words(repository):
-    repository.edit("dvc.yaml", "grid.seeds", "grid.sedes")
-    try:
-        with pytest.raises(ResgridError, match=r"grid\.sedes"):
-            plan_of(repository)
-    finally:
-        repository.edit("dvc.yaml", "grid.sedes", "grid.seeds")
-
-
-def git_repository(folder: Path) -> Path:
-    """A git and DVC repository, as `git clone` leaves one, with a pipeline in the folder `ignored/own`."""
-    for command in ("git init -q", "dvc init -q"):
-        subprocess.run(
-            command.split(),
-            cwd=folder,
-            check=True,
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        )
-    own = folder / "ignored/own"
-    own.mkdir(parents=True)
-    (own / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls}\n")
-    (own / "params.yaml").write_text(DIGITS)
-    return own
-
-
-def test_a_pipeline_in_a_folder_that_git_ignores_is_explained(tmp_path):
-    own = git_repository(tmp_path)
-    (tmp_path / ".gitignore").write_text("ignored\n")
-    with pytest.raises(ResgridError, match=r"git-ignored\. .*take the rule out of \.gitignore, or move it"):
-        make_plan(Pipeline.find(own))
-
-
-def test_a_checkout_without_git_is_explained_and_the_way_that_it_names_works(tmp_path):
-    own = git_repository(tmp_path)
-    shutil.rmtree(tmp_path / ".git")  # as in a ZIP of the project
-    with pytest.raises(ResgridError, match=r"not a git repository\. .*`git init` .*core\.no_scm true`"):
-        make_plan(Pipeline.find(own))
-    (tmp_path / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
-    with pytest.raises(ResgridError, match="has no stage for resnet20-sgd-0"):  # as it should: DVC was asked
-        make_plan(Pipeline.find(own))
+    root, stage = repository.root, "train@resnet20-adam-0"
+    params = load_params(root / "params.yaml")
+    (root / f".resgrid/state/{stage}.json").unlink(missing_ok=True)
+    assert expect(params, root, root, 8, sharing=1)[stage] == pytest.approx(216.4, abs=0.1)
+    assert expect(params, root, root, 2, sharing=8)[stage] == pytest.approx(216.4 * 8 / 2.06, rel=1e-3)
+    assert stage not in expect(params, root, root, 1, sharing=None)  # a card says nothing of a CPU
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "hint"),
+    ("old", "new", "message"),
     [
-        ("dvc.lock", "schema: '9.0'\nstages: {}\n", r"validation failed\.[^`]*Another version of DVC may have"),
-        ("dvc.yaml", "stages:\n  evaluate: {cmd: ls, dep: [x]}\n", r"validation failed\.[^`]*`dvc stage list`"),
+        ("  train:", "  practise:", "has no stage for resnet20-sgd-0"),
+        ("grid.seeds", "grid.sedes", r"grid\.sedes"),  # in DVC's words
     ],
-)  # fmt: skip
-def test_a_file_that_is_none_of_dvcs_says_who_may_have_written_it_or_who_shows_the_line(
-    tmp_path, name, content, hint
-):
-    own = git_repository(tmp_path)
-    (own / name).write_text(content)
-    with pytest.raises(ResgridError, match=rf"{name}' {hint}"):
-        make_plan(Pipeline.find(own))
+)
+def test_a_dvc_yaml_without_the_cells_and_one_that_dvc_cannot_read_are_refused(repository, old, new, message):
+    repository.edit("dvc.yaml", old, new)
+    with pytest.raises(ResgridError, match=message):
+        plan_of(repository)
+
+
+def test_a_checkout_without_git_is_explained_and_the_way_that_it_names_works(tmp_path):
+    checkout = Sleeping(tmp_path)
+    assert checkout.run("git", "init", "-q").returncode == checkout.run("dvc", "init", "-q").returncode == 0
+    (tmp_path / "dvc.yaml").write_text("stages:\n  evaluate: {cmd: ls}\n")
+    (tmp_path / "params.yaml").write_text(DIGITS)
+    shutil.rmtree(tmp_path / ".git")  # as in a ZIP of the project
+    with pytest.raises(ResgridError, match=r"not a git repository\. .*`git init` .*core\.no_scm true`"):
+        plan_of(checkout)
+    (tmp_path / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    with pytest.raises(ResgridError, match="has no stage for resnet20-sgd-0"):  # as it should: DVC was asked
+        plan_of(checkout)
 
 
 def test_a_cache_that_is_elsewhere_is_what_gc_looks_at(repository, tmp_path):
-    cache = tmp_path / "shared cache"
-    (cache / "files/md5/ab").mkdir(parents=True)
-    (cache / "files/md5/ab" / ("0" * 30)).write_bytes(b"not what its name says")
+    root, cache = repository.root, tmp_path / "shared cache"
+    damaged = cache / "files/md5/ab" / ("0" * 30)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"not what its name says")
+    assert cache_folder(root) == root / ".dvc/cache"
     assert repository.run("dvc", "config", "--local", "cache.dir", str(cache)).returncode == 0
     try:
-        assert cache_folder(repository.root) == cache
-        leftovers = find_leftovers(repository.root, repository.root, cache_folder(repository.root))
-        assert [each.path for each in leftovers] == [cache / "files/md5/ab" / ("0" * 30)]
-        assert str(cache) in usage(repository.root, repository.root, cache_folder(repository.root))
+        assert cache_folder(root) == cache
+        assert [each.path for each in find_leftovers(root, root, cache)] == [damaged]
+        assert str(cache) in usage(root, root, cache)
     finally:
-        (repository.root / ".dvc/config.local").unlink()
-    assert cache_folder(repository.root) == repository.root / ".dvc/cache"
+        (root / ".dvc/config.local").unlink()
 
 
-@pytest.mark.parametrize("name", ["tasks", "flows"])
-def test_a_module_of_a_persons_own_may_be_called_as_ours_is(name, repository, tmp_path):
-    (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
-    (repository.root / f"{name}.py").write_text("raise SystemExit('not ours')")
-    try:
-        program = "import sys; from resgrid.cli import main; sys.exit(main())"
-        done = repository.run(sys.executable, "-c", program, "plan", PYTHONPATH=f"{tmp_path}:{ROOT / 'src'}")
-        assert done.returncode == 0, done.stderr
-        assert "resnet20-sgd-0" in done.stdout
-    finally:
+def test_modules_of_a_persons_own_may_be_called_as_ours_are(repository, tmp_path):
+    for folder in (tmp_path, repository.root):
+        for name in ("tasks", "flows"):
+            (folder / f"{name}.py").write_text("raise SystemExit('not ours')")
+    program = "import sys; from resgrid.cli import main; sys.exit(main())"
+    done = repository.run(sys.executable, "-c", program, "plan", PYTHONPATH=f"{tmp_path}:{ROOT / 'src'}")
+    for name in ("tasks", "flows"):
         (repository.root / f"{name}.py").unlink()
+    assert done.returncode == 0, done.stderr
+    assert "resnet20-sgd-0" in done.stdout
 
 
 # --- order and slots --------------------------------------------------------------------------------
@@ -307,7 +245,7 @@ def test_a_module_of_a_persons_own_may_be_called_as_ours_is(name, repository, tm
 @pytest.fixture(scope="module")
 def steps(repository) -> dict[str, Step]:
     cells = expand(load_params(repository.root / "params.yaml"))
-    return {cell.id: Step(cell.stage, cell, "stale", ()) for cell in cells}
+    return {cell.id: Step(cell.stage, cell, "stale") for cell in cells}
 
 
 def test_the_longest_come_first_by_time_or_by_arithmetic(steps):
@@ -338,10 +276,17 @@ def test_cpu_slots_divide_the_cores(monkeypatch):
         slots.share(64, slots=0)
 
 
-def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
+def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows(monkeypatch):
     gib = 2**30
-    cards = [mps.Card("0", 9 * gib), mps.Card("1", 4 * gib)]
-    spread = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=None)
+
+    def shares(*free: int, num: int | None = None, num_cells: int = 36, cores: int = 16, each: int = 2 * gib):
+        cards = [mps.Card(str(i), free_bytes) for i, free_bytes in enumerate(free)]
+        monkeypatch.setattr(mps, "cards", lambda: cards)
+        monkeypatch.setattr(slots, "num_cores", lambda: cores)
+        return slots.share(num_cells, {"vgg16": each - slots.CUDA_CONTEXT_BYTES}, ["vgg16"], num)
+
+    monkeypatch.setattr(mps, "available", lambda: True)
+    spread = shares(9 * gib, 4 * gib)
     assert [slot.name for slot in spread] == [
         "cuda:0 1/4", "cuda:1 1/2", "cuda:0 2/4", "cuda:1 2/2", "cuda:0 3/4", "cuda:0 4/4",
     ]  # fmt: skip
@@ -349,13 +294,10 @@ def test_cells_are_spread_over_the_cards_and_share_them_as_memory_allows():
         "RESGRID_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "RESGRID_DEVICE": "cuda", "RESGRID_SHARING": "2",  # whatever was asked for: the trainer sees no second card
     }  # fmt: skip
-    three = slots._on_cards(cards, 2 * gib, num_cells=36, cores=16, slots=3)
-    assert [slot.card for slot in three] == ["0", "1", "0"]
-    assert len(slots._on_cards(cards, 2 * gib, num_cells=1, cores=16, slots=None)) == 1
-    assert (
-        len(slots._on_cards(cards, 100 * gib, num_cells=36, cores=16, slots=None)) == 2
-    )  # one each at least
-    assert len(slots._on_cards([mps.Card("0", 900 * gib)], 2 * gib, num_cells=36, cores=64, slots=None)) == 8
+    assert [slot.card for slot in shares(9 * gib, 4 * gib, num=3)] == ["0", "1", "0"]
+    assert len(shares(9 * gib, 4 * gib, num_cells=1)) == 1
+    assert len(shares(9 * gib, 4 * gib, each=100 * gib)) == 2  # one each at least
+    assert len(shares(900 * gib, cores=64)) == 8
 
 
 def test_slots_go_by_the_memory_that_a_container_leaves(monkeypatch):
@@ -371,20 +313,16 @@ def test_gpus_that_the_driver_does_not_have_are_named_with_the_way_on(visible, m
     """A driver with one card, as NVML shows it; this machine may have none."""
     import pynvml
 
-    def handle(index: int) -> int:
-        if index != 0:
-            raise pynvml.NVMLError_InvalidArgument
-        return index
+    def handle(name: int | str) -> object:
+        if name != 0:
+            raise pynvml.NVMLError_NotFound
+        return name
 
-    def handle_by_name(name: str) -> int:
-        raise pynvml.NVMLError_NotFound
-
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_by_name)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: mps.Card("0", 1))
-    monkeypatch.setattr(mps.Card, "free", 1, raising=False)
+    for name, stand_in in (
+        ("nvmlInit", lambda: None), ("nvmlShutdown", lambda: None), ("nvmlDeviceGetHandleByIndex", handle),
+        ("nvmlDeviceGetHandleByUUID", handle), ("nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=1)),
+    ):  # fmt: skip
+        monkeypatch.setattr(pynvml, name, stand_in)
     monkeypatch.delenv("RESGRID_DEVICE", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ResgridError, match=f"CUDA_VISIBLE_DEVICES={visible}: .*`nvidia-smi -L`"):

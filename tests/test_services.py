@@ -400,6 +400,6 @@ def test_a_mistyped_name_is_told_with_the_nearest_one_and_no_traceback():
     with pytest.raises(SystemExit) as left:
         _complete(["prefect", "deployment", "run", "train-al", "--watch"])
     assert left.value.code == (
-        "prefect: there is no deployment 'train-al'; did you mean train-all? "
+        "prefect: there is no deployment 'train-al'; did you mean train-all or train-cell? "
         "This project has train-all, train-cell, prepare-data."
     )

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sleeping import Sleeping, left_over, sleeping
+from sleeping import Sleeping, left_over, sleeping, wait_until
 
 from resgrid import watch
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed, Stopped, reproduce
+from resgrid.errors import ResgridError
 from resgrid.stage_record import Fault
 from tasks.plan import make_plan
 
@@ -44,43 +45,32 @@ def stale(repository, monkeypatch):
     return repository
 
 
-class Lines(logging.Handler):
-    """The messages that one thread logs."""
-
-    def __init__(self, thread: threading.Thread, lines: list[str]) -> None:
-        super().__init__()
-        self.thread, self.lines = thread, lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self.thread.ident:
-            self.lines.append(record.getMessage())
-
-
 class Running:
-    """`reproduce` in a thread, as the flow calls it."""
+    """`reproduce` in a thread, as the flow calls it, and the messages that it logs."""
 
-    def __init__(self, repository: Sleeping, stage: str = STAGE, **more) -> None:
+    def __init__(self, repository: Sleeping) -> None:
+        self.root, self.pipeline = repository.root, Pipeline.find(repository.root)
         self.stop, self.lines = threading.Event(), list[str]()
         self.result: bool | BaseException | None = None
-        self.pipeline = Pipeline.find(repository.root)
-        self.thread = threading.Thread(target=self._run, args=(stage, more))
+        self.thread = threading.Thread(target=self._run)
+        handler = logging.Handler()
+        handler.emit = lambda each: each.thread == self.thread.ident and self.lines.append(each.getMessage())
         logging.getLogger("resgrid").setLevel(logging.INFO)
-        logging.getLogger("resgrid").addHandler(Lines(self.thread, self.lines))
+        logging.getLogger("resgrid").addHandler(handler)
         self.thread.start()
 
-    def _run(self, stage, more) -> None:
+    def _run(self) -> None:
         try:
-            self.result = reproduce(self.pipeline, stage, {}, stop=self.stop, **more)
+            self.result = reproduce(self.pipeline, STAGE, {}, stop=self.stop)
         except BaseException as error:
             self.result = error
 
-    def wait_for(self, path: Path) -> int:
-        """Until the trainer has written its process id to `path`."""
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.read_text()):
-            assert self.thread.is_alive(), (self.result, self.lines)
-            assert time.monotonic() < deadline, self.lines
-            time.sleep(0.05)
+    def wait_for(self, name: str) -> int:
+        """Until the trainer has written its process id to the file."""
+        path = self.root / name
+        wait_until(
+            lambda: not self.thread.is_alive() or (path.exists() and path.read_text()), what=self.lines
+        )
         return int(path.read_text())
 
     def end(self) -> bool | BaseException | None:
@@ -88,10 +78,23 @@ class Running:
         assert not self.thread.is_alive()
         return self.result
 
+    def stopped(self) -> float:
+        """Stop it; the seconds that took. Nothing of it is left, and DVC itself was not killed."""
+        began = time.monotonic()
+        self.stop.set()
+        self.end()
+        assert_nothing_is_left(self.root)
+        return time.monotonic() - began
 
-def rwlock(repository: Sleeping) -> dict:
-    entries = json.loads((repository.root / ".dvc/tmp/rwlock").read_text())
-    return {mode: entries for mode, entries in entries.items() if entries}
+
+def assert_nothing_is_left(root: Path) -> None:
+    assert left_over(Sleeping(root)) == []
+    assert not any(json.loads((root / ".dvc/tmp/rwlock").read_text()).values())
+
+
+def assert_it_trains(repository: Sleeping) -> None:
+    repository.behave(CELL, "true")
+    assert reproduce(Pipeline.find(repository.root), STAGE, {})
 
 
 def test_trained_and_not_run_are_told_apart_whatever_the_run_cache_holds(stale, caplog):
@@ -140,7 +143,7 @@ def test_a_failure_says_why_with_the_end_of_the_log_and_where_the_rest_is(stale,
         assert "line 1\n" in failed.value.log.read_text()
 
 
-def test_what_is_in_dvcs_own_way_is_told_in_its_words_and_can_pass(stale):
+def test_what_is_in_dvcs_own_way_has_its_words_and_can_pass(stale):
     lock = stale.root / "dvc.lock"
     whole = lock.read_text()
     lock.write_text("schema: '2.0'\nstages: [")
@@ -161,14 +164,9 @@ def test_what_dvc_could_not_record_is_a_transient_fault(stale):
 
 
 def test_output_arrives_while_the_stage_runs(stale):
-    stale.behave(
-        CELL, "echo epoch 1; touch begun; while [ ! -f behave/go ]; do sleep 0.1; done; echo epoch 2"
-    )
+    stale.behave(CELL, "echo epoch 1; while [ ! -f behave/go ]; do sleep 0.1; done; echo epoch 2")
     running = Running(stale)
-    deadline = time.monotonic() + 60
-    while "epoch 1" not in running.lines:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: "epoch 1" in running.lines)
     assert "epoch 2" not in running.lines
     assert running.pipeline.record(STAGE).is_running
     (stale.root / "behave/go").touch()
@@ -179,31 +177,21 @@ def test_output_arrives_while_the_stage_runs(stale):
 def test_stopping_closes_the_trainer_and_leaves_nothing(stale):
     stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
     running = Running(stale)
-    trainer = running.wait_for(stale.root / f"begun-{CELL}")
-    began = time.monotonic()
-    running.stop.set()
-    assert isinstance(running.end(), Stopped)
-    assert time.monotonic() - began < 10
+    trainer = running.wait_for(f"begun-{CELL}")
+    assert running.stopped() < 10
+    assert isinstance(running.result, Stopped)
     assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)  # it had its time to close
-    assert left_over(stale) == []
-    assert rwlock(stale) == {}
-    assert not Pipeline.find(stale.root).record(STAGE).is_running
-    stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {})
+    assert not running.pipeline.record(STAGE).is_running
+    assert_it_trains(stale)
 
 
 def test_a_command_that_ignores_sigterm_is_killed_within_ten_seconds(stale):
     stale.behave(CELL, "trap '' TERM; echo $$ > begun; while true; do sleep 1; done")
     running = Running(stale)
-    running.wait_for(stale.root / "begun")
-    began = time.monotonic()
-    running.stop.set()
-    assert isinstance(running.end(), Stopped)
-    assert 7 < time.monotonic() - began < 10
-    assert left_over(stale) == []
-    assert rwlock(stale) == {}  # DVC itself was not killed
-    stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {})
+    running.wait_for("begun")
+    assert 7 < running.stopped() < 10
+    assert isinstance(running.result, Stopped)
+    assert_it_trains(stale)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.6])
@@ -211,12 +199,7 @@ def test_stopping_before_the_command_runs_ends_it_at_its_beginning(stale, second
     stale.behave(CELL, "sleep 60")
     running = Running(stale)
     time.sleep(seconds)  # DVC loads, or reads the pipeline
-    began = time.monotonic()
-    running.stop.set()
-    running.end()
-    assert time.monotonic() - began < 10
-    assert left_over(stale) == []
-    assert rwlock(stale) == {}
+    assert running.stopped() < 10
 
 
 def test_stopping_while_dvc_records_a_result_lets_it(stale):
@@ -225,9 +208,7 @@ def test_stopping_while_dvc_records_a_result_lets_it(stale):
         time.sleep(0.01)
     while (record := running.pipeline.record(STAGE)) and watch.alive(record.by):
         time.sleep(0.01)  # its last line is printed before it has ended
-    running.stop.set()
-    running.end()
-    assert left_over(stale) == []
+    running.stopped()
     assert json.loads(stale.run("dvc", "status", "--json", STAGE).stdout) == {}
 
 
@@ -241,17 +222,16 @@ def test_half_an_rwlock_is_mended_when_no_dvc_runs(stale):
 def test_a_dvc_that_is_killed_takes_its_command_with_it_and_blocks_nobody(stale):
     stale.behave(CELL, f"exec {sys.executable} trainer.py {CELL} 60")
     running = Running(stale)
-    trainer = running.wait_for(stale.root / f"begun-{CELL}")
+    trainer = running.wait_for(f"begun-{CELL}")
     next(process for process in psutil.Process(trainer).parents() if "dvc" in process.cmdline()).kill()
     failure = running.end()
     assert isinstance(failure, StageFailed)
     assert "killed" in failure.why
     assert (stale.root / f"closed-{CELL}").read_text() == str(trainer)
     assert left_over(stale) == []
-    stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {})
+    assert_it_trains(stale)
     make_plan(Pipeline.find(stale.root))  # as each run of the grid begins
-    assert rwlock(stale) == {}
+    assert_nothing_is_left(stale.root)
 
 
 def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
@@ -260,49 +240,27 @@ def test_a_trainer_ends_when_the_process_it_works_for_is_killed(stale):
         from resgrid.dvc.pipeline import Pipeline
         from resgrid.dvc.process import reproduce
         reproduce(Pipeline.find("."), {STAGE!r}, {{}})"""
-    flow = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL
-    )
-    begun = stale.root / f"begun-{CELL}"
-    while not begun.exists():
-        assert flow.poll() is None
-        time.sleep(0.05)
+    command = [sys.executable, "-c", code]
+    flow = subprocess.Popen(command, cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL)
+    wait_until((stale.root / f"begun-{CELL}").exists)
     flow.kill()
     flow.wait()
-    began = time.monotonic()
-    while left_over(stale):
-        assert time.monotonic() - began < 10, left_over(stale)
-        time.sleep(0.1)
+    wait_until(lambda: not left_over(stale), 10)
     assert (stale.root / f"closed-{CELL}").exists()
-    assert rwlock(stale) == {}
+    assert_nothing_is_left(stale.root)
     assert not Pipeline.find(stale.root).record(STAGE).is_running
-    stale.behave(CELL, "true")
-    assert reproduce(Pipeline.find(stale.root), STAGE, {})
+    assert_it_trains(stale)
 
 
-def test_of_two_at_once_the_second_waits_and_trains_nothing(stale):
-    stale.behave(CELL, "sleep 2")
-    first = Running(stale)
-    while not (record := first.pipeline.record(STAGE)) or not record.is_running:
-        time.sleep(0.01)
-    second = Running(stale)
-    assert [first.end(), second.end()] == [True, False]
-    assert stale.trained() == [CELL]
-    waited = [line for line in second.lines if "waiting" in line]
-    assert waited == [f"waiting for {STAGE}, which process {record.by.partition(':')[0]} runs"]
-
-
-def test_a_dvc_at_the_same_stage_is_waited_for(stale):
+def test_a_stage_that_runs_already_is_waited_for_and_not_trained_again(stale):
     stale.behave(CELL, "echo $$ > begun; while [ ! -f behave/go ]; do sleep 0.1; done")
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", STAGE]
     by_hand = subprocess.Popen(command, cwd=stale.root, env=stale.env, stdout=subprocess.DEVNULL)
-    while not (stale.root / "begun").exists():
-        assert by_hand.poll() is None
-        time.sleep(0.05)
+    wait_until((stale.root / "begun").exists)
     patient = Running(stale)
-    while not any("waiting for" in line for line in patient.lines):
-        assert patient.thread.is_alive(), patient.result
-        time.sleep(0.05)
+    wait_until(lambda: patient.lines, what=patient.result)
+    trainer = patient.pipeline.record(STAGE).by.partition(":")[0]
+    assert patient.lines == [f"waiting for {STAGE}, which process {trainer} runs"]
     (stale.root / "behave/go").touch()
     assert by_hand.wait(60) == 0
     outcome = patient.end()
@@ -312,8 +270,6 @@ def test_a_dvc_at_the_same_stage_is_waited_for(stale):
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    from resgrid.errors import ResgridError
-
     with pytest.raises(ResgridError, match=r"there is no dvc\.yaml here"):
         Pipeline.find(tmp_path)
     (tmp_path / "dvc.yaml").touch()

@@ -39,7 +39,7 @@ def leave_record(project: Project, cell: str, status: State, by: str = GONE, **m
     write_state(state_file(project.root, project.root, record.stage), asdict(record))
 
 
-def test_a_result_is_what_its_folder_says_whatever_the_latest_attempt_did(project: Project) -> None:
+def test_a_result_is_what_its_folder_says_whatever_the_latest_attempt_did(project):
     before = words(project)
     assert before["resnet20-sgd-0"] == "completed"
     assert before["too-fast"] == "diverged"
@@ -47,7 +47,7 @@ def test_a_result_is_what_its_folder_says_whatever_the_latest_attempt_did(projec
     assert words(project) == before
 
 
-def test_without_a_result_the_latest_attempt_speaks(project: Project) -> None:
+def test_without_a_result_the_latest_attempt_speaks(project):
     (project.root / "runs/resnet20-sgd-0/run.json").unlink()
     for status_, by, word in (
         (State.FAILED, GONE, "failed"),
@@ -63,7 +63,7 @@ def test_without_a_result_the_latest_attempt_speaks(project: Project) -> None:
     assert words(project)["resnet20-sgd-0"] == "missing"
 
 
-def test_what_train_all_has_queued_counts_as_long_as_its_process_lives(project: Project) -> None:
+def test_what_train_all_has_queued_counts_as_long_as_its_process_lives(project):
     grid = GridRun(watch.describe(os.getpid()), time.time(), 1)
     grid.cells = {
         "resnet20-sgd-0": CellRun(State.QUEUED), "resnet20-sgd-1": CellRun(State.RUNNING, 2, "pool"),
@@ -79,25 +79,20 @@ def test_what_train_all_has_queued_counts_as_long_as_its_process_lives(project: 
     assert str(status(Pipeline.find(project.root))).startswith("The last train-all was killed.")
 
 
-def test_a_failed_cell_has_the_reason_of_its_record(project: Project) -> None:
+def test_a_failed_cell_has_the_reason_of_its_record(project):
     lines = str(status(Pipeline.find(project.root)))
     [line] = [line for line in lines.splitlines() if "no-weights" in line]
     assert line.split()[:2] == ["no-weights", "failed"]
     assert "absent.safetensors" in line
 
 
-def test_what_the_version_before_has_left_is_read_or_ignored(project: Project) -> None:
+def test_what_the_version_before_has_left_is_read_or_ignored(project):
     """Its words for a record, train-all's progress and plan's memory of DVC's answer."""
     folder = state_file(project.root, project.root, "x").parent
     record = {
-        "stage": "train@resnet20-sgd-0",
-        "by": GONE,
-        "started": 1000.0,
-        "ended": 1077.0,
-        "fault": None,
-        "why": "",
+        "stage": "train@resnet20-sgd-0", "by": GONE, "started": 1000.0, "ended": 1077.0, "fault": None, "why": "",
         "slot": "cpu 1/2",
-    }
+    }  # fmt: skip
     for former, now in (("good", State.DONE), ("fault", State.FAILED), ("stopped", State.INTERRUPTED)):
         write_state(folder / "train@resnet20-sgd-0.json", record | {"status": former})
         former_record = read_record(project.root, project.root, "train@resnet20-sgd-0")
@@ -114,22 +109,17 @@ def test_what_the_version_before_has_left_is_read_or_ignored(project: Project) -
     assert stale == {"no-weights"}
 
 
-def test_without_anything_at_work_watch_shows_every_cell_once(small: Project) -> None:
+def test_without_anything_at_work_watch_shows_every_cell_once(small):
     done = small.run("resgrid", "status", "--watch")
     assert done.returncode == 0, done.stderr
     assert "Nothing runs now." in done.stdout
     assert "resnet20-sgd-0" in done.stdout
 
 
-@pytest.fixture
-def epochs() -> list[Epoch]:
+def test_the_epochs_so_far_are_shown_and_a_whole_result_is_left_alone(tmp_path):
     figures = dict.fromkeys(Epoch.__dataclass_fields__, 0.5)
-    return [Epoch(**figures | {"epoch": number}) for number in (1, 2)]
-
-
-def test_the_epochs_so_far_are_shown_and_a_whole_result_is_left_alone(tmp_path, epochs):
+    epochs = [Epoch(**figures | {"epoch": number}) for number in (1, 2)]
     show_history(tmp_path / "cell", epochs)
-    assert len((tmp_path / "cell/history.csv").read_text().splitlines()) == 3
     (tmp_path / "cell" / RUN).write_text("{}")
     show_history(tmp_path / "cell", epochs[:1])
     assert len((tmp_path / "cell/history.csv").read_text().splitlines()) == 3

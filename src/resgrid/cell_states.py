@@ -6,6 +6,7 @@ and train-all's file, while its process lives, which cells it has queued and whi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from resgrid import watch
 from resgrid.grid import Cell
+from resgrid.progress import duration
 from resgrid.run_status import STATUSES, Run, find_runs
 from resgrid.stage_record import Fault, Record, State, read_record, read_state, state_file, write_state
 
@@ -47,6 +49,11 @@ class GridRun:
     @property
     def is_alive(self) -> bool:
         return watch.alive(self.by)
+
+    @property
+    def time_left(self) -> str:
+        left = "unknown until a cell of every architecture has been trained"
+        return f"time left: {left if self.until is None else duration(max(0.0, self.until - time.time()))}"
 
     def save(self, root: Path, pipeline: Path) -> None:
         with suppress(OSError):  # a disk that is full or cannot be written, which others report

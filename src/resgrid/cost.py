@@ -7,7 +7,6 @@ download all come from here.
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,8 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models import ARCHITECTURES, gflop_of
 from resgrid.progress import duration
-from resgrid.stage_record import read_record, state_file
+from resgrid.project import read_json, read_meta
+from resgrid.stage_record import read_records
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,8 @@ def timings(cells: Iterable[Cell], pipeline: Path) -> list[tuple[Cell, dict[str,
     """The timing.json of each cell that has one, of whatever training."""
     timed = []
     for cell in cells:
-        with suppress(OSError, ValueError):
-            timing = json.loads((pipeline / "runs" / cell.id / "timing.json").read_text(encoding="utf-8"))
+        with suppress(ResgridError):
+            timing = read_json(pipeline / "runs" / cell.id / "timing.json")
             if timing.get("images_per_second"):
                 timed.append((cell, timing))
     return timed
@@ -83,7 +83,7 @@ def measured_speeds(cells: Iterable[Cell], device: torch.device) -> dict[str, fl
 
 
 def estimate_durations(
-    cells: Iterable[Cell], num_images: int | None, speeds: Mapping[str, float]
+    cells: Iterable[Cell], num_images: int, speeds: Mapping[str, float]
 ) -> dict[str, float]:
     """Seconds of training with `num_images` images for each cell of which anything is known, by its id.
 
@@ -91,12 +91,11 @@ def estimate_durations(
     """
     known = [gflop * speed for name, speed in speeds.items() if (gflop := gflop_of(name))]
     seconds = {}
-    for cell in cells if num_images else ():
-        speed = speeds.get(cell.architecture)
-        if speed is None and known and (gflop := gflop_of(cell.architecture)):
-            speed = median(known) / gflop
-        if speed:
-            seconds[cell.id] = cell.recipe.epochs * (num_images or 0) / speed
+    for cell in cells:
+        gflop = gflop_of(cell.architecture)
+        by_gflop = median(known) / gflop if known and gflop else None
+        if speed := speeds.get(cell.architecture, by_gflop):
+            seconds[cell.id] = cell.recipe.epochs * num_images / speed
     return seconds
 
 
@@ -108,32 +107,19 @@ def expect(
     A cell goes at the speed that `recorded_speeds` or, with `measure`, a step timed now gives; without any,
     and for the other stages, it takes as long as the latest attempt that was done.
     """
-    cells = expand(params)
+    records = read_records(root, pipeline)
+    lasted = {each.stage: each.seconds for each in records if each.seconds}
+    cells, meta = expand(params), read_meta(pipeline)
+    num_train: int | None = meta["num_images"]["train"] if meta else None
     speeds = recorded_speeds(cells, pipeline, threads, sharing)
     if measure:
+        from resgrid.data.fetch import known_num_train  # not above: it imports torch, which takes 2 s
         from resgrid.training.device import choose_device
 
+        num_train = num_train or known_num_train(params.data)
         speeds |= measured_speeds(cells, choose_device())
-    records = (
-        read_record(root, pipeline, path.stem)
-        for path in state_file(root, pipeline, "").parent.glob("*.json")
-    )
-    lasted = {each.stage: each.seconds for each in records if each and each.seconds}
-    seconds = estimate_durations(cells, num_train(params, pipeline, measure=measure), speeds)
+    seconds = estimate_durations(cells, num_train, speeds) if num_train else {}
     return lasted | {cell.stage: seconds[cell.id] for cell in cells if cell.id in seconds}
-
-
-def num_train(params: Params, pipeline: Path, *, measure: bool) -> int | None:
-    """Training images of the data that are here; with `measure` also those that would be downloaded."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        # Read here and not by resgrid.data, which imports torch and so takes 2 s.
-        meta = json.loads((pipeline / "data/processed/meta.json").read_text(encoding="utf-8"))
-        return int(meta["num_images"]["train"])
-    if not measure:
-        return None
-    from resgrid.data.fetch import known_num_train
-
-    return known_num_train(params.data)
 
 
 def makespan(seconds: Iterable[float], num_slots: int) -> float:

@@ -22,12 +22,11 @@ from urllib.parse import urlsplit
 from resgrid.project import available_memory, git_state, num_cores, project_root
 
 PYTHON = ((3, 11), (3, 15))  # from, and below which
-DISK_BYTES = 10e9  # the environment takes 7 GB, the grid on CIFAR-10 about 3
+DISK_BYTES = 10e9
 PORTS = {"Prefect": 4200, "MLflow": 5000}  # of `make up`, unless it is given others
 PACKAGES = ("torch", "torchvision", "dvc", "prefect", "mlflow")
 SETTINGS = re.compile(r"RESGRID_|MLFLOW_TRACKING_URI$|PREFECT_API_URL$|(https?|no|all)_proxy$", re.IGNORECASE)
 CHECKOUT = Path(__file__).parents[2]
-
 
 Level = Literal["good", "note", "problem"]
 
@@ -41,14 +40,18 @@ class Finding:
     level: Level = "good"
     advice: str = ""
 
+    def __str__(self) -> str:
+        mark = {"good": " ", "note": "·", "problem": "!"}[self.level]
+        advice = f"\n{'':18} → {self.advice}" if self.advice else ""
+        return f"{mark} {self.what:<16} {self.value}{advice}"
+
 
 def examine() -> Iterator[Finding]:
     """Each finding, as soon as it is known."""
-    git = git_state()
+    git, memory = git_state(), available_memory()
     changed = ", with changed files" if git.dirty else ""
     yield Finding("ResGrid", f"{_version('resgrid')}, commit {(git.commit or 'unknown')[:12]}{changed}")
-    memory = available_memory()
-    room = f", {memory / 1e9:.1f} GB of memory free" if memory is not None else ""
+    room = "" if memory is None else f", {memory / 1e9:.1f} GB of memory free"
     yield Finding("System", f"{platform.platform()}, {num_cores()} cores to use{room}")
     fits = PYTHON[0] <= sys.version_info[:2] < PYTHON[1]
     python = f"{platform.python_version()} ({sys.executable})"
@@ -57,19 +60,23 @@ def examine() -> Iterator[Finding]:
     version = _output("git", "--version").removeprefix("git version ")
     yield _check(version != "", "git", version or "not on the PATH", "install it: DVC needs it", "problem")
     if git.problem:
-        yield Finding(
-            "git", "refuses to read this repository, so results name no commit", "problem", git.problem
-        )
+        refusal = "refuses to read this repository, so results name no commit"
+        yield Finding("git", refusal, "problem", git.problem)
     root = project_root()
     inside = (root / ".dvc").is_dir()
     way = "go to a clone; `resgrid init` makes a pipeline elsewhere"
     yield _check(inside, "DVC repository", str(root) if inside else "none around this folder", way)
     free = shutil.disk_usage(Path.cwd()).free
-    yield _check(
-        free > DISK_BYTES, "Disk", f"{free / 1e9:.1f} GB free here", "`resgrid plan` says what a grid needs"
-    )
+    text = f"{free / 1e9:.1f} GB free here"
+    yield _check(free > DISK_BYTES, "Disk", text, "the environment takes 7 GB, the grid on CIFAR-10 3")
     yield from _devices()
-    yield from _ports()
+    for service, port in PORTS.items():
+        taken = _answers("127.0.0.1", port)
+        value, way = (
+            "taken" if taken else "free",
+            "by `make up`, if it runs; else that takes the next free one",
+        )
+        yield _check(not taken, f"Port {port}", f"{service}'s: {value}", way)
     yield from _settings()
 
 
@@ -93,9 +100,8 @@ def _packages() -> Iterator[Finding]:
         version = _version(name)
         level: Level = "problem" if version is None and name.startswith("torch") else "note"
         asked = wanted.get(name, version)
-        advice = f"{asked} was tested: make install"
         good = version is not None and version.partition("+")[0] == asked
-        yield _check(good, name, version or "not installed", advice, level)
+        yield _check(good, name, version or "not installed", f"{asked} was tested: make install", level)
 
 
 def _devices() -> Iterator[Finding]:
@@ -108,26 +114,14 @@ def _devices() -> Iterator[Finding]:
         return
     if cards:
         value = f"{'; '.join(cards.splitlines())} (driver); torch is built for CUDA {torch.version.cuda}"
-        yield _check(
-            torch.cuda.is_available(), "GPU", value, "torch cannot use it: update its driver", "problem"
-        )
-        shares = shutil.which("nvidia-cuda-mps-control")
-        yield _check(
-            shares is not None, "NVIDIA MPS", shares or "not there", "each card trains one cell at a time"
-        )
+        works = torch.cuda.is_available()
+        yield _check(works, "GPU", value, "torch cannot use it: update its driver", "problem")
+        daemon, way = shutil.which("nvidia-cuda-mps-control"), "each card trains one cell at a time"
+        yield _check(daemon is not None, "NVIDIA MPS", daemon or "not there", way)
     elif torch.backends.mps.is_available():
         yield Finding("GPU", "Apple's (mps)")
     else:
         yield Finding("GPU", "none", "note", "cells train on the CPU: `resgrid plan --measure` says how long")
-
-
-def _ports() -> Iterator[Finding]:
-    for service, port in PORTS.items():
-        free = not _answers("127.0.0.1", port)
-        value = f"{service}'s: {'free' if free else 'taken'}"
-        yield _check(
-            free, f"Port {port}", value, "by `make up`, if it runs; otherwise that takes the next free one"
-        )
 
 
 def _settings() -> Iterator[Finding]:

@@ -102,6 +102,12 @@ def read_record(root: Path, pipeline: Path, stage: str) -> Record | None:
         return None
 
 
+def read_records(root: Path, pipeline: Path) -> list[Record]:
+    """The latest attempt at each stage of a pipeline that has one."""
+    stages = sorted(path.stem for path in state_file(root, pipeline, "").parent.glob("*.json"))
+    return [record for stage in stages if (record := read_record(root, pipeline, stage))]
+
+
 @contextmanager
 def recorded(by_hand: str = "") -> Iterator[None]:
     """Leave a record of what is done within, if DVC runs it as a stage of the project itself.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resgrid.commands import LOCK, REPORTS
 from resgrid.config import load_params, read_params_file
-from resgrid.errors import ResgridError
 from resgrid.grid import compared_factors, expand
 from resgrid.progress import Progress, amount
 from resgrid.project import project_root
@@ -24,10 +21,9 @@ if TYPE_CHECKING:
 def cells(options: argparse.Namespace) -> None:
     cells = expand(load_params())
     if options.json:
+        fields = ("study", "rate_factor", "changes")
         rows = [
-            {"cell": cell.id, "study": cell.study, "rate_factor": cell.rate_factor, "changes": cell.changes}
-            | cell.numbers
-            for cell in cells
+            {"cell": each.id} | {key: getattr(each, key) for key in fields} | each.numbers for each in cells
         ]
         print(json.dumps(rows, indent=2))
     else:
@@ -74,8 +70,7 @@ def show(frame: pd.DataFrame, findings: dict[str, Any]) -> None:
         print("\n".join([*findings["answer"], *findings.get("rate_sentences", ())]))
     else:
         print("Results have changed since they were compared: `dvc repro -s evaluate` compares them.")
-    print()
-    print(text_table(readable(frame)))
+    print(f"\n{text_table(readable(frame))}")
     if lines := missing(frame):
         print("\n" + "\n  ".join(lines))
 
@@ -92,67 +87,37 @@ def sync(options: argparse.Namespace) -> int:
     return 1 if "failed" in report.cells.values() else 0
 
 
-def gc(options: argparse.Namespace) -> None:
-    from resgrid.dvc.ask import cache_folder
-    from resgrid.gc import delete, find_leftovers, path_in, usage
-
-    root, pipeline = project_root(), Path.cwd().resolve()
-
-    cache = cache_folder(root)
-    leftovers = find_leftovers(root, pipeline, cache)
-    if not options.dry_run:
-        delete(each.path for each in leftovers)
-    queues = _former_queues(root, options.dry_run)
-    taken = usage(root, pipeline, cache)
-    if options.json:
-        content = {
-            "deleted": not options.dry_run,
-            "leftovers": [
-                {"path": path_in(root, each.path), "bytes": each.num_bytes, "why": each.why}
-                for each in leftovers
-            ],
-            "queues": queues,
-            "bytes": taken,
-        }
-        print(json.dumps(content, indent=2))
-        return
-    for each in leftovers:
-        print(f"{amount(each.num_bytes, 'B'):>9}  {path_in(root, each.path)}: {each.why}")
-    for queue in queues:
-        print(f"{'':9}  Prefect's queue {queue}: of a former checkout, empty, and no worker asks it")
-    total = amount(sum(each.num_bytes for each in leftovers), "B")
-    print(
-        f"{total} {'can be' if options.dry_run else 'were'} deleted\n"
-        if leftovers
-        else "Nothing is left over\n"
-    )
-    for place, num_bytes in taken.items():
-        print(f"{amount(num_bytes, 'B'):>9}  {place}")
-    print("`dvc gc --workspace` empties DVC's cache of what no current result is made of.")
-
-
-def _former_queues(root: Path, dry_run: bool) -> list[str]:
-    """Delete empty queues of former checkouts where a Prefect server is named or runs; return their names."""
-    from tasks.services import running
-
-    services = running(root)
-    url = os.environ.get("PREFECT_API_URL") or (f"{services.prefect}/api" if services else "")
-    if not url:
-        return []
-    from resgrid.dvc.pipeline import Pipeline
-    from tasks.server import delete_former_queues, prefect_client
-    from tasks.spec import checkout
-
-    with suppress(ResgridError), prefect_client(url) as client:  # no server answers, or files are changed
-        return delete_former_queues(client, checkout(Pipeline.find(Path()))[1], dry_run)
-    return []
-
-
 def ui(options: argparse.Namespace) -> None:
     from resgrid import tracking
 
     sync(argparse.Namespace(json=False, rebuild=False))
     tracking.serve(options.port, load_params().name)
+
+
+def gc(options: argparse.Namespace) -> None:
+    from resgrid.dvc.ask import cache_folder
+    from resgrid.gc import delete, find_leftovers, path_in, usage
+
+    root, pipeline = project_root(), Path.cwd().resolve()
+    cache = cache_folder(root)
+    leftovers = find_leftovers(root, pipeline, cache)
+    if not options.dry_run:
+        delete(each.path for each in leftovers)
+    taken = usage(root, pipeline, cache)
+    if options.json:
+        rows = [
+            {"path": path_in(root, each.path), "bytes": each.num_bytes, "why": each.why} for each in leftovers
+        ]
+        print(json.dumps({"deleted": not options.dry_run, "leftovers": rows, "bytes": taken}, indent=2))
+        return
+    for each in leftovers:
+        print(f"{amount(each.num_bytes, 'B'):>9}  {path_in(root, each.path)}: {each.why}")
+    total = amount(sum(each.num_bytes for each in leftovers), "B")
+    done = f"{total} {'can be' if options.dry_run else 'were'} deleted"
+    print(f"{done if leftovers else 'Nothing is left over'}\n")
+    for place, num_bytes in taken.items():
+        print(f"{amount(num_bytes, 'B'):>9}  {place}")
+    print("`dvc gc --workspace` empties DVC's cache of what no current result is made of.")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -194,10 +159,7 @@ def doctor(options: argparse.Namespace) -> int:
     for each in examine():
         findings.append(each)
         if not options.json:
-            mark = {"good": " ", "note": "·", "problem": "!"}[each.level]
-            print(f"{mark} {each.what:<16} {each.value}")
-            if each.advice:
-                print(f"{'':18} → {each.advice}")
+            print(each)
     if options.json:
         print(json.dumps([asdict(each) for each in findings], indent=2))
     return 1 if any(each.level == "problem" for each in findings) else 0

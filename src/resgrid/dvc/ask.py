@@ -1,27 +1,27 @@
-"""What DVC says of a pipeline: which stages are stale, their graph, and where its cache is."""
+"""What DVC says of a pipeline: which stages are stale, their graph, where its cache is, what the remote has.
+
+Data and results travel between machines by the DVC remote and its run cache.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resgrid.dvc.lock import clear_stale_rwlock, keep, lock_holders, read_lock
 from resgrid.dvc.pipeline import DVC_COMMAND, Pipeline, dvc
+from resgrid.dvc.process import StageFailed, reproduce, run
 from resgrid.errors import ResgridError
 from resgrid.project import denied
+from resgrid.stage_record import RECORD_ONLY, Fault
 
-ERROR_HINTS = {  # by what DVC says
-    "not a git repository": ". A checkout that was downloaded has no .git: run `git init` there, or have DVC "
-    "work without git by `dvc config --local core.no_scm true`.",
-    "is git-ignored": " DVC keeps nothing in such a folder: take the rule out of .gitignore, or move it.",
-    "dvc.lock' validation failed": ". Another version of DVC may have written it: `dvc --version` is "
-    "this one's; `git checkout` brings back the last file that was committed.",
-    "validation failed": ". `dvc stage list` in that folder shows the line.",
-    "extra keys not allowed": ". Another version of DVC may have written it: `dvc --version` is this one's.",
-}
+NO_GIT = "not a git repository"  # what DVC says of a checkout that was downloaded
+GIT_HINT = ". Run `git init` there, or have DVC work without git by `dvc config --local core.no_scm true`."
 
 
 class Busy(ResgridError):
@@ -68,20 +68,65 @@ def _unusable(pipeline: Pipeline, reason: str) -> ResgridError:
     places = (pipeline.folder / name for name in ("data", "runs", "dvc.lock"))
     if path := denied(pipeline.root / ".dvc/tmp", *places):
         return ResgridError(f"Permission denied: {path}. It belongs to another user, or its mode is wrong.")
-    hint = next((way for words, way in ERROR_HINTS.items() if words in reason), "")
-    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {reason.strip()[-2000:]}{hint}")
+    reason = reason.strip()[-2000:] + (GIT_HINT if NO_GIT in reason else "")
+    return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {reason}")
 
 
 def _dvc(pipeline: Pipeline, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*DVC_COMMAND, *arguments],
-        cwd=pipeline.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*DVC_COMMAND, *arguments], cwd=pipeline.folder, text=True, **pipes)
 
 
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps its files for the project in `root`: `dvc cache dir` may have put it elsewhere."""
     return root / dvc(root, "cache", "dir").strip().splitlines()[-1]
+
+
+# --- the remote -------------------------------------------------------------------------------------
+
+
+def remote_name(pipeline: Pipeline) -> str:
+    """DVC's default remote; raises ResgridError if there is none."""
+    config = dict(line.split("=", 1) for line in dvc(pipeline.root, "config", "--list").splitlines())
+    remote = config.get("core.remote")
+    if remote is None:
+        raise ResgridError(
+            f"{pipeline.root}: DVC has no default remote, by which data and results travel between machines. "
+            "`dvc remote add --default NAME URL` adds one; commit .dvc/config, and see docs/cluster.md."
+        )
+    return remote
+
+
+def push(pipeline: Pipeline, what: Sequence[str], stop: threading.Event, log: str = "push") -> None:
+    """`dvc push` with the arguments `what`; raises a transient StageFailed if the remote does not take it.
+
+    With `--run-cache` DVC pushes all entries, and exits with 0 although some were not taken: only its log,
+    which is called `log`, says so.
+    """
+    file = pipeline.log(log)
+    code, tail = run([*DVC_COMMAND, "push", *what], pipeline.folder, {}, file, stop)
+    if code or any(line.startswith("ERROR: ") for line in tail):
+        raise StageFailed("push", "the DVC remote does not take it", tail, file, Fault.CONNECTION)
+
+
+def record(pipeline: Pipeline, stages: Sequence[str], stop: threading.Event) -> Fault | None:
+    """Record the results of `stages` from the remote; return None, or the fault if one of them is not here.
+
+    NO_RESULT means that the remote has none of the first stage, or is away (see `remote_answers`). No command
+    of a stage runs, so nothing is trained. Raises Stopped after `stop`.
+    """
+    first, *others = stages
+    try:
+        reproduce(pipeline, first, {RECORD_ONLY: "1"}, pull=True, stop=stop, others=others)
+    except StageFailed as failure:
+        return failure.fault or Fault.NO_RESULT
+    return None
+
+
+def remote_answers(pipeline: Pipeline, stage: str) -> bool:
+    """Whether the remote can be asked, as for the outputs of `stage`, which have been pushed."""
+    try:
+        dvc(pipeline.folder, "status", "--cloud", stage)
+    except ResgridError:
+        return False
+    return True

@@ -1,8 +1,8 @@
 """dvc.lock after a kill: the last whole one is kept, and put back. DVC's list of who is at work, likewise.
 
 DVC writes dvc.lock in place, all stages anew for each that it records, so what a SIGKILL leaves is the
-beginning of what it would have written: at any byte, also at the end of a line or of a stage's entry. What
-was recorded since the copy was made is stale then, and DVC restores it from its run cache.
+beginning of what it would have written. What was recorded since the copy was made is stale then, and DVC
+restores it from its run cache.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.project import write_whole
 from resgrid.stage_record import State
-
-RECORDING_SECONDS = 30.0  # from the end of a stage's command until DVC has written dvc.lock
 
 log = logging.getLogger(__name__)
 
@@ -44,26 +42,17 @@ def refuse_conflict(lock: Path) -> None:
 
 def keep(pipeline: Pipeline, content: str) -> None:
     """Keep the dvc.lock of while DVC answered, so that nobody wrote it."""
-    if content and content != read_lock(_copy(pipeline)) and not is_cut(pipeline):
+    if content != read_lock(_copy(pipeline)) and content and not is_cut(pipeline.folder / "dvc.lock"):
         write_whole(_copy(pipeline), content.encode())
 
 
-def is_cut(pipeline: Pipeline) -> bool:
-    """Whether dvc.lock is what a kill has left: the beginning of what DVC was writing.
+def is_cut(lock: Path) -> bool:
+    """Whether a dvc.lock ends within a line, or after a key without its value: DVC cannot read it.
 
-    In the middle of a line, or after a key without its value, no other hand would have left it. Elsewhere it
-    might as well be git's, with fewer stages; it is a cut if a stage ended just before the file was written.
+    One that a kill has cut after a whole line DVC reads, and it restores from its run cache what is gone.
     """
-    lock, copy = pipeline.folder / "dvc.lock", _copy(pipeline)
-    content, before = read_lock(lock), read_lock(copy)
-    if not lock.exists() or content == before or not before:
-        return False
-    stages, former = (re.findall(r"^  (\S.*):$", text, flags=re.MULTILINE) for text in (content, before))
-    if not stages or not content.endswith("\n") or content.endswith(":\n"):
-        return before.startswith(content) or bool(stages)
-    written = lock.stat().st_mtime
-    was_recording = any(written < ended + RECORDING_SECONDS for ended in _done_since(pipeline).values())
-    return len(stages) < len(former) and stages == former[: len(stages)] and was_recording
+    content = read_lock(lock)
+    return lock.exists() and (not content.endswith("\n") or content.endswith(":\n"))
 
 
 def repair(pipeline: Pipeline) -> None:
@@ -71,23 +60,19 @@ def repair(pipeline: Pipeline) -> None:
 
     Raises ResgridError for a file with conflict markers, which is a person's to resolve.
     """
-    lock = pipeline.folder / "dvc.lock"
+    lock, copy = pipeline.folder / "dvc.lock", _copy(pipeline)
     refuse_conflict(lock)
-    if is_cut(pipeline) and not dvc_runs(pipeline.root):
-        log.warning("%s: a dvc that was killed has left a part of it; the one before is put back", lock)
-        head, *entries = re.split(r"^(?=  \S)", read_lock(_copy(pipeline)), flags=re.MULTILINE)
-        # Without the earlier entries of what was done since, which DVC would restore instead.
-        done = {f"  {stage}:" for stage in _done_since(pipeline)}
-        entries = [entry for entry in entries if entry.partition("\n")[0] not in done]
-        write_whole(lock, "".join([head, *entries]).encode() if entries else b"schema: '2.0'\n")
-
-
-def _done_since(pipeline: Pipeline) -> dict[str, float]:
-    """When each attempt ended that was done since the copy was made, by its stage."""
-    since = _copy(pipeline).stat().st_mtime - 1.0  # which is later than DVC's answer
-    records = (pipeline.record(path.stem) for path in pipeline.state("").parent.glob("*.json"))
-    done = {each.stage: each.ended or 0.0 for each in records if each and each.status == State.DONE}
-    return {stage: ended for stage, ended in done.items() if ended > since}
+    if not is_cut(lock) or not copy.exists() or dvc_runs(pipeline.root):
+        return
+    log.warning("%s: a dvc that was killed has left a part of it; the one before is put back", lock)
+    head, *entries = re.split(r"^(?=  \S)", read_lock(copy), flags=re.MULTILINE)
+    # Without the earlier entries of what was done since, which DVC would restore instead.
+    since = copy.stat().st_mtime - 1.0  # it is written after DVC's answer
+    ended = {
+        f"  {each.stage}:": each.ended or 0.0 for each in pipeline.records() if each.status == State.DONE
+    }
+    entries = [entry for entry in entries if ended.get(entry.partition("\n")[0], 0.0) <= since]
+    write_whole(lock, "".join([head, *entries]).encode() if entries else b"schema: '2.0'\n")
 
 
 def _copy(pipeline: Pipeline) -> Path:

@@ -15,10 +15,7 @@ from resgrid.errors import ResgridError
 from resgrid.project import nearest
 from resgrid.stage_record import Record
 
-CODE = re.compile(
-    r"^ +- ['\"]?(.*\bresgrid/.+\.py)['\"]?$", re.MULTILINE
-)  # in a dvc.yaml: a file of the code
-
+CODE = re.compile(r"^ +- ['\"]?(.*\bresgrid/.+\.py)['\"]?$", re.MULTILINE)  # in a dvc.yaml
 # -P: or Python would look for modules in the pipeline's folder first
 DVC_COMMAND = (sys.executable, "-P", "-m", "dvc", "--wait-for-lock")
 
@@ -72,6 +69,9 @@ class Pipeline:
 
     def record(self, stage: str) -> Record | None:
         return stage_record.read_record(self.root, self.folder, stage)
+
+    def records(self) -> list[Record]:
+        return stage_record.read_records(self.root, self.folder)
 
 
 def dvc(folder: Path, *arguments: str) -> str:

@@ -86,13 +86,11 @@ def reproduce(
     Raises StageFailed, with the end of the log, if the stage fails, and Stopped after `stop`.
     """
     stop = stop or threading.Event()
-    waiting = False
-    while (before := pipeline.record(stage)) and before.is_running:  # `dvc` does not wait for that
-        if not waiting:
-            log.info("waiting for %s, which process %s runs", stage, before.by.partition(":")[0])
-        waiting = True
-        if stop.wait(POLL_SECONDS):
-            raise Stopped
+    if (before := pipeline.record(stage)) and before.is_running:  # `dvc` does not wait for that
+        log.info("waiting for %s, which process %s runs", stage, before.by.partition(":")[0])
+        while before and before.is_running:
+            pause(stop)
+            before = pipeline.record(stage)
     clear_stale_rwlock(pipeline)
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
     command = [*DVC_COMMAND, "repro", "--single-item", *options, stage, *others]
@@ -102,32 +100,38 @@ def reproduce(
     if code == 0:
         return has_run
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    fault: Fault | None
-    why, fault = f"dvc {how}", Fault.DVC
-    if now is not None and has_run:
-        killed = "its process was killed: by somebody, or by the system for lack of memory"
-        why, fault = {
-            State.DONE: (f"it is done, but DVC has not recorded it: {why}", Fault.DVC),
-            State.FAILED: (now.why, now.fault),
-            State.RUNNING: (killed, None),
-        }.get(now.status, (why, None))
+    why = f"dvc {how}"
+    fault: Fault | None = Fault.DVC
+    if now and has_run:
+        match now.status:
+            case State.DONE:
+                why = f"it is done, but DVC has not recorded it: {why}"
+            case State.FAILED:
+                why, fault = now.why, now.fault
+            case State.RUNNING:
+                why, fault = "its process was killed: by somebody, or by the system for lack of memory", None
+            case _:
+                fault = None
     raise StageFailed(stage, why, tail, pipeline.log(stage), fault)
+
+
+def pause(stop: threading.Event, seconds: float = POLL_SECONDS) -> None:
+    """Sleep; raises Stopped as soon as `stop` is set."""
+    if stop.wait(seconds):
+        raise Stopped
 
 
 @contextmanager
 def acquire(lock: FileLock, holder: str, stop: threading.Event) -> Iterator[None]:
     """Hold `lock`; logs once that `holder` is being waited for. Raises Stopped after `stop`."""
-    waiting = False
-    while True:
-        try:
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    if not lock.is_locked:
+        log.info("waiting for %s", holder)
+    while not lock.is_locked:
+        pause(stop)
+        with suppress(Timeout):
             lock.acquire(timeout=0)
-            break
-        except Timeout:
-            if not waiting:
-                log.info("waiting for %s", holder)
-            waiting = True
-            if stop.wait(POLL_SECONDS):
-                raise Stopped from None
     try:
         yield
     finally:
@@ -135,11 +139,7 @@ def acquire(lock: FileLock, holder: str, stop: threading.Event) -> Iterator[None
 
 
 def run(
-    command: list[str],
-    folder: Path,
-    env: Mapping[str, str],
-    file: Path,
-    stop: threading.Event,
+    command: list[str], folder: Path, env: Mapping[str, str], file: Path, stop: threading.Event
 ) -> tuple[int, list[str]]:
     """Run `command` in a process group of its own, its output in `file`; returns its status and last lines.
 
@@ -159,9 +159,8 @@ def run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        half = b""
+        half, is_over = b"", False
         try:
-            is_over = False
             while not is_over:
                 is_over = child.poll() is not None
                 *lines, half = (half + written.read()).replace(b"\r", b"\n").split(b"\n")
@@ -170,26 +169,25 @@ def run(
                     if not _ADVICE.match(text):
                         log.info("%s", text)
                         tail.append(text)
-                if not is_over and stop.wait(POLL_SECONDS):
-                    raise Stopped
+                if not is_over:
+                    pause(stop)
         finally:
-            end(child, spares_head=command[: len(DVC_COMMAND)] == [*DVC_COMMAND])
+            end(child, spares_head="dvc" in command)
     return child.returncode, list(tail)
 
 
-def end(child: subprocess.Popen[bytes], spares_head: bool, grace_seconds: float = GRACE_SECONDS) -> None:
+def end(child: subprocess.Popen[bytes], spares_head: bool) -> None:
     """End `child`, the leader of its process group, with all of the group: asked first, then killed.
 
     `spares_head`: it is a `dvc`, which is not asked, and killed a second later. It ends with its command,
     whose end it has to see: interrupted while it writes dvc.lock or .dvc/tmp/rwlock it leaves half of it.
     """
-    began = time.monotonic()
-    asked: set[int] = set()
-    while members := _members(child):
-        for process in members:
+    deadline, asked = time.monotonic() + GRACE_SECONDS, set[int]()
+    while left := members(child):
+        for process in left:
             is_spared = spares_head and process.pid == child.pid
             with suppress(psutil.NoSuchProcess):
-                if time.monotonic() - began > grace_seconds + is_spared:
+                if time.monotonic() > deadline + is_spared:
                     process.kill()
                 elif not is_spared and process.pid not in asked:
                     process.terminate()
@@ -197,15 +195,12 @@ def end(child: subprocess.Popen[bytes], spares_head: bool, grace_seconds: float 
         time.sleep(0.05)
 
 
-def _members(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def members(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """What still runs of the child's process group. Reaps the child."""
     child.poll()
-    members = []
-    # PermissionError: macOS's answer for a group of zombies.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, 0)
-        for process in psutil.process_iter():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-                if os.getpgid(process.pid) == child.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    members.append(process)
-    return members
+    left = []
+    for pid in psutil.pids():
+        with suppress(OSError, psutil.NoSuchProcess):  # gone meanwhile, or another user's
+            if os.getpgid(pid) == child.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                left.append(psutil.Process(pid))
+    return left
