@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from resgrid.cli import COMMANDS, load
+from resgrid.cli import COMMANDS
 from resgrid.config import Constant, load_params, parse_params
 from resgrid.errors import ResgridError
 from resgrid.grid import expand, find_cell
@@ -211,7 +212,9 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
-    assert all(callable(load(command.function)) for command in COMMANDS.values())
+    assert all(
+        callable(resolve_name(f"resgrid.commands.{command.function}")) for command in COMMANDS.values()
+    )
 
 
 def test_an_unknown_cell_is_answered_with_the_nearest_names():

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import importlib.util
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from resgrid import __version__
@@ -43,16 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         options = make_parser().parse_args(arguments)
-        return load(options.function)(options) or 0
+        return resolve_name(f"resgrid.commands.{options.function}")(options) or 0
     except ResgridError as error:
-        print(f"resgrid: {error}", file=sys.stderr)
-        return 1
+        message, status = str(error), 1
     except KeyboardInterrupt:
-        print("resgrid: stopped. The same command goes on.", file=sys.stderr)
-        return 130
+        message, status = "stopped. The same command goes on.", 130
     except ModuleNotFoundError as error:  # where there is torch and little else
-        print(f"resgrid: this command needs the package {error.name}: `make install`.", file=sys.stderr)
-        return 1
+        message, status = f"this command needs the package {error.name}: `make install`.", 1
     except BrokenPipeError:  # `resgrid cells | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -60,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         place = f": {error.filename}" if error.filename else ""
-        print(f"resgrid: {error.strerror}{place}. Check its owner and mode, and its disk.", file=sys.stderr)
-        return 1
+        message, status = f"{error.strerror}{place}. Check its owner and mode, and its disk.", 1
+    print(f"resgrid: {message}", file=sys.stderr)
+    return status
 
 
 def _claim(name: str) -> None:
@@ -93,6 +90,16 @@ _unraisable_before = sys.unraisablehook
 Option = tuple[str, dict[str, Any]]  # of argparse's add_argument
 
 
+class Command:
+    """One command: its function, such as `grid.cells` in `resgrid.commands`, and its line in the help.
+
+    `example` has lines that can be typed, where the bare name is none.
+    """
+
+    def __init__(self, function: str, text: str, *options: Option, example: str = "") -> None:
+        self.function, self.text, self.options, self.example = function, text, options, example
+
+
 def _option(name: str, text: str, **keywords: Any) -> Option:
     return name, {"help": text, **keywords}
 
@@ -101,8 +108,8 @@ def _flag(name: str, text: str) -> Option:
     return _option(name, text, action="store_true")
 
 
-def _port(name: str, port: int, text: str) -> Option:
-    return _option(name, f"{text} (default: {port})", type=int, default=port)
+def _port(name: str, port: int) -> Option:
+    return _option(name, "on 127.0.0.1 (default: %(default)s)", type=int, default=port)
 
 
 def _count(text: str) -> int:
@@ -111,230 +118,170 @@ def _count(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command: its function in `resgrid.commands`, its line in `resgrid --help`, and what it takes."""
-
-    function: str  # such as `grid.cells`
-    text: str
-    example: str  # lines that can be typed, where its bare name is none
-    options: tuple[Option, ...]
-
-
-def _command(function: str, text: str, *options: Option, example: str = "") -> Command:
-    return Command(function, text, example, options)
-
-
-def load(function: str) -> Callable[[argparse.Namespace], int | None]:
-    """The function of a command, by its name in `resgrid.commands`."""
-    module, _, name = function.partition(".")
-    run: Callable[[argparse.Namespace], int | None]
-    run = getattr(importlib.import_module(f"resgrid.commands.{module}"), name)
-    return run
-
-
 AS_JSON = _flag("--json", "print JSON and nothing else")
 DRY_RUN = _flag("--dry-run", "only show what would change")
 DEVICE = _option("--device", "auto, cpu, cuda, cuda:1 or mps (default: $RESGRID_DEVICE, else auto)")
 PIPELINE = _option("--pipeline", "its folder (default: this one)", type=Path, default=Path())
 SLOTS = _option("--slots", "cells at once (default: as many as the machine is good for)", type=_count)
+FIGURES: dict[str, Any] = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
+LABELLED = "CIFAR-10 or CIFAR-100, pictures in <split>/<class>/, an archive of that, or data/processed"
 MODEL = "champion (the best cell, by `resgrid sync`), a cell's id, a weights file, or a models:/ URI"
 
-GROUPS: dict[str, dict[str, Command]] = {
-    "Begin": {
-        "init": _command(
-            "models.init",
-            "Make a pipeline's folder for images of your own",
-            _option("folder", "the folder to make", type=Path),
-            _option(
-                "--data",
-                "a folder or an archive: pictures in <class>/, or in train/<class>/ and test/<class>/; CIFAR "
-                "(without it, the dvc.yaml that another version made is written anew)",
-                type=Path,
-            ),
-            example="resgrid init pets --data ~/pictures/pets",
-        ),
-        "doctor": _command("grid.doctor", "Say what this machine offers and what stands in the way", AS_JSON),
-        "cells": _command(
-            "grid.cells", "List every cell of the grid and its studies; --json: with all its numbers", AS_JSON
-        ),
-        "set": _command(
-            "grid.set_numbers",
-            "Edit params.yaml: the same number in many places, comments and layout kept",
-            _option(
-                "assignments",
-                "such as 'recipes.*.epochs=10' or tuning.resnet20.sgd.lr=0.05; * matches any name",
-                nargs="+",
-                metavar="KEY=VALUE",
-            ),
-            DRY_RUN,
-            example="resgrid set tuning.resnet20.sgd.lr=0.05\nresgrid set 'recipes.*.epochs=10' --dry-run",
-        ),
-        "plan": _command(
-            "grid.plan",
-            "Say what would run and why, and how long it should take",
-            PIPELINE,
-            SLOTS,
-            _flag("--measure", "time a step of each architecture that would train"),
-            AS_JSON,
-            example="resgrid plan --pipeline examples/digits",
-        ),
-    },
-    "Stages, which `dvc repro` runs": {
-        "download": _command("stages.download", "Fetch the raw images and check them"),
-        "preprocess": _command("stages.preprocess", "Make one compact file a split from the raw images"),
-        "train": _command(
-            "stages.train",
-            "Train one cell, or several side by side",
-            _option("cells", "ids or patterns, in order", nargs="+", metavar="CELL"),
-            _option("--slots", "cells at once (default: 1)", type=_count),
-            _option(
-                "--hours", "then what runs is ended, to go on later (default: until all are done)", type=float
-            ),
-            _flag("--afresh", "anew from the first epoch, though an earlier start was cut off"),
-            DEVICE,
-            example="resgrid train resnet20-sgd-0 --afresh\nresgrid train 'resnet20-*' --slots 6 --hours 8",
-        ),
-        "evaluate": _command("stages.evaluate", "Score every trained cell afresh and compare them", DEVICE),
-    },
-    "Run": {
-        "up": _command(
-            "grid.up",
-            "Start Prefect, MLflow and a worker on this machine; Ctrl-C ends them",
-            _port("--prefect-port", 4200, "on 127.0.0.1; the next free one if it is taken"),
-            _port("--mlflow-port", 5000, "the same, for MLflow"),
-            example="resgrid up --prefect-port 4300 --mlflow-port 5100",
-        ),
-        "status": _command(
-            "grid.status",
-            "Show the state of every cell; --watch: until what runs has ended",
-            PIPELINE,
-            _flag("--watch", "show it anew every two seconds; Ctrl-C leaves it"),
-            AS_JSON,
-            example="resgrid status --watch --pipeline examples/digits",
-        ),
-        "worker": _command(
-            "grid.worker",
-            "Train cells of a work pool on this machine; Ctrl-C ends it",
-            _option(
-                "--pool", "train-all -p where=POOL places cells there (default: %(default)s)", default="pool"
-            ),
-            SLOTS,
-            _option("--name", "by which Prefect shows it (default: this machine's)"),
-            example="resgrid worker --pool pool --slots 4",
-        ),
-        "take-in": _command(
-            "stages.take_in",
-            "Take results from a copied project into this pipeline",
-            _option("folder", "the copied project's folder, or its runs/", type=Path),
-            example="resgrid take-in ~/from-the-cluster/resgrid",
-        ),
-    },
-    "Results": {
-        "compare": _command("grid.compare", "Show the comparison that `evaluate` made", AS_JSON),
-        "ui": _command(
-            "grid.ui",
-            "Open MLflow's pages on the pipeline's store (syncs first)",
-            _port("--port", 5000, "on 127.0.0.1"),
-            example="resgrid ui --port 5100",
-        ),
-        "sync": _command(
-            "grid.sync",
-            "Give every current cell its complete run in MLflow",
-            _flag(
-                "--rebuild",
-                "into a new experiment, as after the folder was moved or copied; the former is renamed",
-            ),
-            AS_JSON,
-        ),
-        "gc": _command(
-            "grid.gc",
-            "Delete what interrupted and former work has left, and say what the rest takes",
-            DRY_RUN,
-            AS_JSON,
-            example="resgrid gc --dry-run",
-        ),
-    },
-    "Models": {
-        "predict": _command(
-            "models.predict",
-            "Say what pictures show, with the champion or any other weights",
-            _option("pictures", "files or folders", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER"),
-            _option("--model", f"{MODEL} (default: champion)", default="champion"),
-            _option("--top", "classes of each picture (default: %(default)s)", type=_count, default=3),
-            AS_JSON,
-            DEVICE,
-            example="resgrid predict photo.jpg holiday/\nresgrid predict photo.jpg --model best.safetensors",
-        ),
-        "score": _command(
-            "models.score",
-            "Score a weights file on labelled images, in fp32",
-            _option("file", "a weights file (.safetensors)", type=Path),
-            _option(
-                "--data",
-                "CIFAR-10 or CIFAR-100, pictures in <split>/<class>/, an archive of that, or data/processed",
-                required=True,
-                type=Path,
-            ),
-            _option("--split", "train, validation or test (default: %(default)s)", default="test"),
-            AS_JSON,
-            DEVICE,
-            example="resgrid score mine.safetensors --data ~/cifar-10-python.tar.gz",
-        ),
-        "export": _command(
-            "models.export",
-            "Write a trained model for other programs, and check that it agrees",
-            _option("model", MODEL, metavar="CELL"),
-            _option(
-                "--format",
-                "a program from RGB images on the 0-1 scale to probabilities; pt2 is torch.export's",
-                required=True,
-                choices=("onnx", "pt2"),
-            ),
-            _option("--out", "the file to write (default: CELL.FORMAT in this folder)", type=Path),
-            example="resgrid export champion --format onnx",
-        ),
-        "import": _command(
-            "models.import_weights",
-            "Make a weights file of Keras's or PyTorch's weights",
-            _option("file", "of Keras (.h5, .keras, .weights.h5) or PyTorch, or safetensors", type=Path),
-            _option("--model", "its architecture", required=True, choices=tuple(ARCHITECTURES)),
-            _option("--out", "the weights file to write (.safetensors)", required=True, type=Path),
-            _option(
-                "--class-names",
-                "in the order of its outputs (default: CIFAR-10's)",
-                nargs="+",
-                metavar="NAME",
-            ),
-            _option(
-                "--normalization",
-                "of the images it was trained on (default: keras for a file of Keras, else kuangliu)",
-                choices=tuple(NORMALIZATIONS),
-            ),
-            *(
-                _option(
-                    name,
-                    "of the same, in place of a name, on the 0-1 scale",
-                    nargs=3,
-                    type=float,
-                    metavar=("R", "G", "B"),
-                )
-                for name in ("--mean", "--std")
-            ),
-            _option("--key", "which of several sets of weights in a PyTorch file, such as state_dict_ema"),
-            _option("--data", "labelled images to score it on at once, as for `score`", type=Path),
-            DEVICE,
-            example="resgrid import checkpoint.pt --model resnet18 --out mine.safetensors",
-        ),
-        "summary": _command(
-            "models.summary",
-            "Print an architecture's table of layers and parameters",
-            _option("model", f"{', '.join(ARCHITECTURES)}, or the name of one of your own"),
-            AS_JSON,
-            example="resgrid summary vgg16",
-        ),
-    },
+BEGIN = {
+    "init": Command(
+        "models.init",
+        "Make a pipeline's folder for images of your own",
+        _option("folder", "the folder to make", type=Path),
+        _option("--data", "as for `score`, or in <class>/ alone (without it: a new dvc.yaml)", type=Path),
+        example="resgrid init pets --data ~/pictures/pets",
+    ),
+    "doctor": Command("grid.doctor", "Say what this machine offers and what stands in the way", AS_JSON),
+    "cells": Command("grid.cells", "List every cell of the grid and its studies", AS_JSON),
+    "set": Command(
+        "grid.set_numbers",
+        "Edit params.yaml: the same number in many places, comments and layout kept",
+        _option("assignments", "* in a key matches any name", nargs="+", metavar="KEY=VALUE"),
+        DRY_RUN,
+        example="resgrid set tuning.resnet20.sgd.lr=0.05\nresgrid set 'recipes.*.epochs=10' --dry-run",
+    ),
+    "plan": Command(
+        "grid.plan",
+        "Say what would run and why, and how long it should take",
+        PIPELINE,
+        SLOTS,
+        _flag("--measure", "time a step of each architecture that would train"),
+        AS_JSON,
+        example="resgrid plan --pipeline examples/digits",
+    ),
 }
+STAGES = {
+    "download": Command("stages.download", "Fetch the raw images and check them"),
+    "preprocess": Command("stages.preprocess", "Make one compact file a split from the raw images"),
+    "train": Command(
+        "stages.train",
+        "Train one cell, or several side by side",
+        _option("cells", "ids or patterns, in order", nargs="+", metavar="CELL"),
+        _option("--slots", "cells at once (default: 1)", type=_count),
+        _option("--hours", "what still runs then is ended, to go on another time", type=float),
+        _flag("--afresh", "anew from the first epoch, though an earlier start was cut off"),
+        DEVICE,
+        example="resgrid train resnet20-sgd-0 --afresh\nresgrid train 'resnet20-*' --slots 6 --hours 8",
+    ),
+    "evaluate": Command("stages.evaluate", "Score every trained cell afresh and compare them", DEVICE),
+}
+RUN = {
+    "up": Command(
+        "grid.up",
+        "Start Prefect, MLflow and a worker on this machine; Ctrl-C ends them",
+        _port("--prefect-port", 4200),
+        _port("--mlflow-port", 5000),
+        example="resgrid up --prefect-port 4300 --mlflow-port 5100",
+    ),
+    "status": Command(
+        "grid.status",
+        "Show the state of every cell; --watch: until what runs has ended",
+        PIPELINE,
+        _flag("--watch", "show it anew every two seconds; Ctrl-C leaves it"),
+        AS_JSON,
+        example="resgrid status --watch --pipeline examples/digits",
+    ),
+    "worker": Command(
+        "grid.worker",
+        "Train cells of a work pool on this machine; Ctrl-C ends it",
+        _option("--pool", "its name, as in train-all's `where` (default: %(default)s)", default="pool"),
+        SLOTS,
+        _option("--name", "by which Prefect shows it (default: this machine's)"),
+        example="resgrid worker --pool pool --slots 4",
+    ),
+    "take-in": Command(
+        "stages.take_in",
+        "Take results from a copied project into this pipeline",
+        _option("folder", "the copied project's folder, or its runs/", type=Path),
+        example="resgrid take-in ~/from-the-cluster/resgrid",
+    ),
+}
+RESULTS = {
+    "compare": Command("grid.compare", "Show the comparison that `evaluate` made", AS_JSON),
+    "ui": Command(
+        "grid.ui",
+        "Open MLflow's pages on the pipeline's store (syncs first)",
+        _port("--port", 5000),
+        example="resgrid ui --port 5100",
+    ),
+    "sync": Command(
+        "grid.sync",
+        "Give every current cell its complete run in MLflow",
+        _flag("--rebuild", "into a new experiment, as after the folder has moved; the old one is renamed"),
+        AS_JSON,
+    ),
+    "gc": Command(
+        "grid.gc",
+        "Delete what interrupted and former work has left, and say what the rest takes",
+        DRY_RUN,
+        AS_JSON,
+        example="resgrid gc --dry-run",
+    ),
+}
+MODELS = {
+    "predict": Command(
+        "models.predict",
+        "Say what pictures show, with the champion or any other weights",
+        _option("pictures", "files or folders", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER"),
+        _option("--model", f"{MODEL} (default: champion)", default="champion"),
+        _option("--top", "classes of each picture (default: %(default)s)", type=_count, default=3),
+        AS_JSON,
+        DEVICE,
+        example="resgrid predict photo.jpg holiday/\nresgrid predict photo.jpg --model best.safetensors",
+    ),
+    "score": Command(
+        "models.score",
+        "Score a weights file on labelled images, in fp32",
+        _option("file", "a weights file (.safetensors)", type=Path),
+        _option("--data", LABELLED, required=True, type=Path),
+        _option("--split", "train, validation or test (default: %(default)s)", default="test"),
+        AS_JSON,
+        DEVICE,
+        example="resgrid score mine.safetensors --data ~/cifar-10-python.tar.gz",
+    ),
+    "export": Command(
+        "models.export",
+        "Write a trained model for other programs, and check that it agrees",
+        _option("model", MODEL, metavar="CELL"),
+        _option(
+            "--format", "RGB images on the 0-1 scale to probabilities", required=True, choices=("onnx", "pt2")
+        ),
+        _option("--out", "the file to write (default: CELL.FORMAT in this folder)", type=Path),
+        example="resgrid export champion --format onnx",
+    ),
+    "import": Command(
+        "models.import_weights",
+        "Make a weights file of Keras's or PyTorch's weights",
+        _option("file", "of Keras (.h5, .keras, .weights.h5) or PyTorch, or safetensors", type=Path),
+        _option("--model", "its architecture", required=True, choices=tuple(ARCHITECTURES)),
+        _option("--out", "the weights file to write (.safetensors)", required=True, type=Path),
+        _option("--class-names", "in its outputs' order (default: CIFAR-10's)", nargs="+", metavar="NAME"),
+        _option(
+            "--normalization", "of its images (default: keras or kuangliu)", choices=tuple(NORMALIZATIONS)
+        ),
+        _option("--mean", "of the same, in place of a name, on the 0-1 scale", **FIGURES),
+        _option("--std", "likewise", **FIGURES),
+        _option("--key", "which of several sets of weights in a PyTorch file, such as state_dict_ema"),
+        _option("--data", "labelled images to score it on at once, as for `score`", type=Path),
+        DEVICE,
+        example="resgrid import checkpoint.pt --model resnet18 --out mine.safetensors",
+    ),
+    "summary": Command(
+        "models.summary",
+        "Print an architecture's table of layers and parameters",
+        _option("model", f"{', '.join(ARCHITECTURES)}, or the name of one of your own"),
+        AS_JSON,
+        example="resgrid summary vgg16",
+    ),
+}
+GROUPS = {
+    "Begin": BEGIN, "Stages, which `dvc repro` runs": STAGES, "Run": RUN, "Results": RESULTS,
+    "Models": MODELS,
+}  # fmt: skip
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 

@@ -30,20 +30,19 @@ def predict(options: argparse.Namespace) -> int:
     passed_over: Counter[str] = Counter()
     files = find_pictures(options.pictures, passed_over)
     model, info, name = _model(options.model)
-    device = choose_device(options.device)
     if not options.json:
         print(f"{name}: {info.architecture}, {len(info.class_names)} classes", file=sys.stderr)
-    count = failed = 0
-    for count, each in enumerate(predict(model, info, files, device, options.top), start=1):
-        failed += each.error is not None
+    rows, count, failed = [], 0, 0
+    for each in predict(model, info, files, choose_device(options.device), options.top):
+        count, failed = count + 1, failed + (each.error is not None)
         if options.json:
-            print("[\n" if count == 1 else ",\n", json.dumps(each.as_dict()), sep="", end="")
+            rows.append(each.as_dict())
         elif each.error:
             print(f"resgrid: {each.error}", file=sys.stderr)
         else:
             print(f"{each.file}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in each.top))
     if options.json:
-        print("\n]")
+        print(json.dumps(rows, indent=2))
     if failed:
         print(f"resgrid: {failed:,} of {count:,} pictures could not be read.", file=sys.stderr)
     if kinds := ", ".join(f"{number:,} × {kind}" for kind, number in passed_over.items() if number):
@@ -134,10 +133,6 @@ def _print_scores(
     from resgrid.training.device import choose_device
 
     scores = score_file(weights, data, split, choose_device(device))
-    if as_json:
-        print(json.dumps(asdict(scores)))
-    else:
-        print(
-            f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
-        )
+    text = f"accuracy {100 * scores.accuracy:.2f} %   loss {scores.loss:.4f}   {scores.num_images:,} images"
+    print(json.dumps(asdict(scores)) if as_json else text)
     return scores

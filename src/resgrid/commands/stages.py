@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from resgrid.commands import PROCESSED, RAW, REPORTS
 from resgrid.commands.grid import show
 from resgrid.config import load_params
-from resgrid.grid import expand, find_cell
+from resgrid.grid import choose, expand, find_cell
 from resgrid.progress import Progress
 from resgrid.project import project_root
+from resgrid.provenance import check_code, check_links, check_lock
 from resgrid.stage_record import RECORD_ONLY, NoResult, recorded
-
-if TYPE_CHECKING:
-    pass
-
-
-log = logging.getLogger(__name__)
 
 
 def _refuse_if_in_vain() -> None:
     """Compute nothing where a result made elsewhere is only to be taken over, or where DVC records none."""
-    from resgrid.provenance import check_links
-
     if os.environ.get(RECORD_ONLY):
         raise NoResult(
             "not run here: a worker's result was to be taken from the DVC remote, which has none of these "
@@ -84,13 +75,10 @@ def train(options: argparse.Namespace) -> int | None:
 @recorded()
 def _train_one(options: argparse.Namespace) -> None:
     _refuse_if_in_vain()
-    from resgrid import provenance
-
     params = load_params()
     cell = find_cell(params, options.cells[0])
-    provenance.check_lock(Path())
-    provenance.check_code(Path())
-
+    check_lock(Path())
+    check_code(Path())
     with recorded(by_hand=cell.stage):
         from resgrid.train_cell import train
 
@@ -98,7 +86,6 @@ def _train_one(options: argparse.Namespace) -> None:
 
 
 def _train_side_by_side(options: argparse.Namespace) -> int:
-    from resgrid.grid import choose
     from resgrid.offline import train_side_by_side
 
     cells = choose(load_params(), options.cells)
@@ -130,7 +117,7 @@ def take_in(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     params = load_params()
 
-    from resgrid.data.dataset import Split, load_meta, load_split
+    from resgrid.data.dataset import load_meta, load_split
     from resgrid.evaluation import evaluate
     from resgrid.report.findings import Findings
     from resgrid.report.page import write_report
@@ -138,18 +125,17 @@ def evaluate(options: argparse.Namespace) -> None:
     from resgrid.training.device import choose_device, device_name
 
     meta = load_meta(PROCESSED)
-    names = [name for name in ("test", "validation") if name in meta.num_images]
-    splits: dict[str, Split] = {name: load_split(PROCESSED, name) for name in names}
-    cells, predictions = expand(params), REPORTS / "predictions"
+    test = load_split(PROCESSED, "test")
+    validation = load_split(PROCESSED, "validation") if "validation" in meta.num_images else None
+    cells, predictions, results = expand(params), REPORTS / "predictions", []
     shutil.rmtree(predictions, ignore_errors=True)  # of cells that are no more
     device = choose_device(options.device)
     with Progress("evaluate", len(cells), "cells") as progress:
-        results = []
         for run in find_runs(cells, Path()):
-            results.append(evaluate(run, splits["test"], device, splits.get("validation"), predictions))
+            results.append(evaluate(run, test, device, validation, predictions))
             progress.update(len(results))
     predictions.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing was scored
-    findings = Findings(results, splits["test"], meta, params.name, device_name(device), predictions)
+    findings = Findings(results, test, meta, params.name, device_name(device), predictions)
     write_report(findings, REPORTS)
     show(findings.frame, findings.as_dict())
     print(f"\nThe report: {REPORTS / 'index.html'}, a page for any browser")
