@@ -6,6 +6,7 @@ The stand-in for nvidia-cuda-mps-control writes down how it is called.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,48 +45,42 @@ def executable(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cells_that_share_a_card_have_a_daemon_in_a_folder_of_its_own_which_ends_with_them(calls, caplog):
     caplog.set_level("INFO")
-    with mps.shared(TWO) as variables:
+    with suppress(KeyboardInterrupt), mps.shared(TWO) as variables:
         folder = variables["CUDA_MPS_PIPE_DIRECTORY"]
         assert calls.read_text() == f"started in {folder}, log in {folder}\n"
         assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == folder  # so whatever is started here is a client
         assert "RESGRID_MPS=never" in caplog.text
+        raise KeyboardInterrupt  # also where the grid breaks off
     assert calls.read_text().endswith(f"quit in {folder}\n")
     assert not Path(folder).exists()
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
 
 
-def test_the_daemon_ends_also_where_the_grid_breaks_off(calls):
-    with pytest.raises(KeyboardInterrupt), mps.shared(TWO):
-        raise KeyboardInterrupt
-    assert "quit in " in calls.read_text()
+def assert_none_is_started(cards: list[str | None], calls: Path) -> None:
+    with mps.shared(cards) as variables:
+        assert variables == {}
+    assert calls.read_text() == ""
 
 
 @pytest.mark.parametrize("alone", [[], ["0"], ["0", "1"], [None, None]])
 def test_cells_that_share_no_card_have_none(alone, calls):
-    with mps.shared(alone) as variables:
-        assert variables == {}
-    assert calls.read_text() == ""
+    assert_none_is_started(alone, calls)
 
 
 def test_a_daemon_that_runs_already_is_left_alone(calls, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/somebody")
     assert mps.available()
-    with mps.shared(TWO) as variables:
-        assert variables == {}
-        assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/somebody"
+    assert_none_is_started(TWO, calls)
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/somebody"
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
     (tmp_path / "default").mkdir()
     (tmp_path / "default/control").touch()  # where clients look without the variable
-    with mps.shared(TWO) as variables:
-        assert variables == {}
-    assert calls.read_text() == ""
+    assert_none_is_started(TWO, calls)
 
 
 def test_it_is_switched_off_by_the_environment(calls, monkeypatch):
     monkeypatch.setenv("RESGRID_MPS", "never")
-    with mps.shared(TWO) as variables:
-        assert variables == {}
-    assert calls.read_text() == ""
+    assert_none_is_started(TWO, calls)
     monkeypatch.setenv("RESGRID_MPS", "off")
     with pytest.raises(ResgridError, match="RESGRID_MPS=off: must be never"), mps.shared(TWO):
         pass

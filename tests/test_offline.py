@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch_alone
+from sleeping import wait_until
 from small import Project, digits
 
 from resgrid import offline
@@ -21,30 +21,29 @@ from resgrid.data.dataset import load_meta
 from resgrid.grid import find_cell
 
 CELLS = ["resnet20-sgd-0", "resnet20-adam-0"]
+PROBE = "import importlib.util as u; print([n for n in ('torch', 'mlflow', 'dvc', 'prefect', 'rich', 'psutil', 'pandas') if u.find_spec(n)])"
 
 
 class Node:
     """The machine: a copy of a project without DVC and git, and an environment of six packages."""
 
     def __init__(self, project: Project, folder: Path) -> None:
-        self.folder = shutil.copytree(
-            project.root, folder, ignore=shutil.ignore_patterns(".dvc", ".git", "runs")
-        )
-        packages = torch_alone.link(folder / "packages")
-        path = os.pathsep.join(map(str, (packages, folder / "src")))
+        ignored = shutil.ignore_patterns(".dvc", ".git", "runs")
+        self.folder = shutil.copytree(project.root, folder, ignore=ignored)
+        path = os.pathsep.join(map(str, (torch_alone.link(folder / "packages"), folder / "src")))
         self.env = {
             "PATH": os.environ["PATH"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RESGRID_DEVICE": "cpu",
         }  # fmt: skip
 
-    def resgrid(self, *arguments: str) -> subprocess.Popen[str]:
-        """Without site-packages: `-S` leaves the standard library and PYTHONPATH."""
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Python without site-packages: `-S` leaves the standard library and PYTHONPATH."""
         return subprocess.Popen(
-            [sys.executable, "-S", "-m", "resgrid", *arguments],
+            [sys.executable, "-S", *arguments],
             cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        process = self.resgrid(*arguments)
+    def resgrid(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start("-m", "resgrid", *arguments)
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
@@ -66,28 +65,21 @@ def node(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Node:
 @pytest.fixture(scope="module")
 def trained(node: Node) -> Path:
     """The machine's folder: both cells, trained side by side."""
-    code, out, err = node.run("train", *CELLS, "--slots", "2")
+    code, out, err = node.resgrid("train", *CELLS, "--slots", "2")
     assert code == 0, out + err
     assert out.splitlines()[-1] == "2 of 2 cells are trained."
     return node.folder
 
 
 def test_the_machine_has_no_mlflow_no_dvc_no_prefect_and_no_second_torch(node):
-    code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('torch', 'mlflow', 'dvc', 'prefect', 'rich', 'psutil', 'pandas')])"
-    command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, env=node.env, capture_output=True, text=True, check=True)
-    assert done.stdout == "[True, False, False, False, False, False, False]\n"
+    assert node.start("-c", PROBE).communicate()[0] == "['torch']\n"
     assert (node.folder / "packages/torch").is_symlink()
 
 
 def test_a_training_says_in_one_line_that_it_is_not_logged(node, trained):
     log = (node.folder / ".resgrid/logs/train@resnet20-sgd-0.log").read_text()
-    assert (
-        log.count(
-            "resgrid: Logging resnet20-sgd-0 to MLflow failed: ModuleNotFoundError: No module named 'mlflow'\n"
-        )
-        == 1
-    )
+    line = "resgrid: Logging resnet20-sgd-0 to MLflow failed: ModuleNotFoundError: No module named 'mlflow'\n"
+    assert log.count(line) == 1
     assert "Traceback" not in log
 
 
@@ -139,34 +131,27 @@ def test_a_training_that_is_interrupted_travels_as_its_checkpoint_and_goes_on_el
     long = project.copy(tmp_path / "long")
     long.set("recipes.resnet20.epochs=1000")
     there = Node(long, tmp_path / "there")
-    process = there.resgrid("train", "resnet20-sgd-*")
-    kept = there.folder / ".resgrid/checkpoints"
-    deadline = time.monotonic() + 300
-    while not list(kept.glob("*.1")) and time.monotonic() < deadline:  # two epochs
-        time.sleep(0.1)
+    process = there.start("-m", "resgrid", "train", "resnet20-sgd-*")
+    log = there.folder / ".resgrid/logs/train@resnet20-sgd-0.log"
+    wait_until(lambda: log.exists() and "epoch   2/1000" in log.read_text(), 300)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert "resnet20-sgd-0: interrupted" in err, out + err
-    for said in ("resnet20-sgd-0: its checkpoint, from which the same training goes on\n", ""):
+    for printed in ("resnet20-sgd-0: its checkpoint, from which the same training goes on\n", ""):
         done = long.run("resgrid", "take-in", str(there.folder))  # the second time it is here already
-        assert (done.returncode, done.stderr) == (0, said)
+        assert (done.returncode, done.stderr) == (0, printed)
     training = subprocess.Popen(
         [str(Path(sys.executable).with_name("resgrid")), "train", "resnet20-sgd-0"],
         cwd=long.root, env=os.environ | {"RESGRID_THREADS": "1", "RESGRID_DEVICE": "cpu"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert training.stderr is not None
-    said = []
-    for line in training.stderr:
-        said.append(line)
-        if "goes on after epoch" in line:
-            break
+    assert any("goes on after epoch" in line for line in training.stderr)
     training.kill()
     training.communicate()
-    assert "goes on after epoch" in said[-1], said
 
 
 def test_at_the_time_limit_what_runs_is_ended(node, trained):
-    code, out, err = node.run("train", "*-adam-*", "--hours", "0.0002")
+    code, out, err = node.resgrid("train", "*-adam-*", "--hours", "0.0002")
     assert code == 1, err
     assert "resnet20-adam-0: interrupted; the same command goes on from its last checkpoint" in err
     assert out.splitlines()[-1] == "0 of 1 cells are trained."
@@ -177,7 +162,7 @@ def test_a_cell_that_cannot_be_trained_is_reported_with_its_reason_and_the_other
     content = meta.read_text()
     meta.write_text("{")
     try:
-        code, out, err = node.run("train", *CELLS, "--slots", "2")
+        code, out, err = node.resgrid("train", *CELLS, "--slots", "2")
     finally:
         meta.write_text(content)
     assert code == 1
@@ -192,12 +177,8 @@ def test_a_folder_without_results_is_refused(project, tmp_path):
     assert done.stderr.startswith(f"resgrid: {tmp_path}: holds no results")
 
 
-def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
-    code, _, err = node.run("plan")
-    assert (code, err) == (1, "resgrid: this command needs the package tasks: `make install`.\n")
-
-
-def test_a_pattern_that_matches_no_cell_is_refused(node):
-    code, _, err = node.run("train", "resnet21-*")
+def test_what_cannot_be_done_there_is_said_in_one_line(node):
+    assert node.resgrid("plan") == (1, "", "resgrid: this command needs the package tasks: `make install`.\n")
+    code, _, err = node.resgrid("train", "resnet21-*")
     assert code == 1
     assert err.startswith("resgrid: no cell is called 'resnet21-*'")

@@ -31,26 +31,21 @@ from resgrid.weights import WeightsInfo, load_model, load_weights, save_weights
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 CPU = torch.device("cpu")
 FILES = ["history.csv", "run.json", "summary.txt", "timing.json", "weights.safetensors"]
+AUGMENTATION = {"flip": False, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.0}
 PLAIN = {
-    "epochs": 2,
-    "batch_size": 16,
-    "schedule": {"name": "constant"},
-    "time_decay": 0.0,
-    "augmentation": {"flip": False, "crop_padding": 2, "rotation_degrees": 5.0, "shift_fraction": 0.0},
-}
+    "epochs": 2, "batch_size": 16, "schedule": {"name": "constant"}, "time_decay": 0.0, "augmentation": AUGMENTATION,
+}  # fmt: skip
 
 
-def cell(cell_id: str = "resnet20-sgd-0", lr: float | None = None, **recipe: Any) -> Cell:
-    found = find_cell(PARAMS, cell_id)
-    changed = Recipe.model_validate(found.recipe.model_dump() | PLAIN | recipe)
-    optimizer = found.optimizer.model_copy(update={"lr": lr or found.optimizer.lr})
-    return found.model_copy(
-        update={
-            "recipe": changed,
-            "optimizer": optimizer,
-            "engine": Engine(precision="fp32", compile="never", scored_epochs="all"),
-        }
-    )
+def cell(lr: float | None = None, **recipe: Any) -> Cell:
+    """The first cell of the grid, at another rate or with another recipe, in exact arithmetic."""
+    first = find_cell(PARAMS, "resnet20-sgd-0")
+    changes = {
+        "recipe": Recipe.model_validate(first.recipe.model_dump() | PLAIN | recipe),
+        "optimizer": first.optimizer.model_copy(update={"lr": lr or first.optimizer.lr}),
+        "engine": Engine(precision="fp32", compile="never", scored_epochs="all"),
+    }
+    return first.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +53,9 @@ def folder(tmp_path_factory) -> Path:
     """48 training, 32 test and 16 validation images of the digits, as the first two stages leave them."""
     root = tmp_path_factory.mktemp("data")
     source = Digits(source="digits", test_fraction=0.2, split_seed=0)
+    settings = Preprocess(resize="stretch", validation_fraction=0.1, training_fraction=1.0, seed=0)
     download(source, root / "raw")
-    preprocess(
-        source,
-        Preprocess(resize="stretch", validation_fraction=0.1, training_fraction=1.0, seed=0),
-        root / "raw",
-        root / "all",
-    )
+    preprocess(source, settings, root / "raw", root / "all")
     return smaller(root / "all", root / "processed", train=48, test=32, validation=16)
 
 
@@ -76,11 +67,8 @@ def smaller(whole: Path, out: Path, **num_images: int) -> Path:
         split = load_split(whole, name)
         splits[name] = dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
     digests = {name: split_digest(split) for name, split in splits.items()}
-    changed = {
-        "num_images": num_images,
-        "split_digests": digests,
-        "digest": content_digest(meta.class_names, digests),
-    }
+    digest = content_digest(meta.class_names, digests)
+    changed = {"num_images": num_images, "split_digests": digests, "digest": digest}
     save(out, meta.model_copy(update=changed), splits)
     return out
 
@@ -102,11 +90,8 @@ def finished(folder, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_leaves_five_files_and_nothing_else(finished):
+def test_a_run_leaves_five_files_and_its_metrics_have_these_keys_in_this_order(finished, folder):
     assert sorted(path.name for path in finished.iterdir()) == FILES
-
-
-def test_metrics_have_these_keys_in_this_order(finished, folder):
     metrics = json.loads((finished / "run.json").read_text())
     assert list(metrics) == [
         "cell", "cell_digest", "study", "architecture", "family", "depth", "optimizer", "learning_rate",
@@ -136,15 +121,12 @@ def test_a_fresh_scoring_of_the_weights_file_repeats_the_metrics_to_the_last_dig
         assert (fresh.loss, fresh.accuracy) == (metrics[f"{split}_loss"], metrics[f"{split}_accuracy"])
 
 
-def test_the_weights_file_says_how_to_use_it(finished, folder):
+def test_the_weights_file_says_how_to_use_it_and_the_summary_is_the_architectures_table(finished, folder):
     info, _ = load_weights(finished / "weights.safetensors")
     meta = load_meta(folder)
-    assert info == WeightsInfo(
-        architecture="resnet20",
-        class_names=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
-        mean=(meta.scalar_mean,) * 3,
-        std=(meta.scalar_std,) * 3,
-    )
+    mean, std = (meta.scalar_mean,) * 3, (meta.scalar_std,) * 3
+    assert info == WeightsInfo(architecture="resnet20", class_names=tuple("0123456789"), mean=mean, std=std)
+    assert (finished / "summary.txt").read_text() == summarize("resnet20", 10, 0.0).table() + "\n"
 
 
 def test_the_history_has_a_row_an_epoch_and_ends_as_the_metrics_do(finished):
@@ -160,10 +142,6 @@ def test_the_history_has_a_row_an_epoch_and_ends_as_the_metrics_do(finished):
         assert float(rows[-1][key]) == metrics[key]
     best = max(float(row["test_accuracy"]) for row in rows)
     assert metrics["best_test_accuracy"] == best == float(rows[metrics["best_epoch"] - 1]["test_accuracy"])
-
-
-def test_the_summary_is_the_architectures_table(finished):
-    assert (finished / "summary.txt").read_text() == summarize("resnet20", 10, 0.0).table() + "\n"
 
 
 def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
@@ -184,42 +162,36 @@ def test_the_timing_has_all_that_depends_on_the_clock_or_the_machine(finished):
 
 def test_the_timing_names_the_commit_that_trained_and_the_flow_run(folder, tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@t.invalid")
-        done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def origin(name: str) -> tuple[str, bool, str | None]:
+        train(cell(epochs=1), folder, tmp_path / name)
+        timing = json.loads((tmp_path / name / "timing.json").read_text())
+        return timing["commit"], timing["dirty"], timing["flow_run_id"]
 
     monkeypatch.chdir(tmp_path)
     git("init", "-q")
-    Path("params.yaml").write_text("a: 1\n")
-    Path("dvc.lock").write_text("\n")
+    for name in ("params.yaml", "dvc.lock"):
+        Path(name).write_text("a: 1\n")
     git("add", "-A")
     git("commit", "-qm", "first")
     Path("dvc.lock").write_text("stages:\n")  # DVC rewrites it at each stage
     monkeypatch.setenv("RESGRID_FLOW_RUN_ID", "0198")
-    first = git("rev-parse", "HEAD")
-    train(cell(epochs=1), folder, tmp_path / "run")
+    assert origin("run") == (git("rev-parse", "HEAD"), False, "0198")
     Path("params.yaml").write_text("a: 2\n")
-    git("commit", "-qam", "second")
-    Path("params.yaml").write_text("a: 3\n")
     monkeypatch.delenv("RESGRID_FLOW_RUN_ID")
-    train(cell(epochs=1), folder, tmp_path / "again")
-    timings = [json.loads((tmp_path / name / "timing.json").read_text()) for name in ("run", "again")]
-    assert [(each["commit"], each["dirty"], each["flow_run_id"]) for each in timings] == [
-        (first, False, "0198"), (git("rev-parse", "HEAD"), True, None),
-    ]  # fmt: skip
+    assert origin("again") == (git("rev-parse", "HEAD"), True, None)
 
 
-def test_the_time_of_an_epoch_is_the_beginning_and_the_seconds_so_far():
+def test_the_time_of_an_epoch_is_the_beginning_and_the_seconds_so_far_also_in_folders_of_former_versions():
     started = 1_764_374_400_123_456  # 2025-11-29T00:00:00.123456 in UTC
+    assert started_at({"started": started}) == started
     assert epoch_ends(started, [1.5, 0.25]) == [1_764_374_401_623, 1_764_374_401_873]
     assert epoch_ends(started, []) == []
-
-
-def test_folders_of_former_versions_have_their_beginning_in_whole_seconds_and_one_speed():
     former = {"started": "2025-11-29T00:00:00+00:00", "epoch_seconds": [1.0, 3.0], "images_per_second": 30.0}
     assert started_at(former) == 1_764_374_400_000_000
     assert epoch_speeds(former) == [60.0, 20.0]  # 120 images in two epochs of 60 each
-    assert started_at({"started": 1_764_374_400_123_456}) == 1_764_374_400_123_456
 
 
 def test_two_runs_write_the_same_bytes_but_for_the_timing_which_has_when_they_began(
@@ -284,26 +256,30 @@ def test_without_a_validation_split_its_figures_are_null_and_empty(folder, tmp_p
 # --- initial weights ---------------------------------------------------------------------------------
 
 
-def weights_file(path: Path, architecture: Any = "resnet20", classes: int = 10, seed: int = 7) -> str:
+def weights_file(path: Path, architecture: str = "resnet20", classes: int = 10) -> str:
     """A file of random weights; returns its checksum."""
-    torch.manual_seed(seed)
+    torch.manual_seed(7)
     names = tuple(f"class {number}" for number in range(classes))
     info = WeightsInfo(architecture=architecture, class_names=names, mean=(0.5,) * 3, std=(0.25,) * 3)
     save_weights(path, build_model(architecture, classes, 0.0), info)
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def from_file(path: Path | str, checksum: str) -> Cell:
-    return cell(initial_weights={"name": "file", "path": str(path), "checksum": checksum})
+def from_file(path: Path | str, checksum: str, **recipe: Any) -> Cell:
+    return cell(initial_weights={"name": "file", "path": str(path), "checksum": checksum}, **recipe)
 
 
-def test_a_weights_file_of_as_many_classes_is_taken_whole(tmp_path, monkeypatch):
+def test_a_weights_file_of_as_many_classes_is_taken_whole_and_one_from_mlflow_as_it_is_passed(
+    tmp_path, monkeypatch
+):
     checksum = weights_file(tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
-    model = build_model("resnet20", 10, 0.0)
-    load_initial_weights(from_file("w.safetensors", checksum), model, 10)  # relative to the current folder
     _, tensors = load_weights(tmp_path / "w.safetensors")
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+    fetched = cell(initial_weights={"name": "mlflow", "uri": "models:/resnet20/1"})
+    for trained, passed in ((from_file("w.safetensors", checksum), None), (fetched, Path("w.safetensors"))):
+        model = build_model("resnet20", 10, 0.0)
+        load_initial_weights(trained, model, 10, passed)  # relative to the current folder
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
 def test_of_a_weights_file_of_other_classes_the_base_is_taken_and_the_head_is_drawn(tmp_path):
@@ -319,53 +295,31 @@ def test_of_a_weights_file_of_other_classes_the_base_is_taken_and_the_head_is_dr
     assert all(torch.equal(model.head.state_dict()[name], tensor) for name, tensor in drawn.items())
 
 
-def test_weights_fetched_from_mlflow_are_taken_from_the_file_that_is_passed(tmp_path):
-    weights_file(tmp_path / "w.safetensors")
-    trained = cell(initial_weights={"name": "mlflow", "uri": "models:/resnet20/1"})
-    model = build_model("resnet20", 10, 0.0)
-    load_initial_weights(trained, model, 10, tmp_path / "w.safetensors")
-    _, tensors = load_weights(tmp_path / "w.safetensors")
-    assert torch.equal(model.state_dict()["base.stem.weight"], tensors["base.stem.weight"])
-
-
 def test_a_run_from_a_weights_file_names_it_in_its_metrics(folder, tmp_path):
-    checksum = weights_file(tmp_path / "w.safetensors")
-    trained = from_file(tmp_path / "w.safetensors", checksum)
-    frozen = trained.model_copy(
-        update={"recipe": trained.recipe.model_copy(update={"approach": "frozen_base", "epochs": 1})}
-    )
-    train(frozen, folder, tmp_path / "run")
+    source = tmp_path / "w.safetensors"
+    train(from_file(source, weights_file(source), approach="frozen_base", epochs=1), folder, tmp_path / "run")
     metrics = json.loads((tmp_path / "run/run.json").read_text())
-    assert metrics["initial_weights"] == str(tmp_path / "w.safetensors")
-    _, before = load_weights(tmp_path / "w.safetensors")
-    _, after = load_weights(tmp_path / "run/weights.safetensors")
+    assert metrics["initial_weights"] == str(source)
+    before, after = (load_weights(path)[1] for path in (source, tmp_path / "run/weights.safetensors"))
     assert torch.equal(before["base.stem.weight"], after["base.stem.weight"])
 
 
-def test_another_file_than_the_checksums_is_refused(tmp_path):
-    weights_file(tmp_path / "w.safetensors")
-    trained = from_file(tmp_path / "w.safetensors", "md5:" + 32 * "0")
-    found = hashlib.md5((tmp_path / "w.safetensors").read_bytes()).hexdigest()
-    with pytest.raises(
-        ResgridError, match=rf"its checksum is md5:{found}, .*recipes\.resnet20\.initial_weights\.checksum"
-    ):
-        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
-
-
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    checksum = weights_file(tmp_path / "w.safetensors", "resnet32")
-    trained = from_file(tmp_path / "w.safetensors", checksum)
-    with pytest.raises(ResgridError, match="holds weights of resnet32, but this cell trains resnet20"):
-        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
-
-
-def test_a_weights_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "architecture", "checksum", "message"),
+    [
+        ("w.safetensors", "resnet20", "md5:" + 32 * "0",
+         r"its checksum is md5:[0-9a-f]{32}, .*recipes\.resnet20\.initial_weights\.checksum"),
+        ("w.safetensors", "resnet32", None, "holds weights of resnet32, but this cell trains resnet20"),
+        ("absent.safetensors", "resnet20", None, r"^recipes\.resnet20\.initial_weights\.path: there is no file absent\.saf"),
+    ],
+)  # fmt: skip
+def test_initial_weights_of_another_file_or_architecture_are_refused(
+    name, architecture, checksum, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    trained = from_file("absent.safetensors", "md5:" + 32 * "0")
-    with pytest.raises(
-        ResgridError, match=r"^recipes\.resnet20\.initial_weights\.path: there is no file absent\.saf"
-    ):
-        load_initial_weights(trained, build_model("resnet20", 10, 0.0), 10)
+    right = weights_file(Path("w.safetensors"), architecture)
+    with pytest.raises(ResgridError, match=message):
+        load_initial_weights(from_file(name, checksum or right), build_model("resnet20", 10, 0.0), 10)
 
 
 # --- data that cannot be trained on ------------------------------------------------------------------

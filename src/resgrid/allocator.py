@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep freed memory rather than to hand it back to the system.
+"""glibc's allocator, set to keep freed memory rather than to hand it back to the system.
 
 By default it maps every large block anew and unmaps it when freed, so the activations of each operation are
 pages that the kernel has to clear again. How much that costs depends on the machine: see

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -132,14 +133,8 @@ def daemon() -> Iterator[dict[str, str]]:
         variables = {PIPES: folder, LOGS: folder}
         environment, output = os.environ | variables, Path(folder, "start")
         with output.open("w") as file:  # not a pipe, which the daemon would keep open
-            done = subprocess.run(
-                [CONTROL, "-d"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                check=False,
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            done = subprocess.run([CONTROL, "-d"], env=environment, check=False, **streams)
         if done.returncode:
             why = output.read_text().strip() or f"{CONTROL} -d ended with {done.returncode}"
             log.warning("MPS does not start, so cells take turns on their card: %s", why)

@@ -14,10 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -137,26 +136,28 @@ def take_in(folder: Path, params: Params, data_digest: str, root: Path) -> tuple
     if not results and not checkpoints.is_dir():
         raise ResgridError(f"{folder}: holds no results: name a copied project's folder, or its runs/.")
     taken, refused = [], list[str]()
-    (root / ".resgrid").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root / ".resgrid", prefix="take-in-") as aside:
-        for source in results:
-            cell = cells.get(source.name)
-            why = "params.yaml has no such cell" if cell is None else refusal(source, cell, data_digest)
-            if cell is None or why:
-                refused.append(f"{source.name}: {why}")
-                continue
-            copy = Path(aside, cell.id)  # first, so that a run folder is never half of each
-            copy.mkdir()
-            for name in (*FILES, METRICS):
-                shutil.copy2(source / name, copy / name)
-            delete([RUNS / cell.id])
-            RUNS.mkdir(exist_ok=True)
-            copy.replace(RUNS / cell.id)
-            delete(checkpoint_files(checkpoint_folder(root, here), cell.id))  # of an earlier start here
-            taken.append(cell)
-    waiting = sorted(set(cells) - {source.name for source in results})
-    for cell_id in take_checkpoints(checkpoints, checkpoint_folder(root, here), waiting):
-        log.info("%s: its checkpoint, from which the same training goes on", cell_id)
+    target = checkpoint_folder(root, here)
+    for source in results:
+        cell = cells.get(source.name)
+        why = "params.yaml has no such cell" if cell is None else refusal(source, cell, data_digest)
+        if cell is None or why:
+            refused.append(f"{source.name}: {why}")
+            continue
+        aside = root / ".resgrid/take-in" / cell.id  # first, so that a run folder is never half of each
+        delete([aside])
+        aside.mkdir(parents=True)
+        for name in (*FILES, METRICS):
+            shutil.copy2(source / name, aside / name)
+        delete([RUNS / cell.id, *checkpoint_files(target, cell.id)])  # these are of an earlier start here
+        RUNS.mkdir(exist_ok=True)
+        aside.replace(RUNS / cell.id)
+        taken.append(cell)
+    for cell_id in sorted(set(cells) - {source.name for source in results}):
+        for path in checkpoint_files(checkpoints, cell_id):
+            if _num_epochs(path) > _num_epochs(target / path.name):  # not over one that is further
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target / path.name)
+                log.info("%s: its checkpoint, from which the same training goes on", cell_id)
     return taken, refused
 
 
@@ -172,21 +173,6 @@ def refusal(folder: Path, cell: Cell, data_digest: str) -> str | None:
     except ResgridError:
         return "its weights are damaged: copy the folder once more"
     return None
-
-
-def take_checkpoints(source: Path, target: Path, cells: Iterable[str]) -> list[str]:
-    """Copy the checkpoints of `cells` from one folder to another, but not over one that is further.
-
-    Returns the ids of the cells of which there were any.
-    """
-    taken = []
-    for cell_id in cells:
-        for path in checkpoint_files(source, cell_id):
-            if _num_epochs(path) > _num_epochs(target / path.name):
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, target / path.name)
-                taken.append(cell_id)
-    return list(dict.fromkeys(taken))
 
 
 def _num_epochs(checkpoint: Path) -> int:

@@ -95,18 +95,14 @@ def probabilities(
     return result.cpu()
 
 
-def find_pictures(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+def find_pictures(paths: Iterable[Path], passed_over: Counter[str]) -> Iterator[Path]:
     """The files that `paths` name, and of a folder all pictures by suffix or content, ordered by name.
 
     Hidden files and links to folders are passed over, and counted by kind as all others are. A folder without
     pictures stands for itself, as what is not there does: `predict` says so.
     """
     for path in paths:
-        pictures = (
-            _in_folder(path, Counter() if passed_over is None else passed_over)
-            if path.is_dir()
-            else iter((path,))
-        )
+        pictures = _in_folder(path, passed_over) if path.is_dir() else iter((path,))
         yield next(pictures, path)
         yield from pictures
 

@@ -51,10 +51,9 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = self._before = 0
-        self.note = ""
+        self.done, self.note = 0, ""
+        self._before: int | None = None  # at the first update, from which on the speed counts
         self._started = self._drawn = time.monotonic()
-        self._first = True
         self._bar: Any = None
         self._task: Any = None
 
@@ -65,21 +64,16 @@ class Progress:
                 from rich.console import Console
             except ImportError:
                 return self
-            amounts: progress.ProgressColumn
-            amounts = progress.DownloadColumn() if self.unit == "B" else progress.TaskProgressColumn()
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=24),
-                amounts,
-                progress.TextColumn("{task.fields[speed]}"),
-                progress.TextColumn("{task.fields[left]}"),
-                progress.TextColumn("{task.fields[note]}"),
+                progress.TextColumn("{task.fields[text]}"),
                 console=Console(stderr=True),
                 refresh_per_second=5,
             )
             self._bar.start()
             Progress.active = self._bar
-            self._task = self._bar.add_task(self.title, total=self.total, speed="", left="", note="")
+            self._task = self._bar.add_task(self.title, total=self.total, text="")
         return self
 
     def __exit__(
@@ -90,43 +84,38 @@ class Progress:
             self._bar.stop()
             Progress.active = None
 
-    def begin(self, done: int) -> None:
-        """`done` units were done before: they count as done, but not for the speed."""
-        self.done = self._before = done
-
     def update(self, done: int, total: int | None = None) -> None:
         """`done` units of the whole are done."""
         now = time.monotonic()
-        if self._first:  # what came before, such as opening an archive, is no part of the speed
-            self._first, self._before, self._started = False, done, now
+        if self._before is None:  # an earlier start, and the opening of an archive, are no part of the speed
+            self._before, self._started = done, now
         self.done, self.total = done, total if total is not None else self.total
         if self._bar is not None and now - self._drawn >= 0.1:
             self._draw()
         elif self._bar is None and now - max(Progress.printed, self._started) >= SECONDS_BETWEEN_LINES:
-            log.info(self._line())
+            log.info("%s: %s", self.title, self)
             Progress.printed = now
 
     @property
     def speed(self) -> float:
         """Units a second since the start."""
-        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
+        return (self.done - (self._before or 0)) / max(time.monotonic() - self._started, 1e-9)
 
     def remaining(self) -> str:
         """`about 2 days left` at the speed so far, or nothing while that is unknown."""
-        if not self.total or not self._before < self.done < self.total:
+        if not self.total or self._before is None or not self._before < self.done < self.total:
             return ""
         return f"about {duration(max(1.0, (self.total - self.done) / self.speed))} left"
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        speed = f"{amount(self.speed, self.unit)}/s"
-        fields = {"speed": speed, "left": self.remaining(), "note": self.note}
-        self._bar.update(self._task, completed=self.done, total=self.total, **fields)
+        text = f"{self}  {self.note}"
+        self._bar.update(self._task, completed=self.done, total=self.total, text=text)
 
-    def _line(self) -> str:
+    def __str__(self) -> str:
         share = f"{100 * self.done / self.total:.0f} %" if self.total else amount(self.done, self.unit)
         left = f", {self.remaining()}" if self.remaining() else ""
-        return f"{self.title}: {share}, {amount(self.speed, self.unit)}/s{left}"
+        return f"{share}, {amount(self.speed, self.unit)}/s{left}"
 
 
 def duration(seconds: float) -> str:

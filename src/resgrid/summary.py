@@ -60,21 +60,11 @@ class Summary:
             name = f"{row.layer} ({row.type})" if row.type else row.layer
             cells.append((name, str(row.output_shape).replace(",)", ")"), f"{row.params:,}"))
         wide = [max(len(line[column]) for line in cells) for column in range(3)]
-        lines = [f"{a:<{wide[0]}}   {b:<{wide[1]}}   {c:>{wide[2]}}" for a, b, c in cells]
-        rule = "-" * len(lines[0])
-        return "\n".join(
-            [
-                self.architecture,
-                rule,
-                lines[0],
-                rule,
-                *lines[1:],
-                rule,
-                f"Total parameters: {self.total:,}",
-                f"Trainable parameters: {self.trainable:,}",
-                f"Non-trainable parameters: {self.non_trainable:,}",
-            ]
-        )
+        head, *lines = [f"{a:<{wide[0]}}   {b:<{wide[1]}}   {c:>{wide[2]}}" for a, b, c in cells]
+        rule = "-" * len(head)
+        totals = {"Total": self.total, "Trainable": self.trainable, "Non-trainable": self.non_trainable}
+        ends = [f"{kind} parameters: {number:,}" for kind, number in totals.items()]
+        return "\n".join([self.architecture, rule, head, rule, *lines, rule, *ends])
 
 
 def summarize(

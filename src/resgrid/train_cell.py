@@ -85,7 +85,7 @@ def train(cell: Cell, pipeline: str, device_choice: str | None, afresh: bool) ->
             log.info("%s  is not compiled: there is no C++ compiler with Python's headers here", cell.id)
         if num_before:
             log.info("%s  goes on after epoch %d/%d", cell.id, num_before, num_epochs)
-            progress.begin(num_before * images_an_epoch)
+            progress.done = num_before * images_an_epoch
 
         def on_step(images: int, _: int) -> None:
             progress.update(len(epochs) * images_an_epoch + images)
