@@ -30,7 +30,7 @@ from resgrid.evaluation import score_file
 from resgrid.grid import find_cell
 from resgrid.models import build_model
 from resgrid.predict import BATCH, find_pictures, predict
-from resgrid.run_status import read_json
+from resgrid.project import read_json
 from resgrid.train_cell import train_cell
 from resgrid.training.engine import score
 from resgrid.weights import WeightsInfo, load_weights, save_weights
