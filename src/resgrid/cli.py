@@ -257,13 +257,15 @@ MODELS = {
         "models.import_weights",
         "Make a weights file of Keras's or PyTorch's weights",
         _option("file", "of Keras (.h5, .keras, .weights.h5) or PyTorch, or safetensors", type=Path),
-        _option("--model", "its architecture", required=True, choices=tuple(ARCHITECTURES)),
+        _option("--model", "its architecture", required=True, choices=ARCHITECTURES),
         _option("--out", "the weights file to write (.safetensors)", required=True, type=Path),
         _option("--class-names", "in its outputs' order (default: CIFAR-10's)", nargs="+", metavar="NAME"),
         _option(
-            "--normalization", "of its images (default: keras or kuangliu)", choices=tuple(NORMALIZATIONS)
+            "--normalization",
+            "of its images (default: keras of Keras, else kuangliu)",
+            choices=NORMALIZATIONS,
         ),
-        _option("--mean", "of the same, in place of a name, on the 0-1 scale", **FIGURES),
+        _option("--mean", "of its images, in place of a name, on the 0-1 scale", **FIGURES),
         _option("--std", "likewise", **FIGURES),
         _option("--key", "which of several sets of weights in a PyTorch file, such as state_dict_ema"),
         _option("--data", "labelled images to score it on at once, as for `score`", type=Path),
