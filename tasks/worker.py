@@ -169,6 +169,7 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
                 # Asked to end, Prefect's worker would kill its flows at once (see `tasks.services`); without
                 # it they end their trainers and say so, as `begin_flow` has it.
                 process.kill()
+                process.wait()
                 psutil.wait_procs(members(process), LEAVE_SECONDS)
                 watch.end_group(process, 0.0)
             if not stop.is_set():
