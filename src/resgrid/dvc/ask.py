@@ -20,7 +20,6 @@ from resgrid.errors import ResgridError
 from resgrid.project import denied
 from resgrid.stage_record import RECORD_ONLY, Fault
 
-NO_GIT = "not a git repository"  # what DVC says of a checkout that was downloaded
 GIT_HINT = ". Run `git init` there, or have DVC work without git by `dvc config --local core.no_scm true`."
 
 
@@ -68,7 +67,7 @@ def _unusable(pipeline: Pipeline, reason: str) -> ResgridError:
     places = (pipeline.folder / name for name in ("data", "runs", "dvc.lock"))
     if path := denied(pipeline.root / ".dvc/tmp", *places):
         return ResgridError(f"Permission denied: {path}. It belongs to another user, or its mode is wrong.")
-    reason = reason.strip()[-2000:] + (GIT_HINT if NO_GIT in reason else "")
+    reason = reason.strip()[-2000:] + (GIT_HINT if "not a git repository" in reason else "")
     return ResgridError(f"{pipeline.folder / 'dvc.yaml'}: DVC cannot use it: {reason}")
 
 
