@@ -29,7 +29,7 @@ from resgrid.evaluation import score_file
 from resgrid.grid import expand
 from resgrid.models import build_model
 from resgrid.predict import BATCH, find_pictures, predict
-from resgrid.run_status import read_json
+from resgrid.project import read_json
 from resgrid.train_cell import train_cell
 from resgrid.training.engine import score
 from resgrid.weights import WeightsInfo, load_weights, save_weights
@@ -258,7 +258,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside: Pipel
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
-        (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
+        (["--model", "resnet20-adam-9"], "no cell is called 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
         (["--model", "params.yaml"], "cannot be read as a weights file of ResGrid"),
         (["--top", "0"], "argument --top: 0: there must be at least one"),

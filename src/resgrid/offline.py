@@ -27,9 +27,9 @@ from resgrid.errors import ResgridError
 from resgrid.gc import checkpoint_files, checkpoint_folder, checkpoint_head, delete
 from resgrid.grid import Cell, expand
 from resgrid.models import own_file
-from resgrid.project import num_cores
+from resgrid.project import num_cores, read_json
 from resgrid.provenance import code_digest
-from resgrid.run_status import FILES, METRICS, RUN, read_json, run_in, verify_weights
+from resgrid.run_status import FILES, METRICS, RUN, run_in, verify_weights
 from resgrid.stage_record import Record, State, read_record
 
 TRIES = 3  # of a cell that died, or whose card failed: a neighbour's fault can take it along
