@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,13 @@ import pytest
 import torch
 from conftest import SmallDisks
 from ruamel.yaml import YAML
+from small import Project, digits
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
 from resgrid import checkpoint, tracking
 from resgrid.checkpoint import Checkpoints
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
-from resgrid.edit import assign
-from resgrid.errors import ResgridError
 from resgrid.gc import checkpoint_folder, delete, find_leftovers
 from resgrid.grid import Cell, find_cell
 from resgrid.provenance import CODE, code_digest
@@ -162,10 +162,15 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
 def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Path, optimizer: str) -> None:
     trained = cell(f"resnet20-{optimizer}-0", epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
-    pieces = [go_on(trained, data, tmp_path / "kept", tmp_path / "pieces", stop_after=n) for n in (1, 2, 9)]
+    before, after = time.time_ns() // 1000, 0
+    pieces = []
+    for stop_after in (1, 2, 9):
+        pieces.append(go_on(trained, data, tmp_path / "kept", tmp_path / "pieces", stop_after))
+        after = after or time.time_ns() // 1000
     assert [[epoch.epoch for epoch in piece] for piece in pieces] == [[1], [2, 3], [4]]
     assert same_files(tmp_path / "pieces", tmp_path / "alone")
     timing = json.loads((tmp_path / "pieces/timing.json").read_text())
+    assert before < timing["started"] < after  # when the first of them began
     assert len(timing["epoch_seconds"]) == 4  # those of all starts
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
 
@@ -179,17 +184,6 @@ def test_a_finished_training_whose_results_are_gone_writes_them_alone(data: Path
     assert go_on(trained, data, tmp_path / "kept", tmp_path / "run") == []
     assert same_files(tmp_path / "run", tmp_path / "alone")
     assert (tmp_path / "run/timing.json").read_bytes() == timing  # it is the same training
-
-
-def test_a_training_that_goes_on_began_when_it_began(data: Path, tmp_path: Path) -> None:
-    trained = cell(epochs=2, **LIVELY)
-    began = start(trained, data, tmp_path / "kept").started
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
-    [kept] = (tmp_path / "kept").iterdir()
-    started = checkpoint.read(kept).started
-    assert began < started < time.time_ns() // 1000
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
-    assert json.loads((tmp_path / "run/timing.json").read_text())["started"] == started
 
 
 def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
@@ -267,22 +261,23 @@ def test_the_code_that_it_belongs_to_is_that_of_the_stage() -> None:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for deps in (stages["train"]["deps"], stages["train-study"]["do"]["deps"]):
         assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in CODE)]
+    scoring = sorted([*CODE, "evaluation.py", "report"])
+    assert stages["evaluate"]["deps"] == [
+        "data/processed",
+        "runs",
+        *(f"src/resgrid/{name}" for name in scoring),
+    ]
 
 
-def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
-    trained = cell(epochs=2, **LIVELY)
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
-    torch.set_num_threads(2)
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
-    assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == 1
-
-
-def test_no_more_threads_are_taken_over_than_there_are_cores(data: Path, tmp_path: Path) -> None:
-    trained = cell(epochs=2, **LIVELY)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
-    go_on(trained, data, tmp_path / "kept", tmp_path / "run")
-    assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == len(os.sched_getaffinity(0))
+def test_the_number_of_threads_is_kept_as_far_as_there_are_cores(data: Path, tmp_path: Path) -> None:
+    trained, cores = cell(epochs=2, **LIVELY), len(os.sched_getaffinity(0))
+    for first, now, expected in ((1, 2, 1), (cores + 1, 1, cores)):
+        out = tmp_path / f"{first}"
+        torch.set_num_threads(first)
+        go_on(trained, data, out / "kept", out / "run", stop_after=1)
+        torch.set_num_threads(now)
+        go_on(trained, data, out / "kept", out / "run")
+        assert json.loads((out / "run/timing.json").read_text())["threads"] == expected
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
@@ -292,7 +287,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_ther
     train(trained, data, tmp_path / "alone")
     disk = disks.mount(tmp_path / "disk", "3m")  # room for one checkpoint, and not for a second one
     kept = disk / "kept"
-    with pytest.raises(ResgridError, match=r"the checkpoint after epoch 2 cannot be written: No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*/resnet20-sgd-0"):
         go_on(trained, data, kept, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert start(trained, data, kept).num_epochs == 1
@@ -304,21 +299,6 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_ther
 
 # --- with DVC and MLflow -----------------------------------------------------------------------------
 
-STAGES = """
-stages:
-  train:
-    matrix: {architecture: "${grid.architectures}", optimizer: "${grid.optimizers}", seed: "${grid.seeds}"}
-    cmd: resgrid train ${item.architecture}-${item.optimizer}-${item.seed} && python after.py
-    deps: [data/processed]
-    params: [recipes]
-    outs:
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/history.csv
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/metrics.json
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/run.json
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/summary.txt
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/timing.json
-      - runs/${item.architecture}-${item.optimizer}-${item.seed}/weights.safetensors
-"""
 CELL = "resnet20-sgd-0"
 KILL_DVC = """
 import psutil
@@ -327,64 +307,27 @@ dvc.kill()
 """
 
 
-class Project:
-    """A DVC repository with one cell of 24 epochs, whose MLflow is one SQLite file."""
+@dataclass
+class Repository(Project):
+    """One cell of 24 epochs, whose stage has an `after.py` as well; nothing else is a stage."""
 
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root = root
-        self.begun: list[subprocess.Popen[str]] = []
-        shutil.copytree(data, root / "data/processed")
-        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-        params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
-        params["studies"] = {}
-        params["engine"] = {"precision": "fp32", "compile": "never", "scored_epochs": "all"}
-        params["recipes"]["resnet20"] |= {"epochs": 24, "batch_size": 16}
-        with (root / "params.yaml").open("w") as file:
-            YAML(typ="safe").dump(params, file)
-        (root / "dvc.yaml").write_text(STAGES)
-        (root / "after.py").write_text("")
-        for name in (".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, root / name)
-        for command in ("git init -q", "dvc init -q"):
-            assert self.run(*command.split()).returncode == 0
-        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
-        self.kept = root / ".resgrid/checkpoints"
+    begun: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
-    def env(self) -> dict[str, str]:
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
-        }
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return kept | {"PATH": path, "RESGRID_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=300, check=False
-        )
+    def kept(self) -> Path:
+        return self.root / ".resgrid/checkpoints"
 
     def begin(self, *command: str) -> subprocess.Popen[str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         begun = subprocess.Popen(
-            command, cwd=self.root, env=self.env, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=self.root, env=os.environ | {"PATH": path, "RESGRID_THREADS": "1"}, text=True,
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.begun.append(begun)
         return begun
 
-    def end(self) -> None:
-        for process in self.begun:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert process.stdout
-            process.stdout.close()
-
-    def edit(self, *assignments: str) -> None:
-        path = self.root / "params.yaml"
-        path.write_text(assign(path.read_text(), assignments))
-
     def repro(self, *options: str) -> str:
-        """What `dvc repro` says."""
+        """What `dvc repro` prints."""
         done = self.run("dvc", "repro", *options)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
@@ -398,33 +341,36 @@ class Project:
             assert line
         os.killpg(begun.pid, signal.SIGKILL)
         begun.communicate()
-        return max(
-            len(checkpoint.read(path).epochs)
-            for path in self.kept.glob("*")
-            if path.suffix != ".part" and checkpoint.read(path).timing is None
-        )
+        left = [checkpoint.read(path) for path in self.kept.glob("*") if path.suffix != ".part"]
+        return max(len(each.epochs) for each in left if each.timing is None)
 
     def mlflow_runs(self) -> list[Any]:
-        store = tracking.open_store("cifar10", self.root)
+        store = tracking.open_store("small", self.root)
         return list(store.client.search_runs([store.experiment_id]))
-
-    def steps(self, run_id: str, key: str) -> list[int]:
-        client = tracking.open_store("cifar10", self.root).client
-        return sorted(point.step for point in client.get_metric_history(run_id, key))
 
 
 @pytest.fixture
-def project(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "ein Projekt, größer").mkdir()
-    made = Project(tmp_path / "ein Projekt, größer", data)
+def project(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
+    for name in [each for each in os.environ if each.startswith(("MLFLOW", "RESGRID"))]:
+        monkeypatch.delenv(name)
+    made = Repository(digits(tmp_path / "ein Projekt, größer").root)
+    shutil.copytree(data, made.root / "data/processed")
+    made.set("grid.optimizers=[sgd]", "recipes.*.epochs=24", "recipes.*.batch_size=16")
+    train = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["train"]
+    train |= {"cmd": f"{train['cmd']} && python after.py", "deps": ["data/processed"]}
+    (made.root / "dvc.yaml").write_text(json.dumps({"stages": {"train": train}}))
+    (made.root / "after.py").write_text("")
     yield made
-    made.end()
+    for process in made.begun:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
-    project: Project, data: Path, tmp_path: Path
+    project: Repository, data: Path, tmp_path: Path
 ) -> None:
     """SIGTERM, then SIGKILL of trainer and DVC, then of DVC alone before it records what was trained."""
     trained = find_cell(load_params(project.root / "params.yaml"), CELL)
@@ -444,7 +390,7 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     assert first.returncode != 0
     [run] = project.mlflow_runs()
     assert run.info.status == "KILLED"
-    done = len(project.steps(run.info.run_id, "train_loss"))
+    done = len(project.mlflow.get_metric_history(run.info.run_id, "train_loss"))
     assert 0 < done < 24
 
     second = project.begin("dvc", "repro")
@@ -475,7 +421,8 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
     assert (one.info.run_id, one.info.status) == (run.info.run_id, "FINISHED")
     assert one.data.tags["grid"] == "current"
     for key in ("train_loss", "test_accuracy", "learning_rate"):
-        assert project.steps(one.info.run_id, key) == list(range(1, 25)), key
+        points = project.mlflow.get_metric_history(one.info.run_id, key)
+        assert sorted(point.step for point in points) == list(range(1, 25)), key
 
     # The lock lists it now, so its checkpoint may go.
     kept = project.run("resgrid", "gc", "--json")
@@ -487,9 +434,9 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
 
 
 @pytest.fixture
-def short(project: Project) -> Project:
+def short(project: Repository) -> Repository:
     """With six epochs, and DVC's run cache left out where a test says so."""
-    project.edit("recipes.resnet20.epochs=6")
+    project.set("recipes.resnet20.epochs=6")
     return project
 
 
@@ -497,7 +444,7 @@ def epochs_of(said: str) -> int:
     return len([line for line in said.splitlines() if re.match(rf"{CELL}  epoch +\d+/", line)])
 
 
-def test_which_start_trains_and_which_takes_what_is_there(short: Project) -> None:
+def test_which_start_trains_and_which_takes_what_is_there(short: Repository) -> None:
     """Each by `dvc repro`, whose stage cannot see `--force`."""
     assert epochs_of(short.repro()) == 6
     first = short.timing()
@@ -507,16 +454,16 @@ def test_which_start_trains_and_which_takes_what_is_there(short: Project) -> Non
 
     # Param changed and back, without the run cache and with it: not an epoch is trained.
     a = short.timing()
-    short.edit("recipes.resnet20.batch_size=8")
+    short.set("recipes.resnet20.batch_size=8")
     assert epochs_of(short.repro("--no-run-cache")) == 6
-    short.edit("recipes.resnet20.batch_size=16")
+    short.set("recipes.resnet20.batch_size=16")
     said = short.repro("--no-run-cache")
     assert "goes on after epoch 6/6" in said
     assert epochs_of(said) == 0
     assert short.timing() == a
-    short.edit("recipes.resnet20.batch_size=8")
+    short.set("recipes.resnet20.batch_size=8")
     assert epochs_of(short.repro()) == 0
-    short.edit("recipes.resnet20.batch_size=16")
+    short.set("recipes.resnet20.batch_size=16")
     assert epochs_of(short.repro()) == 0
     assert short.timing() == a
 
@@ -538,7 +485,7 @@ def test_which_start_trains_and_which_takes_what_is_there(short: Project) -> Non
     assert epochs_of(done.stderr) == 6
 
 
-def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short: Project) -> None:
+def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short: Repository) -> None:
     cache = short.root / ".dvc/cache/files/md5"
     cache.mkdir(parents=True)
     for place in cache.parent.parent.glob("*"):
@@ -558,22 +505,17 @@ def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short:
     )
 
 
-def test_without_dvc_a_finished_cell_is_finished(short: Project) -> None:
+def test_without_dvc_a_finished_cell_is_finished(short: Repository) -> None:
     for expected, arguments in ((6, ()), (0, ()), (6, ("--afresh",)), (0, ())):
         done = short.run("resgrid", "train", CELL, *arguments)
         assert done.returncode == 0, done.stderr
         assert epochs_of(done.stderr) == expected, arguments
 
 
-def aged(path: Path, days: float) -> None:
-    moment = time.time() - days * 24 * 3600
-    os.utime(path, (moment, moment))
-
-
 def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline, lock = tmp_path / "examples/small", tmp_path / "examples/small/dvc.lock"
+    pipeline, cache = tmp_path / "examples/small", tmp_path / ".dvc/cache"
     kept = checkpoint_folder(tmp_path, pipeline)
     assert kept == tmp_path / ".resgrid/checkpoints/examples/small"
     unfinished, old, unrecorded, recorded = (
@@ -584,45 +526,44 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
         go_on(each, data, kept, tmp_path / "run", stop_after=1)
     for each in (unrecorded, recorded):
         go_on(each, data, kept, tmp_path / "run")
-    pipeline.mkdir(parents=True)
-    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
-    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
-    aged(start(old, data, kept).path, days=31)
-    aged(start(unfinished, data, kept).path, days=29)
-    for suffix in ("0", "1", "done"):
-        (kept / f"resnet20-sgd-0.0123456789abcdef.{suffix}").write_bytes(b"of a former version")
-    (pipeline / "data/.partial").mkdir(parents=True)
-    (pipeline / "data/.partial/rest.part").write_bytes(b"12345")
-    (pipeline / "data/raw").mkdir()
-    (kept / "resnet20-sgd-0.0.part").write_bytes(b"half")  # may be being written
-    (tmp_path / ".resgrid/weights").mkdir()
-    (tmp_path / ".resgrid/weights/fetched.safetensors").write_bytes(b"weights")  # may be being used
-    cache = tmp_path / ".dvc/cache"
-    (cache / "files/md5/ab").mkdir(parents=True)
-    (cache / "files/md5/ab/.Xk3.tmp").write_bytes(b"half")  # DVC is about to rename it
-    (cache / "files/md5/ab" / (30 * "0")).write_bytes(b"altered")
-    whole = hashlib.md5(b"whole").hexdigest()
-    (cache / "files/md5" / whole[:2]).mkdir()
-    (cache / "files/md5" / whole[:2] / whole[2:]).write_bytes(b"whole")
+    whole, altered = hashlib.md5(b"12345").hexdigest(), 30 * "0"
+    places = {name: start(each, data, kept).path for name, each in (("old", old), ("recorded", recorded))}
+    for path in (
+        *(kept / f"resnet20-sgd-0.0123.{suffix}" for suffix in ("0", "1", "done")),  # of a former version
+        pipeline / "data/.partial/rest.part", pipeline / "data/raw/whole",
+        kept / "resnet20-sgd-0.0.part",  # may be being written
+        tmp_path / ".resgrid/weights/fetched.safetensors",  # may be being used
+        cache / "files/md5/ab/.Xk3.tmp",  # DVC is about to rename it
+        cache / "files/md5/ab" / altered, cache / "files/md5" / whole[:2] / whole[2:],
+    ):  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
 
-    def found() -> dict[str, str]:
-        return {
-            each.path.name.split(".")[0] + each.path.suffix[:5]: each.why
-            for each in find_leftovers(tmp_path, pipeline, cache)
-        }
+    def record() -> None:
+        md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+        (pipeline / "dvc.lock").write_text(
+            f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}"
+        )
 
-    former = {f"resnet20-sgd-0.{suffix}": "it is of a former version" for suffix in ("0", "1", "done")}
-    others = {"": "data/raw is complete", 30 * "0": "it is damaged: its content is not that of its name"}
-    age = "nobody has gone on from it for a month"
-    digests = {each.id: start(each, data, kept).path.suffix[:5] for each in (old, recorded)}
-    assert found() == former | others | {
-        f"resnet20-sgd-1{digests[old.id]}": age,
-        f"resnet20-sgd-3{digests[recorded.id]}": "its training is recorded in dvc.lock",
-    }
+    def age(path: Path, days: float) -> None:
+        os.utime(path, 2 * (time.time() - days * 24 * 3600,))
+
+    record()
+    age(places["old"], days=31)
+    age(start(unfinished, data, kept).path, days=29)
     leftovers = find_leftovers(tmp_path, pipeline, cache)
-    assert sum(each.num_bytes for each in leftovers if each.why == "data/raw is complete") == 5
-    assert len(delete(each.path for each in leftovers)) == 7
-    assert not (pipeline / "data/.partial").exists()
+    assert {each.path: each.why for each in leftovers} == {
+        **{
+            kept / f"resnet20-sgd-0.0123.{suffix}": "it is of a former version"
+            for suffix in ("0", "1", "done")
+        },
+        places["old"]: "nobody has gone on from it for a month",
+        places["recorded"]: "its training is recorded in dvc.lock",
+        pipeline / "data/.partial": "data/raw is complete",
+        cache / "files/md5/ab" / altered: "it is damaged: its content is not that of its name",
+    }
+    assert {each.num_bytes for each in leftovers if each.why == "data/raw is complete"} == {5}
+    delete(each.path for each in leftovers)
     assert find_leftovers(tmp_path, pipeline, cache) == []
     assert [start(each, data, kept).num_epochs for each in (unfinished, unrecorded)] == [1, 2]
 
@@ -631,28 +572,9 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
     shared = checkpoint_folder(tmp_path, pipeline)
     assert shared == tmp_path / "shared/examples/small"
     go_on(recorded, data, shared, tmp_path / "run")
-    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
-    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
-    assert found() == {}
-    aged(start(recorded, data, shared).path, days=31)
-    assert list(found().values()) == [age]
-
-
-def test_only_what_dvc_has_recorded_trains_anew(data: Path, tmp_path: Path) -> None:
-    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
-
-    def left(afresh: bool = False) -> int:
-        made = Checkpoints(kept, trained, load_meta(data).digest, CPU, PLAIN, lock, afresh)
-        return made.num_epochs
-
-    go_on(trained, data, kept, tmp_path / "run")
-    assert left() == 2  # there is no dvc.lock yet
-    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
-    assert left() == 2  # it lists an earlier training
-    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
-    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
-    assert left() == 0
-    assert list(kept.iterdir()) == []
-    go_on(trained, data, kept, tmp_path / "run", stop_after=1)
-    assert left() == 1
-    assert left(afresh=True) == 0
+    record()
+    assert find_leftovers(tmp_path, pipeline, cache) == []
+    age(start(recorded, data, shared).path, days=31)
+    assert [each.why for each in find_leftovers(tmp_path, pipeline, cache)] == [
+        "nobody has gone on from it for a month"
+    ]

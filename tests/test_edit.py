@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` does to the file
 from ruamel.yaml import YAML
+from test_stale import keys_of
 
 from resgrid.cli import main
 from resgrid.edit import assign, changed_lines, rewritten
@@ -19,24 +18,14 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([ROOT / "params.yaml", *ROOT.glob("examples/*/params.yaml")])
 
 
-def leaves(node: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
 def as_hydra(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(as_hydra, value))}]"
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"'{value}'"
-        if isinstance(value, str)
-        else repr(value)
-    )
+    match value:
+        case list():
+            return f"[{','.join(map(as_hydra, value))}]"
+        case bool():
+            return str(value).lower()
+        case _:
+            return repr(value)
 
 
 def another(value: Any) -> Any:
@@ -53,7 +42,7 @@ def another(value: Any) -> Any:
 def test_dvc_leaves_every_byte_but_those_of_the_value_that_it_sets(file: Path, tmp_path: Path) -> None:
     text = file.read_text()
     copy = tmp_path / "params.yaml"
-    keys = dict(leaves(YAML(typ="safe").load(text)))
+    keys = dict(keys_of(YAML(typ="safe").load(text)))
     assert len(keys) > 40
     copy.write_text(text)
     apply_overrides(str(copy), [f"{key}={as_hydra(value)}" for key, value in keys.items()])
@@ -61,19 +50,17 @@ def test_dvc_leaves_every_byte_but_those_of_the_value_that_it_sets(file: Path, t
     scalars = {key: another(value) for key, value in keys.items() if not isinstance(value, list)}
     apply_overrides(str(copy), [f"{key}={as_hydra(value)}" for key, value in scalars.items()])
     assert len(copy.read_text().splitlines()) == len(text.splitlines())  # no line is broken, none is lost
-    assert dict(leaves(YAML(typ="safe").load(copy.read_text()))) == keys | scalars
-    one = (
+    assert dict(keys_of(YAML(typ="safe").load(copy.read_text()))) == keys | scalars
+    for assignment in (
         "name=other",
-        "tuning.resnet20.sgd.lr=0.123456",
-        "recipes.resnet44.epochs=12345",
+        "tuning.resnet20.sgd.lr=0.1234",
+        "recipes.resnet20.epochs=1",
         "preprocess.seed=7",
-    )
-    for assignment in one:
+    ):
         copy.write_text(text)
-        if assignment.split("=")[0] in keys:
-            apply_overrides(str(copy), [assignment])
-            pairs = zip(text.splitlines(), copy.read_text().splitlines(), strict=True)
-            assert sum(old != new for old, new in pairs) == 1, assignment
+        apply_overrides(str(copy), [assignment])
+        pairs = zip(text.splitlines(), copy.read_text().splitlines(), strict=True)
+        assert sum(old != new for old, new in pairs) == 1, assignment
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
@@ -92,11 +79,8 @@ def test_a_pattern_sets_a_number_in_every_place_and_keeps_the_rest() -> None:
     assert [line for line in changed_lines(text, new) if "- 1" in line] == ["  42: +   - 1"]
     params = YAML(typ="safe").load(new)
     assert {recipe["epochs"] for recipe in params["recipes"].values()} == {7}
-    assert [params["tuning"][name]["sgd"]["lr"] for name in ("resnet20", "resnet10", "resnet18")] == [
-        0.1,
-        0.5,
-        0.5,
-    ]
+    rates = [params["tuning"][name]["sgd"]["lr"] for name in ("resnet20", "resnet10", "resnet18")]
+    assert rates == [0.1, 0.5, 0.5]
 
 
 def test_one_list_in_many_places_is_written_in_each() -> None:
@@ -104,31 +88,6 @@ def test_one_list_in_many_places_is_written_in_each() -> None:
     new = assign(text, ["recipes.*.normalization={name: fixed, mean: [0.5, 0.5, 0.5], std: [1.0, 1.0, 1.0]}"])
     assert "&" not in new
     assert new.count("mean:") == 3
-
-
-@pytest.mark.parametrize(
-    ("assignment", "said"),
-    [
-        ("recipes.*.epoch=1", "no key matches 'recipes.*.epoch'; did you mean recipes."),
-        ("recipes.*.epochs=ten", "recipes.resnet110.epochs: Input should be a valid integer"),
-        ("recipes.*.epochs", "write KEY=VALUE"),
-        ("grid.seeds=[0, 0]", "seeds holds a value twice"),
-        ("name=[", "the value is no YAML"),
-    ],
-)
-def test_what_cannot_be_set_is_refused_and_nothing_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    assignment: str,
-    said: str,
-) -> None:
-    text = (ROOT / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    assert main(["set", "recipes.*.batch_size=64", assignment]) == 1
-    assert said in capsys.readouterr().err
-    assert (tmp_path / "params.yaml").read_text() == text
 
 
 def test_a_dry_run_shows_the_lines_and_writes_nothing(
@@ -142,25 +101,3 @@ def test_a_dry_run_shows_the_lines_and_writes_nothing(
     assert (tmp_path / "params.yaml").read_text() == text
     assert main(["set", "tuning.resnet20.sgd.lr=0.5"]) == 0
     assert (tmp_path / "params.yaml").read_text() == text.replace("sgd: {lr: 0.1}", "sgd: {lr: 0.5}", 1)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, r"params\.yaml: no such file here"),
-        (b"name: [mine", r"params\.yaml: cannot be read \(while parsing"),
-        (b"name: caf\xe9", r"params\.yaml: cannot be read \('utf-8' codec"),
-    ],
-)
-def test_a_file_that_cannot_be_read_ends_with_one_message(
-    content: bytes | None,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / "params.yaml").write_bytes(content)
-    assert main(["set", "name=other"]) == 1
-    assert re.search(said, capsys.readouterr().err)

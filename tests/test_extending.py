@@ -121,8 +121,8 @@ def test_what_is_wrong_with_the_file_is_said_with_its_name(
 def test_names_that_would_be_ambiguous_are_refused() -> None:
     raw = YAML(typ="safe").load(ROOT / "params.yaml")
     for own, said in (
-        (["resnet20"], r"grid\.own_architectures: resnet20 is in grid\.architectures too, or a package's"),
-        (["not-one-word"], r"grid\.own_architectures\.0: must be a lower-case letter, then such"),
+        (["resnet20"], r"grid\.own_architectures: resnet20 is the name of a package's network"),
+        (["not-one-word"], r"grid\.own_architectures\.0: String should match pattern"),
         (["tiny"], r"recipes\.tiny: is missing, but the grid has tiny"),
     ):
         with pytest.raises(ResgridError, match=said):

@@ -84,7 +84,7 @@ def test_history_model_and_predictions_are_those_of_the_cell(small: Project) -> 
     [
         (lambda p: p.history("resnet20-sdg-0"), "did you mean resnet20-sgd-0"),
         (lambda p: p.model("no-weights"), "no-weights: this cell has no result"),
-        (lambda p: p.predictions("resnet20-sgd-0", "train"), "has no train split; it has test, validation"),
+        (lambda p: p.predictions("resnet20-sgd-0", "train"), "does not contain tensor train"),
     ],
 )
 def test_what_is_not_there_is_named(small: Project, call: Any, message: str) -> None:

@@ -235,7 +235,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(inside):
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
-        (["--model", "resnet20-adam-9"], "there is no cell 'resnet20-adam-9'"),
+        (["--model", "resnet20-adam-9"], "no cell is called 'resnet20-adam-9'"),
         (["--model", "absent.safetensors"], "absent.safetensors: there is no such file"),
         (["--model", "params.yaml"], "cannot be read as a weights file of ResGrid"),
         (["--top", "0"], "argument --top: 0: there must be at least one"),

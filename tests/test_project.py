@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -194,40 +193,6 @@ def test_a_file_takes_the_umasks_mode(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
-def test_what_another_user_may_not_read_is_told_from_what_is_not_there(tmp_path: Path) -> None:
-    secret = tmp_path / "run.json"
-    secret.write_text("{}")
-    secret.chmod(0o600)
-    for folder in (tmp_path, *tmp_path.parents[:-2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    code = (
-        "import os, sys\nfrom pathlib import Path\n"
-        "from resgrid.errors import ResgridError\nfrom resgrid.project import read_json\nos.setuid(65534)\n"
-        "for name in sys.argv[1:]:\n    try: read_json(Path(name))\n    except ResgridError as error: print(error)"
-    )
-    command = [sys.executable, "-c", code, str(secret), str(tmp_path / "gone.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    assert first.startswith(f"Permission denied: {secret}")
-    assert (
-        second
-        == f"{tmp_path / 'gone.json'}: cannot be read (No such file or directory). `dvc checkout --force` restores it."
-    )
-
-
-def test_what_is_no_json_or_yaml_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for text, read, why in (
-        ("{", project.read_json, "Expecting property name"), ("[1]", project.read_json, "holds no object"),
-        ("a: [", project.read_yaml, "while parsing a flow"), ("a: {}\n\tb", project.read_yaml, "cannot be read"),
-    ):  # fmt: skip
-        path.write_text(text)
-        with pytest.raises(ResgridError, match=why) as raised:
-            read(path)
-        assert str(raised.value).startswith(f"{path}: cannot be read (")
-
-
 def test_a_history_has_no_figures_of_what_was_not_scored(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("epoch,train_loss,test_loss\n1,2.5,\n2,0.25,1.5\n")
     assert project.read_history(tmp_path / "history.csv") == [
@@ -238,32 +203,31 @@ def test_a_history_has_no_figures_of_what_was_not_scored(tmp_path: Path) -> None
         project.read_history(tmp_path / "history.csv")
 
 
-def test_meta_is_none_only_where_there_is_none(tmp_path: Path) -> None:
-    assert project.read_meta(tmp_path) is None
-    write(tmp_path, {"data/processed/meta.json": json.dumps({"digest": "sha256:1"})})
-    assert project.read_meta(tmp_path) == {"digest": "sha256:1"}
-    write(tmp_path, {"data/processed/meta.json": "{"})
-    with pytest.raises(ResgridError, match="cannot be read"):
-        project.read_meta(tmp_path)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
-def test_the_first_file_that_another_user_owns_is_found(tmp_path: Path) -> None:
+def test_a_file_of_another_user_is_named_as_that(tmp_path: Path) -> None:
+    """Where it may not be read; and where it may not be replaced, though one's own that is read-only may."""
     (tmp_path / "runs/cell").mkdir(parents=True)
-    (tmp_path / "runs/cell/run.json").write_text("{}")
-    for path in (tmp_path, *tmp_path.parents[:-2]):
-        path.chmod(path.stat().st_mode | 0o055)
+    secret, run = tmp_path / "secret.json", tmp_path / "runs/cell/run.json"
+    for path, mode in ((secret, 0o600), (run, 0o444)):
+        path.write_text("{}")
+        path.chmod(mode)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
     for path in (tmp_path / "runs", tmp_path / "runs/cell"):
         os.chown(path, 65534, 65534)
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom resgrid.project import denied\nos.setuid(65534)\n"
-        "print(denied(Path('gone'), Path(sys.argv[1])))"
+        "import os, sys\nfrom pathlib import Path\nfrom resgrid.project import denied, read_json\nos.setuid(65534)\n"
+        "secret, runs = map(Path, sys.argv[1:])\nprint(denied(Path('gone'), runs))\nread_json(secret)"
     )
-    for owner, expected in ((0, tmp_path / "runs/cell/run.json"), (65534, None)):
-        os.chown(tmp_path / "runs/cell/run.json", owner, owner)
-        command = [sys.executable, "-c", code, str(tmp_path / "runs")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for owner, expected in ((0, run), (65534, None)):
+        os.chown(run, owner, owner)
+        command = [sys.executable, "-c", code, str(secret), str(tmp_path / "runs")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout == f"{expected}\n"
+        why = (
+            f"{secret}: cannot be read (Permission denied). It belongs to another user, or its mode is wrong."
+        )
+        assert done.stderr.endswith(f"{why}\n")
 
 
 # --- what make and Python hand on --------------------------------------------------------------------
@@ -297,13 +261,16 @@ def test_a_clone_with_windows_line_ends_has_the_same_code(tmp_path: Path) -> Non
     package = tmp_path / "origin/src/resgrid"
     package.parent.mkdir(parents=True)
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / ".gitattributes", tmp_path / "origin")
+    hashed = ("params.yaml", "dvc.yaml", ".dvcignore")
+    for name in (".gitattributes", *hashed):
+        shutil.copy(ROOT / name, tmp_path / "origin")
     git(tmp_path / "origin", "init", "-q")
     git(tmp_path / "origin", "add", "-A")
     git(tmp_path / "origin", "commit", "-qm", "start")
     git(tmp_path, "-c", "core.autocrlf=true", "clone", "-q", "origin", "clone")
     git(tmp_path / "clone", "config", "core.autocrlf", "true")
     assert code_digest(tmp_path / "clone/src/resgrid") == code_digest()
+    assert not any(b"\r" in (tmp_path / "clone" / name).read_bytes() for name in hashed)
     assert git_state(tmp_path / "clone").dirty is False
 
 

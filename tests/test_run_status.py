@@ -6,14 +6,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from small import GRID, Project
 
-from resgrid.cli import main
 from resgrid.config import load_params
 from resgrid.grid import expand
 from resgrid.run_status import Run, find_runs
@@ -21,17 +19,14 @@ from resgrid.run_status import Run, find_runs
 SGD = ("resnet20-sgd-0", "resnet20-sgd-1")
 
 
-@dataclass
 class Here(Project):
-    """A copy of the trained pipeline, in whose folder this process is; `resgrid` runs in it."""
-
-    said: pytest.CaptureFixture[str] = field(kw_only=True)
+    """A copy of the trained pipeline."""
 
     def resgrid(self, *arguments: str) -> str:
         """What a command prints."""
-        assert main(arguments) == 0, self.said.readouterr()
-        out, err = self.said.readouterr()
-        return out + err
+        done = self.run("resgrid", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
 
     def evaluate(self) -> pd.DataFrame:
         self.resgrid("evaluate", "--device", "cpu")
@@ -52,15 +47,8 @@ class Here(Project):
 
 
 @pytest.fixture
-def project(
-    small: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Here:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    copy = small.copy(tmp_path / "a project", mirrored=True)
-    monkeypatch.chdir(copy.root)
-    here = Here(copy.root, said=capsys)
-    here.resgrid("sync")
-    return here
+def project(small: Project, tmp_path: Path) -> Here:
+    return Here(small.copy(tmp_path / "a project", mirrored=True).root)
 
 
 def check_agreement(project: Here) -> None:

@@ -53,10 +53,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """What is kept of one training: what an earlier start has left, and the state after each further epoch.
-
-    `num_epochs` are done already and `started` is when the first of them began.
-    """
+    """What is kept of one training: what an earlier start has left, then the state after each epoch."""
 
     def __init__(
         self,
@@ -88,52 +85,51 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint", torch.set_num_threads, (1,))
         self._writing: Future[None] | None = None
 
-        self._left = self._find(lock, afresh)
-        self.num_epochs = len(self._left.epochs) if self._left else 0
-        self.started = self._left.started if self._left else time.time_ns() // 1000
-        self._timing = self._left.timing if self._left else None
+        self._left = left = self._find(lock, afresh)
+        self._timing = left.timing if left else None
+        self.started = left.started if left else time.time_ns() // 1000
+        self.epochs = left.epochs if left else []  # those of an earlier start
+        self.num_epochs = len(self.epochs)
+        # An earlier start's, as far as there are cores: with others sums round differently.
+        self.threads = min(left.threads, num_cores()) if left else None
 
     def _find(self, lock: Path | None, afresh: bool) -> Checkpoint | None:
         try:
             checkpoint = read(self.path)
+            if not afresh and not is_recorded(checkpoint.timing, lock) and checkpoint.owner == self.owner:
+                return checkpoint
         except FileNotFoundError:
             return None
         except ResgridError as error:
             log.warning("%s The training begins anew.", error)
-        else:
-            if not afresh and not is_recorded(checkpoint.timing, lock) and checkpoint.owner == self.owner:
-                return checkpoint
         self.path.unlink(missing_ok=True)
         return None
-
-    @property
-    def epochs(self) -> list[dict[str, Any]]:
-        """The epochs of an earlier start, until `restore` takes them."""
-        return self._left.epochs if self._left else []
-
-    @property
-    def threads(self) -> int | None:
-        """Those of an earlier start, as far as there are cores: with others sums round differently."""
-        return min(self._left.threads, num_cores()) if self._left else None
 
     def restore(
         self, model: nn.Module, optimizer: optim.Optimizer, draws: torch.Generator
     ) -> list[dict[str, Any]]:
-        """Put all of them into the state after the last epoch, if there is one; the epochs so far.
-
-        On the CPU the number of threads is the earlier start's too.
-        """
+        """Put all of them into the state after the last epoch, if there is one; the epochs so far."""
+        left, self._left = self._left, None
+        if left is None:
+            return []
         if self._device.type == "cpu" and self.threads:
             torch.set_num_threads(self.threads)
-        checkpoint, self._left = self._left, None
-        if checkpoint is None:
-            return []
-        state = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")}
+        state = {name: tensor for name, tensor in left.tensors.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
-        _restore_optimizer(optimizer, checkpoint.tensors)
-        draws.set_state(checkpoint.tensors["generator.batches"])
-        _global_generator(self._device).set_state(checkpoint.tensors["generator.dropout"])
-        return checkpoint.epochs
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in left.tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                like = parameters[int(index)]
+                if value.shape == like.shape:
+                    # In the parameter's layout, as the optimizer makes it: the same arithmetic, bit by bit.
+                    value = torch.empty_like(like, requires_grad=False).copy_(value)
+                moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        for name, generator in self._generators(draws).items():
+            generator.set_state(left.tensors[name])
+        return left.epochs
 
     def save(
         self,
@@ -144,14 +140,13 @@ class Checkpoints:
     ) -> None:
         """Take a copy of the state after the last of `epochs`, and write it while training goes on.
 
-        Raises ResgridError where the checkpoint before this one could not be written.
+        Raises OSError where the checkpoint before this one could not be written.
         """
         self.flush()
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        tensors["generator.batches"] = draws.get_state()
-        tensors["generator.dropout"] = _global_generator(self._device).get_state()
+        tensors |= {name: generator.get_state() for name, generator in self._generators(draws).items()}
         self._timing = None
         checkpoint = Checkpoint(
             owner=self.owner,
@@ -164,7 +159,7 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, checkpoint)
 
     def flush(self) -> None:
-        """Wait until the last checkpoint is on the disk; raises ResgridError if it cannot be written."""
+        """Wait until the last checkpoint is on the disk; raises OSError if it cannot be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -173,7 +168,7 @@ class Checkpoints:
         """Keep `timing`, the text of the run's timing.json, with the state after the last epoch.
 
         Returns it, or the one of an earlier start that had come to its end, whose results DVC did not record.
-        Raises ResgridError where it cannot be written.
+        Raises OSError where it cannot be written.
         """
         self.flush()
         if self._timing is not None:
@@ -185,14 +180,18 @@ class Checkpoints:
         return timing
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        try:
-            write_whole(self.path, *encode(checkpoint), synced=True)
-        except OSError as error:
-            raise ResgridError(
-                f"{self.path}: the checkpoint after epoch {len(checkpoint.epochs)} cannot be written: "
-                f"{error.strerror}. Check the folder and the space on its disk; the same command then goes "
-                "on from the checkpoint before it."
-            ) from None
+        write_whole(self.path, *encode(checkpoint), synced=True)
+
+    def _generators(self, draws: torch.Generator) -> dict[str, torch.Generator]:
+        """Of order and augmentation; and torch's global one on the device, which dropout draws from."""
+        match self._device.type:
+            case "cuda":
+                dropout = torch.cuda.default_generators[self._device.index or 0]
+            case "mps":
+                dropout = torch.mps._get_default_mps_generator()
+            case _:
+                dropout = torch.default_generator
+        return {"generator.batches": draws, "generator.dropout": dropout}
 
 
 def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
@@ -208,39 +207,10 @@ def encode(checkpoint: Checkpoint) -> tuple[bytes, bytes, bytes]:
 def read(path: Path) -> Checkpoint:
     """The checkpoint in `path`; raises ResgridError for one that is torn or altered."""
     first, _, content = path.read_bytes().partition(b"\n")
-    if first != f"{MAGIC} {hashlib.sha256(content).hexdigest()}".encode():
-        raise ResgridError(f"{path}: it is no whole checkpoint of this version: its checksum is wrong.")
     head, _, tensors = content.partition(b"\n")
     try:
+        if first != f"{MAGIC} {hashlib.sha256(content).hexdigest()}".encode():
+            raise ValueError("its checksum is wrong")
         return Checkpoint(**json.loads(head), tensors=load_tensors(tensors))
     except (ValueError, TypeError, SafetensorError) as error:
-        raise ResgridError(f"{path}: it is no checkpoint of this version ({error}).") from None
-
-
-def _restore_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """In place where there is state already, for a compiled step may hold its addresses."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    present: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if not name.startswith("optimizer."):
-            continue
-        _, index, key = name.split(".", 2)
-        number = int(index)
-        if number in present:
-            present[number][key].copy_(value)
-        elif value.shape == parameters[number].shape:
-            # In the layout of the parameter, as the optimizer makes it: the same arithmetic, bit by bit.
-            value = torch.empty_like(parameters[number], requires_grad=False).copy_(value)
-        state.setdefault(number, {})[key] = value
-    if not present:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def _global_generator(device: torch.device) -> torch.Generator:
-    """The one that dropout draws from."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    return torch.default_generator
+        raise ResgridError(f"{path}: it is no whole checkpoint of this version: {error}.") from None

@@ -2,28 +2,34 @@
 
 No field that changes a result has a default: its value stands in `params.yaml`, which DVC watches. The file
 has no YAML aliases and no null, which DVC's own commands cannot edit; so every architecture has a whole
-recipe, and a study names only what it changes.
+recipe, and a study names only what it changes. A mistake is reported in pydantic's words, with its key's
+path, its line in the file and the nearest known name.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
+    ValidationError,
     ValidationInfo,
+    create_model,
     model_validator,
 )
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from resgrid.errors import ResgridError, suggest
-from resgrid.mistakes import Check, report, short_json
 from resgrid.models import ARCHITECTURES, dropout_rates, installed
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.project import read_yaml
@@ -32,7 +38,8 @@ from resgrid.schema import Checksum, Count, Fraction, NotNegative, Positive, See
 
 def _known(name: str, info: ValidationInfo) -> str:
     """One of the packages' architectures, or one that the file lists as its own."""
-    names = [*ARCHITECTURES, *(() if name in ARCHITECTURES else installed()), *(info.context or ())]
+    own = getattr(info.data.get("grid"), "own_architectures", ())
+    names = [*ARCHITECTURES, *(() if name in ARCHITECTURES else installed()), *own]
     if name not in names:
         raise ValueError(
             f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}, or listed in "
@@ -41,15 +48,25 @@ def _known(name: str, info: ValidationInfo) -> str:
     return name
 
 
-def _file_name(name: str) -> str:
-    """A name that a file of Python's and a stage of DVC's can both have."""
-    if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError(f"must be a lower-case letter, then such letters, digits and _ (it is {name!r})")
-    return name
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("holds a value twice")
+    return values
+
+
+def _as_named(factor: Any) -> Any:
+    """A factor as its stage's name has it: DVC would call 3.0 `x3.0`."""
+    if type(factor) in (int, float) and not (0.001 <= factor <= 1000 and str(factor) == f"{factor:g}" != "1"):
+        raise ValueError(
+            "a factor is a number from 0.001 to 1000, not 1 (that is the grid's own cell), and written as "
+            f"0.3 or 3, not as 3.0 (it is {_short_json(factor)})"
+        )
+    return factor
 
 
 Architecture = Annotated[str, AfterValidator(_known)]
-OwnArchitecture = Annotated[str, AfterValidator(_file_name)]  # its file is architectures/<name>.py
+OwnArchitecture = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # its file is architectures/<name>.py
+Distinct = AfterValidator(_distinct)
 if TYPE_CHECKING:
     OptimizerName = str
 else:
@@ -257,43 +274,22 @@ class Study(Strict):
     changes: dict[str, Any]  # what the study says differs, by its keys: `lr`, a setting, or one of a recipe
 
 
-class _Lists(Strict):
-    """Lists of which none holds a value twice."""
-
-    @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        for key, values in self:
-            if len(set(values)) != len(values):
-                raise ValueError(f"{key} holds a value twice")
-        return self
-
-
-class Grid(_Lists):
+class Grid(Strict):
     """The cells are the product of the three lists; those of a pipeline's own architectures come last."""
 
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
-    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    own_architectures: tuple[OwnArchitecture, ...] = ()  # their stages are train-own@…
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
+    optimizers: Annotated[tuple[OptimizerName, ...], Field(min_length=1), Distinct]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Distinct]
+    own_architectures: Annotated[tuple[OwnArchitecture, ...], Distinct] = ()  # their stages are train-own@…
 
 
-def _as_named(factor: Any) -> Any:
-    """A factor as its stage's name has it: DVC would call 3.0 `x3.0`."""
-    if type(factor) in (int, float) and not (0.001 <= factor <= 1000 and str(factor) == f"{factor:g}" != "1"):
-        raise ValueError(
-            "a factor is a number from 0.001 to 1000, not 1 (that is the grid's own cell), and written as "
-            f"0.3 or 3, not as 3.0 (it is {short_json(factor)})"
-        )
-    return factor
-
-
-class Rates(_Lists):
+class Rates(Strict):
     """Every cell of the grid at its learning rate times each of `factors` as well.
 
     The same factors for every optimizer give each the same number of tries. Studies have none.
     """
 
-    factors: tuple[Annotated[float, BeforeValidator(_as_named)], ...]
+    factors: Annotated[tuple[Annotated[float, BeforeValidator(_as_named)], ...], Distinct]
 
 
 class Engine(Strict):
@@ -307,28 +303,28 @@ class Engine(Strict):
 class _Whole(Strict):
     """What stands in the file as it is used."""
 
-    name: str  # the MLflow experiment
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]  # the MLflow experiment
     data: Data
     preprocess: Preprocess
     grid: Grid
     rates: Rates
     engine: Engine
+    recipes: dict[Architecture, Recipe]  # how an architecture is trained
 
 
 class Params(_Whole):
     """The whole of params.yaml, with every number where it is used."""
 
-    recipes: dict[str, Recipe]
-    optimizers: dict[str, dict[OptimizerName, Optimizer]]  # settings and tuning together
+    optimizers: dict[str, dict[OptimizerName, Optimizer]]  # by architecture: settings and tuning together
     studies: dict[str, Study]
 
 
-class _StudyHead(Strict):
+class _Study(Strict):
     """What every study says; the rest of its keys are changes."""
 
     model_config = ConfigDict(extra="allow")
 
-    architecture: Architecture
+    architecture: str
     optimizer: OptimizerName
     seed: Seed
 
@@ -336,11 +332,16 @@ class _StudyHead(Strict):
 class _File(_Whole):
     """The file as it is written, before its parts are put together."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
-    recipes: dict[Architecture, Recipe]  # how an architecture is trained
     tuning: dict[Architecture, dict[OptimizerName, dict[str, Any]]]  # its rate, and settings of its own
     optimizers: dict[OptimizerName, dict[str, Any]]  # settings that are the same for all architectures
-    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], _StudyHead]
+    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")], _Study]
+
+
+# --- from the file to the models --------------------------------------------------------------------
+
+Problems = list[tuple[str, str]]  # each the path of a key, and what is wrong there
+Place = Callable[[str], str]  # the path in the file of a key of a model
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -352,125 +353,189 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return parse_params(read_params_file(path), str(path), path)
 
 
-def read_params_file(path: Path) -> dict[str, Any]:
-    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no mapping."""
+def read_params_file(path: Path) -> Any:
+    """What a params.yaml holds, unchecked; raises ResgridError for one that is missing or no YAML."""
     if not path.exists():
         raise ResgridError(
             f"{path}: no such file here ({path.absolute().parent}). Run this in a pipeline's folder, "
             "such as the project's root or examples/digits."
         )
-    raw = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise ResgridError(f"{path}: must be a mapping of keys to values, not {short_json(raw)}")
-    return raw
+    return read_yaml(path)
 
 
 def parse_params(raw: Any, origin: str = "params.yaml", path: Path | None = None) -> Params:
     """Check what was read from `origin`; raises ResgridError as `load_params` does, with `path`'s lines."""
-    match raw:
-        case {"grid": {"own_architectures": list(own)}}:
-            check = Check([name for name in own if isinstance(name, str)])
-        case _:
-            check = Check()
-    file = check(_File, raw)
-    params = _put_together(file, check) if file else None
-    if check.problems or params is None:
-        raise ResgridError(report(check.problems, origin, path))
+    problems: Problems = []
+    file = _checked(_File, raw, str, problems)
+    params = _put_together(file, problems) if file else None
+    if params is None or problems:
+        root = YAML().compose(path) if path else None  # once more, with its lines: 0.1 s
+        lines = (f"{origin}{_line(root, key)}: {key}{': ' * bool(key)}{what}" for key, what in problems)
+        raise ResgridError("\n".join(dict.fromkeys(lines)))
     return params
 
 
-def _put_together(file: _File, check: Check) -> Params:
-    """Optimizers from `optimizers` and `tuning`, studies from what they change; problems go to `check`."""
+def _put_together(file: _File, problems: Problems) -> Params:
+    """Optimizers from `optimizers` and `tuning`, studies from what they change."""
     grid = file.grid
-    for name in set(grid.own_architectures) & {*grid.architectures, *ARCHITECTURES, *installed()}:
-        check.problem("grid.own_architectures", f"{name} is in grid.architectures too, or a package's")
-    for name in {*grid.architectures, *grid.own_architectures} - file.recipes.keys():
-        check.problem(f"recipes.{name}", f"is missing, but the grid has {name}")
-    for name in set(grid.optimizers) - file.optimizers.keys():
-        check.problem(f"optimizers.{name}", f"is missing, but the grid has {name}")
-    optimizers: dict[str, dict[OptimizerName, Optimizer]] = {name: {} for name in file.recipes}
+    for name in set(grid.own_architectures) & {*ARCHITECTURES, *installed()}:
+        problems.append(("grid.own_architectures", f"{name} is the name of a package's network"))
+    for key, used, present in (
+        ("recipes", {*grid.architectures, *grid.own_architectures}, file.recipes),
+        ("optimizers", set(grid.optimizers), file.optimizers),
+    ):
+        missing = used - present.keys()
+        problems += [(f"{key}.{name}", f"is missing, but the grid has {name}") for name in missing]
+    optimizers: dict[str, dict[OptimizerName, Optimizer]] = {}
     for architecture, recipe in file.recipes.items():
-        _check_recipe(architecture, recipe, f"recipes.{architecture}.".__add__, check)
-        for name, shared in file.optimizers.items():
-            place = f"tuning.{architecture}.{name}"
-            tuned = file.tuning.get(architecture, {}).get(name)
-            if tuned is None:
-                check.problem(place, "is missing: every optimizer has a learning rate for every architecture")
-                continue
-            for key in tuned.keys() & shared.keys():
-                check.problem(f"{place}.{key}", f"stands in optimizers.{name} too; keep one of them")
-
-            def where(key: str, place: str = place, name: str = name, own: Any = tuned) -> str:
-                is_tuned = key.partition(".")[0] in {*own, "lr"}  # of the first beta as well
-                return f"{place}.{key}" if is_tuned else f"optimizers.{name}.{key}"
-
-            if optimizer := _optimizer(name, shared | tuned, where, check):
-                optimizers[architecture][name] = optimizer
-    studies = {
-        name: study
-        for name, head in file.studies.items()
-        if (study := _study(name, head, file, optimizers, check))
-    }
-    same = {key: value for key, value in file if key in Params.model_fields}
-    return Params(**same | {"optimizers": optimizers, "studies": studies})
-
-
-def _study(
-    name: str,
-    head: _StudyHead,
-    file: _File,
-    optimizers: Mapping[str, Mapping[OptimizerName, Optimizer]],
-    check: Check,
-) -> Study | None:
-    architecture, changes, where = head.architecture, head.model_extra or {}, f"studies.{name}.".__add__
-    architectures, names = "|".join([*ARCHITECTURES, *file.recipes]), "|".join(OPTIMIZERS)
-    if re.fullmatch(rf"({architectures})-({names})-\d+(-x\d+)?", name):
-        check.problem(where(""), "that is the name of a cell; take another one")
-    if architecture in file.grid.own_architectures:
-        what = f"{architecture} is an architecture of your own, whose file DVC does not watch for a study"
-        check.problem(where("architecture"), what)
-    if architecture not in file.recipes:
-        check.problem(where("architecture"), f"there is no recipes.{architecture}")
-    if head.optimizer not in file.optimizers:
-        check.problem(where("optimizer"), f"there is no optimizers.{head.optimizer}")
-    tuned = optimizers.get(architecture, {}).get(head.optimizer)
-    if tuned is None:
-        return None
-    recipe = file.recipes[architecture].model_dump(mode="json")
-    settings = {"lr": tuned.lr, **tuned.settings.model_dump(mode="json")}
-    for key in changes.keys() - recipe.keys() - settings.keys():
-        check.problem(where(key), f"unknown key{suggest(key, [*recipe, *settings])}")
-    whole = check(Recipe, recipe | {key: changes[key] for key in recipe if key in changes}, where)
-    own = {key: changes[key] for key in settings if key in changes}
-    optimizer = _optimizer(head.optimizer, settings | own, where, check)
-    if whole is None or optimizer is None:
-        return None
-    _check_recipe(architecture, whole, where, check)
-    return Study(
-        architecture=architecture, optimizer=optimizer, seed=head.seed, recipe=whole, changes=changes
+        _check_recipe(architecture, recipe, f"recipes.{architecture}.".__add__, problems)
+        tuned = {name: _tuned(architecture, name, file, problems) for name in file.optimizers}
+        optimizers[architecture] = {name: each for name, each in tuned.items() if each}
+    studies = {name: _study(name, file, optimizers, problems) for name in file.studies}
+    return Params.model_construct(
+        **{key: value for key, value in file if key in _Whole.model_fields},
+        optimizers=optimizers,
+        studies={name: study for name, study in studies.items() if study},
     )
 
 
-class _Rate(Strict):
-    lr: Positive
+def _tuned(architecture: str, name: str, file: _File, problems: Problems) -> Optimizer | None:
+    """An optimizer with the settings that it has for all architectures and those that it has for this one."""
+    place, shared = f"tuning.{architecture}.{name}", file.optimizers[name]
+    own = file.tuning.get(architecture, {}).get(name)
+    if own is None:
+        problems.append((place, "is missing: every optimizer has a learning rate for every architecture"))
+        return None
+    for key in own.keys() & shared.keys():
+        problems.append((f"{place}.{key}", f"stands in optimizers.{name} too; keep one of them"))
+
+    def where(key: str) -> str:
+        is_own = key.partition(".")[0] in {*own, "lr"}  # of the first beta as well
+        return f"{place}.{key}" if is_own else f"optimizers.{name}.{key}"
+
+    return _optimizer(name, shared | own, where, problems)
 
 
-def _optimizer(
-    name: OptimizerName, values: dict[str, Any], where: Callable[[str], str], check: Check
-) -> Optimizer | None:
-    rate = check(_Rate, {key: values[key] for key in values if key == "lr"}, where)
-    own = {key: values[key] for key in values if key != "lr"}
-    settings = check(OPTIMIZERS[name].settings, own, where)
-    return Optimizer(name=name, lr=rate.lr, settings=settings) if rate and settings else None
+def _study(
+    name: str, file: _File, optimizers: Mapping[str, Mapping[str, Optimizer]], problems: Problems
+) -> Study | None:
+    head, where = file.studies[name], f"studies.{name}.".__add__
+    architecture, changes = head.architecture, head.model_extra or {}
+    architectures, names = "|".join([*ARCHITECTURES, *file.recipes]), "|".join(OPTIMIZERS)
+    if re.fullmatch(rf"({architectures})-({names})-\d+(-x\d+)?", name):
+        problems.append((f"studies.{name}", "that is the name of a cell; take another one"))
+    if architecture in file.grid.own_architectures:
+        what = f"{architecture} is an architecture of your own, whose file DVC does not watch for a study"
+        problems.append((where("architecture"), what))
+    if architecture not in file.recipes:
+        what = f"there is no recipes.{architecture}{suggest(architecture, file.recipes).removesuffix('.')}"
+        problems.append((where("architecture"), what))
+    if head.optimizer not in file.optimizers:
+        problems.append((where("optimizer"), f"there is no optimizers.{head.optimizer}"))
+    base = optimizers.get(architecture, {}).get(head.optimizer)
+    if base is None:
+        return None
+    recipe = file.recipes[architecture].model_dump(mode="json")
+    settings = {"lr": base.lr, **base.settings.model_dump(mode="json")}
+    for key in changes.keys() - recipe.keys() - settings.keys():
+        problems.append((where(key), f"unknown key{suggest(key, [*recipe, *settings])}"))
+    recipe, settings = (
+        {key: changes.get(key, value) for key, value in each.items()} for each in (recipe, settings)
+    )
+    changed = _checked(Recipe, recipe, where, problems)
+    optimizer = _optimizer(head.optimizer, settings, where, problems)
+    if changed is None or optimizer is None:
+        return None
+    _check_recipe(architecture, changed, where, problems)
+    return Study(
+        architecture=architecture, optimizer=optimizer, seed=head.seed, recipe=changed, changes=changes
+    )
 
 
-def _check_recipe(architecture: str, recipe: Recipe, where: Callable[[str], str], check: Check) -> None:
+def _optimizer(name: str, values: Any, where: Place, problems: Problems) -> Optimizer | None:
+    settings = OPTIMIZERS[name].settings
+    checked = _checked(create_model(name, __base__=settings, lr=(Positive, ...)), values, where, problems)
+    own = checked.model_dump() if checked else {}
+    return Optimizer(name=name, lr=own.pop("lr"), settings=settings(**own)) if own else None
+
+
+def _check_recipe(architecture: str, recipe: Recipe, where: Place, problems: Problems) -> None:
     rates = dropout_rates(architecture)
-    if rates == 3 and not isinstance(recipe.dropout, tuple):
-        check.problem(where("dropout"), "VGG-16 takes three rates, as in [0.3, 0.4, 0.5]")
-    if rates != 3 and isinstance(recipe.dropout, tuple):
-        check.problem(where("dropout"), f"{architecture} takes one rate, not three")
+    if isinstance(recipe.dropout, tuple) != (rates == 3):
+        what = "three rates, as in [0.3, 0.4, 0.5]" if rates == 3 else "one rate, not three"
+        problems.append((where("dropout"), f"{architecture} takes {what}"))
     elif rates == 0 and recipe.dropout != 0:
-        check.problem(where("dropout"), f"{architecture} has no dropout layer, so it must be 0.0")
+        problems.append((where("dropout"), f"{architecture} has no dropout layer, so it must be 0.0"))
     if recipe.initial_weights.name == "imagenet" and architecture != "vgg16":
-        check.problem(where("initial_weights"), "imagenet weights exist for vgg16 only")
+        problems.append((where("initial_weights"), "imagenet weights exist for vgg16 only"))
+
+
+# --- what is wrong, and where -----------------------------------------------------------------------
+
+NEW = {"rates": "; add the line `rates: {factors: []}`, for no other learning rates"}  # older files lack it
+
+
+def _checked(model: type[Model], value: Any, where: Place, problems: Problems) -> Model | None:
+    """`value` as a `model`, or None where it has mistakes, which are added to `problems`."""
+    try:
+        # Through JSON, because strict types then take a YAML list for a tuple and nothing else.
+        return model.model_validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        each = [(_locate(problem, value), problem) for problem in error.errors()]
+        missing = [key for key, problem in each if problem["type"] == "missing"]
+        problems += [(where(key).rstrip("."), _what(problem, key, missing)) for key, problem in each]
+        return None
+
+
+def _line(node: Node | None, path: str) -> str:
+    """`:43`, where `path`, or what is nearest above it, stands in the file; empty without a file."""
+    line = ""
+    for part in path.split("."):
+        if isinstance(node, MappingNode):
+            children = {str(key.value): (key, value) for key, value in node.value}
+        else:
+            values = node.value if isinstance(node, SequenceNode) else ()
+            children = {str(place): (value, value) for place, value in enumerate(values)}
+        if part not in children:
+            break
+        key, node = children[part]
+        line = f":{key.start_mark.line + 1}"
+    return line
+
+
+def _locate(problem: Any, value: Any) -> str:
+    """The key's path as it stands in the file, without pydantic's names of union members."""
+    keys = []
+    for part in problem["loc"]:
+        try:
+            value = value[part]
+        except (LookupError, TypeError):  # a tag such as `drop` in schedule.drop.factor, or a type's name
+            continue
+        keys.append(str(part))
+    if problem["type"] == "missing":
+        keys.append(str(problem["loc"][-1]))
+    if problem["type"].startswith("union_tag"):  # it is the key that names the kind
+        keys.append(problem["ctx"]["discriminator"].strip("'"))
+    return ".".join(keys)
+
+
+def _what(problem: Any, key: str, missing: Sequence[str]) -> str:
+    """What is wrong at `key`: pydantic's words but for the two commonest mistakes, with the nearest names."""
+    parent, _, last = key.rpartition(".")
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "missing" | "union_tag_not_found":
+            return f"this key is missing{NEW.get(key, '')}"
+        case "extra_forbidden":
+            beside = [name.rpartition(".")[2] for name in missing if name.rpartition(".")[0] == parent]
+            return f"unknown key{suggest(last, beside)} Check its spelling, or delete it"
+        case "value_error":
+            return str(context["error"])
+    value = context.get("tag", problem["input"])
+    known = re.findall("'([^']+)'", context.get("expected_tags", "") + context.get("expected", ""))
+    return f"{problem['msg']} (it is {_short_json(value)}){suggest(str(value), known).removesuffix('.')}"
+
+
+def _short_json(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -35,11 +35,16 @@ def assign(text: str, assignments: Iterable[str], origin: str = "params.yaml") -
             value = YAML(typ="safe").load(written)
         except YAMLError as error:
             raise ResgridError(f"{assignment!r}: the value is no YAML: {error}") from None
-        places = list(_matches(params, pattern.split(".")))
-        if not places:
-            known = [".".join(path) for path in _paths(params)]
+        places, parts = list(_places(params)), pattern.split(".")
+        matches = [
+            (path[-1], mapping)
+            for path, mapping in places
+            if len(path) == len(parts) and all(map(fnmatchcase, path, parts))
+        ]
+        if not matches:
+            known = [".".join(path) for path, _ in places]
             raise ResgridError(f"{origin}: no key matches {pattern!r}{suggest(pattern, known)}")
-        for mapping, key in places:
+        for key, mapping in matches:
             mapping[key] = copy.deepcopy(value)  # one object in two places would be written as an alias
     new = _dump(params)
     parse_params(YAML(typ="safe").load(new), origin)
@@ -57,23 +62,14 @@ def changed_lines(old: str, new: str) -> list[str]:
     return lines
 
 
-def _matches(
-    node: MutableMapping[str, Any], pattern: list[str]
-) -> Iterator[tuple[MutableMapping[str, Any], str]]:
-    first, *rest = pattern
+def _places(
+    node: MutableMapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], MutableMapping[str, Any]]]:
+    """Each key below `node`: its path, and the mapping that has it."""
     for key, value in node.items():
-        if fnmatchcase(key, first):
-            if not rest:
-                yield node, key
-            elif isinstance(value, MutableMapping):
-                yield from _matches(value, rest)
-
-
-def _paths(node: MutableMapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for key, value in node.items():
-        yield (*above, str(key))
+        yield (*above, str(key)), node
         if isinstance(value, MutableMapping):
-            yield from _paths(value, (*above, str(key)))
+            yield from _places(value, (*above, str(key)))
 
 
 def _yaml() -> YAML:

@@ -19,8 +19,8 @@ from resgrid.data.dataset import Split
 from resgrid.data.sources import open_source
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
-from resgrid.project import write_whole
-from resgrid.run_status import WEIGHTS, Run, Status, read_history, read_json, verify_weights
+from resgrid.project import read_json, unreadable, write_whole
+from resgrid.run_status import WEIGHTS, Run, Status, read_history, verify_weights
 from resgrid.schema import Triple
 from resgrid.training.engine import Scores, score
 from resgrid.weights import load_model
@@ -116,26 +116,18 @@ def load_logits(
     Raises ResgridError: where there are none, or those of other weights than `weights_sha256`.
     """
     path = predictions / f"{cell}.safetensors"
-    way_on = "`dvc repro -s evaluate` makes it."
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["resgrid"])
             if weights_sha256 not in (None, about["weights_sha256"]):
-                raise ResgridError(f"{path}: is of other weights than {cell} has now. {way_on}")
-            if split not in file.keys():  # noqa: SIM118
-                raise ResgridError(f"{path}: has no {split} split; it has {', '.join(file.keys())}.")
+                raise ValueError(f"it is of other weights than {cell} has now")
             logits: NDArray[np.float32] = file.get_tensor(split)
-    except (OSError, SafetensorError) as error:
-        raise ResgridError(f"{path}: cannot be read ({error}). {way_on}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreadable(path, error, "`dvc repro -s evaluate` makes it.") from None
     return logits
 
 
-def score_file(
-    weights: Path,
-    data: Path,
-    split: str,
-    device: torch.device,
-) -> Scores:
+def score_file(weights: Path, data: Path, split: str, device: torch.device) -> Scores:
     """Score any weights file on the `split` of whatever images stand at `data`, in fp32.
 
     The labels are matched to the model's outputs by class name; raises ResgridError if they differ.

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,25 +32,21 @@ def checkpoint_files(folder: Path, cell_id: str | None = None) -> list[Path]:
     return sorted(path for path in folder.glob(f"{cell_id or '*'}.*") if path.is_file())
 
 
+def checkpoint_head(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, its tensors left unread; empty for what is none."""
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        file.readline(1000)
+        head = json.loads(file.readline(2**24))  # 250 epochs take 80 kB
+        return head if isinstance(head, dict) else {}
+    return {}
+
+
 def is_recorded(timing: str | None, lock: Path | None) -> bool:
     """Whether the dvc.lock `lock` lists this timing.json; no two trainings have the same."""
     if timing is None or lock is None or not lock.is_file():
         return False
     md5 = hashlib.md5(timing.encode(), usedforsecurity=False).hexdigest()
     return md5 in lock.read_text(encoding="utf-8", errors="replace")
-
-
-def delete(paths: Iterable[Path]) -> list[Path]:
-    """Delete `paths`, files and folders; return those that existed."""
-    deleted = []
-    for path in paths:
-        with suppress(FileNotFoundError):  # another process was quicker
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-            deleted.append(path)
-    return deleted
 
 
 @dataclass(frozen=True)
@@ -68,55 +64,48 @@ def find_leftovers(root: Path, pipeline: Path, cache: Path) -> list[Leftover]:
     Nothing that a running process uses is among them, nor what a later one would go on from, unless nobody
     has for a month.
     """
-    reasons: dict[Path, str] = {}
-    folder = checkpoint_folder(root, pipeline)
-    lock = pipeline / "dvc.lock"
+    folder, data, reasons = checkpoint_folder(root, pipeline), pipeline / "data", dict[Path, str]()
     is_shared = "RESGRID_CHECKPOINTS" in os.environ  # where it is another's, this dvc.lock says nothing of it
     for path in checkpoint_files(folder):
         if _age(path) > MONTH:
             reasons[path] = "nobody has gone on from it for a month"
         elif not is_shared and path.suffix in (".0", ".1", ".done"):
             reasons[path] = "it is of a former version"
-        elif not is_shared and is_recorded(checkpoint_head(path).get("timing"), lock):
+        elif not is_shared and is_recorded(checkpoint_head(path).get("timing"), pipeline / "dvc.lock"):
             reasons[path] = "its training is recorded in dvc.lock"
     for path in (*folder.glob("*.part"), *(pipeline / "runs").glob("*/*.part")):
         if _age(path) > HOUR:
             reasons[path] = "it was never finished"
     for aside, whole in ((".partial", "raw"), ("processed.partial", "processed")):
-        if (pipeline / "data" / aside).exists() and (pipeline / "data" / whole).exists():
-            reasons[pipeline / "data" / aside] = f"data/{whole} is complete"
+        if (data / aside).exists() and (data / whole).exists():
+            reasons[data / aside] = f"data/{whole} is complete"
     for path in (root / ".resgrid/weights").glob("*"):
         if _age(path) > MONTH:
             reasons[path] = "no cell has started from it for a month"
-    for path in _damaged(cache / "files" / "md5"):
-        reasons[path] = "it is damaged: its content is not that of its name"
+    # DVC itself never looks into its cache: it would hand out what is damaged there.
+    for path in sorted((cache / "files/md5").glob("??/*")):
+        if re.fullmatch(r"[0-9a-f]{30}(\.dir)?", path.name):  # and not what DVC is about to rename
+            with suppress(OSError), path.open("rb") as file:  # gone meanwhile
+                if hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.name[:30]:
+                    reasons[path] = "it is damaged: its content is not that of its name"
     return [Leftover(path, size(path), why) for path, why in sorted(reasons.items())]
 
 
 def _age(path: Path) -> float:
-    """Seconds since it was written."""
-    try:
+    """Seconds since it was written; 0 where it is gone meanwhile."""
+    with suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime
-    except FileNotFoundError:  # gone meanwhile
-        return 0.0
+    return 0.0
 
 
-def checkpoint_head(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, its tensors left unread; empty for what is none."""
-    with suppress(OSError, ValueError), path.open("rb") as file:
-        file.readline(1000)
-        head = json.loads(file.readline(2**24))  # 250 epochs take 80 kB
-        return head if isinstance(head, dict) else {}
-    return {}
-
-
-def _damaged(cache: Path) -> Iterator[Path]:
-    """Files in DVC's cache whose MD5 is not their name. DVC itself never looks: it would hand them out."""
-    for path in sorted(cache.glob("??/*")):
-        if re.fullmatch(r"[0-9a-f]{30}(\.dir)?", path.name):  # and not what DVC is about to rename
-            with suppress(OSError), path.open("rb") as file:  # gone meanwhile
-                if hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.name[:30]:
-                    yield path
+def delete(paths: Iterable[Path]) -> None:
+    """Delete `paths`, files and folders."""
+    for path in paths:
+        with suppress(FileNotFoundError):  # another process was quicker
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def usage(root: Path, pipeline: Path, cache: Path) -> dict[str, int]:
@@ -134,9 +123,8 @@ def path_in(root: Path, path: Path) -> str:
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else path.rglob("*")
     total = 0
-    for file in files:
-        with suppress(OSError):  # gone meanwhile
+    for file in (path, *path.rglob("*")):
+        with suppress(FileNotFoundError):  # gone meanwhile
             total += file.lstat().st_size if file.is_file() else 0
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import json
 import re
@@ -21,9 +22,7 @@ class Cell(Strict):
 
     id: str  # its folder, its MLflow run and its Prefect task are called by this name
     study: str | None  # None: a cell of the grid, at its own rate or another
-    rate_factor: (
-        float  # by which its rate differs from that of the grid's own cell; 1 for that and for studies
-    )
+    rate_factor: float  # by which its rate differs from the grid's own cell's; 1 for that and for studies
     architecture: str
     optimizer: Optimizer
     seed: int
@@ -152,13 +151,8 @@ def choose(params: Params, patterns: Iterable[str]) -> list[Cell]:
 
 def find_cell(params: Params, cell_id: str) -> Cell:
     """The cell called `cell_id`; raises ResgridError, with the nearest names, if there is none."""
-    cells = {cell.id: cell for cell in expand(params)}
-    if cell_id not in cells:
-        raise ResgridError(
-            f"there is no cell {cell_id!r} in params.yaml{suggest(cell_id, cells)} "
-            "`resgrid cells` lists all of them."
-        )
-    return cells[cell_id]
+    [cell] = choose(params, [glob.escape(cell_id)])
+    return cell
 
 
 def compared_factors(findings: Mapping[str, Any], current: Collection[str]) -> dict[str, float]:

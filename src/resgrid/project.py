@@ -58,23 +58,20 @@ class GitState:
 def git_state(folder: Path | None = None) -> GitState:
     """That of the repository of `folder`, by default the current one."""
     here = (folder or Path.cwd()).resolve()
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-
     if nearest(here, ".git") is None:
         return GitState()
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--"]
+    all_but_lock = [":(top)", ":(top,exclude,glob)**/dvc.lock"]
     try:
-        head = git("rev-parse", "--verify", "--quiet", "HEAD")
-        if head.returncode == 1:  # there is no commit yet
-            return GitState()
-        all_but_lock = (":(top)", ":(top,exclude,glob)**/dvc.lock")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_lock)
-    except OSError:  # no git
+        done = subprocess.run(
+            [*command, *all_but_lock], cwd=here, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git
         return GitState()
-    if failed := next((each for each in (head, changed) if each.returncode), None):
-        return GitState(problem=failed.stderr.strip() or f"git ended with status {failed.returncode}")
-    return GitState(head.stdout.strip(), bool(changed.stdout.strip()))
+    if done.returncode:
+        return GitState(problem=done.stderr.strip())
+    commit = re.findall("^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)  # or `(initial)`
+    return GitState(commit[0], bool(re.search("^[^#]", done.stdout, re.MULTILINE))) if commit else GitState()
 
 
 # --- the machine ------------------------------------------------------------------------------------
@@ -85,16 +82,18 @@ def num_cores() -> int:
 
     Threads beyond any of the three only wait for one another.
     """
-    allowed = _allowed_cores()
-    for quota in _limits("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        with suppress(OSError, ValueError):  # no limit reads `max 100000` or -1
-            if quota.name == "cpu.max":
-                microseconds, period = map(int, quota.read_text().split())
-            else:
-                microseconds = int(quota.read_text())
-                period = int(quota.with_name("cpu.cfs_period_us").read_text())
-            if microseconds > 0:
-                allowed = min(allowed, microseconds // period)
+    allowed = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS, whose processors have one thread a core
+        siblings = set()  # hardware threads that share a core count once
+        for number in os.sched_getaffinity(0):
+            file = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+            siblings.add(file.read_text() if file.exists() else str(number))
+        allowed = len(siblings)
+    for group in _cgroups("cpu"):
+        version_1 = (group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+        quota = _figures(group / "cpu.max") or _figures(*version_1)  # microseconds of each period
+        if quota and quota[0] > 0:
+            allowed = min(allowed, quota[0] // quota[1])
     return max(1, allowed)
 
 
@@ -104,25 +103,24 @@ def free_cores() -> int:
     By the quietest of three looks, for a program that computes is in all of them. The load average would
     count the training that has just ended here as well. Where /proc does not say, all of them.
     """
-    cores = num_cores()
+    cores, idle = num_cores(), 0.0
     try:
-        idle = max(_idle_cpus(0.15) for _ in range(3))
+        mine = os.sched_getaffinity(0)
+        for _ in range(3):
+            before, began = _idle_ticks(mine), time.monotonic()
+            time.sleep(0.15)
+            ticks = (_idle_ticks(mine) - before) / (time.monotonic() - began)  # a second
+            idle = max(idle, ticks / os.sysconf("SC_CLK_TCK") / len(mine))
     except (OSError, AttributeError):  # no Linux
         return cores
-    return max(1, min(cores, round(idle * cores / len(os.sched_getaffinity(0)))))
+    return max(1, min(cores, round(idle * cores)))
 
 
-def _idle_cpus(seconds: float) -> float:
-    """How many of this process's CPUs idled, on the average of so many seconds."""
-
-    def idle_ticks() -> int:
-        lines = re.findall(r"^cpu(\d+) (.+)$", (PROC / "stat").read_text(), re.MULTILINE)
-        mine = [line.split() for number, line in lines if int(number) in os.sched_getaffinity(0)]
-        return sum(int(fields[3]) + int(fields[4]) for fields in mine)  # idle, and waiting for a disk
-
-    before, began = idle_ticks(), time.monotonic()
-    time.sleep(seconds)
-    return (idle_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+def _idle_ticks(cpus: set[int]) -> int:
+    """How long these CPUs have had nothing to do since the machine began, all together."""
+    lines = re.findall(r"^cpu(\d+) (.+)$", (PROC / "stat").read_text(), re.MULTILINE)
+    fields = [line.split() for number, line in lines if int(number) in cpus]
+    return sum(int(each[3]) + int(each[4]) for each in fields)  # idle, and waiting for a disk
 
 
 def available_memory() -> int | None:
@@ -138,55 +136,39 @@ def available_memory() -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):  # no such figure on this system
             return None
-    for limit in _limits("memory", "memory.max", "memory.limit_in_bytes"):
-        used, inactive = ("memory.current", "inactive_file")
-        if limit.name != "memory.max":
-            used, inactive = ("memory.usage_in_bytes", "total_inactive_file")
-        with suppress(OSError, ValueError):  # `max`: no limit
-            most, taken = int(limit.read_text()), int(limit.with_name(used).read_text())
+    for group in _cgroups("memory"):
+        version_1 = (group / "memory.limit_in_bytes", group / "memory.usage_in_bytes")
+        if limit := _figures(group / "memory.max", group / "memory.current") or _figures(*version_1):
             # Pages of files that nobody uses count as taken, and go when memory is asked for.
-            stat = limit.with_name("memory.stat").read_text()
-            pages = re.search(rf"^{inactive} (\d+)", stat, re.MULTILINE)
-            free = min(free, max(0, most - taken + (int(pages[1]) if pages else 0)))
+            stat = (group / "memory.stat").read_text()  # in version 1 its own, then with all below it
+            *_, pages = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+            free = min(free, max(0, limit[0] - limit[1] + int(pages)))
     return free
 
 
-def _limits(controller: str, v2: str, v1: str) -> Iterator[Path]:
-    """The files with this process's limits: its own cgroup's and those of all above it, as any may bind.
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The folders with this process's limits: its own cgroup's and those of all above it, as any may bind.
 
     A container sees its own as the root, also where /proc names it by the path that it has outside.
     """
-    try:
-        lines = (PROC / "self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
+    if not (PROC / "self/cgroup").exists():  # no Linux
         return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            place, name = CGROUP / controllers, v1
-            if not place.is_dir():  # `cpu,cpuacct` has links by the single names as well
-                place = CGROUP / controller
-        elif controllers == "":
-            place, name = CGROUP, v2
-        else:
+    for line in (PROC / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)  # version 2 names none
+        if controllers and controller not in controllers.split(","):
             continue
+        places = (CGROUP / controllers, CGROUP / controller)  # `cpu,cpuacct` may be there by one name alone
+        place = next((each for each in places if each.is_dir()), CGROUP)
         own = place / path.strip("/")
-        for folder in (own, *own.parents):
-            if (folder / name).is_file():
-                yield folder / name
-            if folder == place:
-                break
+        yield from (each for each in (own, *own.parents) if each.is_relative_to(place))
 
 
-def _allowed_cores() -> int:
-    """Physical cores within the affinity: hardware threads that share one count once."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS, whose processors have one thread a core
-        return os.cpu_count() or 1
-    siblings = set()
-    for number in os.sched_getaffinity(0):
-        file = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        siblings.add(file.read_text() if file.exists() else str(number))
-    return len(siblings)
+def _figures(*files: Path) -> list[int]:
+    """The numbers in these files; none where one is missing, or says `max`: no limit."""
+    try:
+        return [int(word) for file in files for word in file.read_text().split()]
+    except (OSError, ValueError):
+        return []
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -195,9 +177,7 @@ def _allowed_cores() -> int:
 def unreadable(path: Path, error: Exception, way_out: str) -> ResgridError:
     """The error for a file that is there and cannot be read, or is not what it should be."""
     if isinstance(error, PermissionError):
-        return ResgridError(
-            f"Permission denied: {error.filename or path}. It belongs to another user, or its mode is wrong."
-        )
+        way_out = "It belongs to another user, or its mode is wrong."
     why = error.strerror if isinstance(error, OSError) else error
     return ResgridError(f"{path}: cannot be read ({why}). {way_out}".rstrip())
 
@@ -207,44 +187,31 @@ def denied(*places: Path) -> Path | None:
 
     What is merely read-only and this user's own, as DVC's cache is, is not among them.
     """
-
-    def is_denied(path: Path) -> bool:
-        if not path.exists():
-            return False
-        return not os.access(path, os.R_OK) or (
-            path.stat().st_uid != os.geteuid() and not os.access(path, os.W_OK)
-        )
-
-    paths = (path for place in places for path in (place, *sorted(place.rglob("*"))))
-    return next(filter(is_denied, paths), None)
+    for path in (path for place in places for path in (place, *sorted(place.rglob("*")))):
+        if path.exists():
+            needed = os.R_OK if path.stat().st_uid == os.geteuid() else os.R_OK | os.W_OK
+            if not os.access(path, needed):
+                return path
+    return None
 
 
 def read_json(path: Path, way_out: str = RESTORED) -> dict[str, Any]:
     """The object in a JSON file; raises ResgridError, which ends with `way_out`, if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise unreadable(path, error, way_out) from None
-    if not isinstance(content, dict):
-        raise unreadable(path, ValueError("it holds no object"), way_out)
     return content
 
 
-def read_yaml(path: Path, way_out: str = "") -> Any:
+def read_yaml(path: Path) -> Any:
     """What a YAML file holds, by the safe loader; raises ResgridError if it cannot be read."""
     try:
         return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError) as error:
-        raise unreadable(path, error, way_out) from None
-
-
-def read_meta(pipeline: Path) -> dict[str, Any] | None:
-    """The meta.json of a pipeline's processed data, unchecked; None where there are none.
-
-    Raises ResgridError where it is there and cannot be read.
-    """
-    path = pipeline / "data/processed/meta.json"
-    return read_json(path) if path.exists() else None
+        raise unreadable(path, error, "") from None
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell, flat
 from resgrid.models import own_file
-from resgrid.project import project_root, read_meta
-from resgrid.project import read_json as read_json
+from resgrid.project import RESTORED, project_root, read_json, unreadable
 from resgrid.provenance import code_digest, package_of
 from resgrid.stage_record import Fault, State, read_record
 
@@ -71,9 +70,12 @@ def find_runs(cells: Sequence[Cell], pipeline: Path) -> list[Run]:
 
 
 def data_digest(pipeline: Path) -> str | None:
-    """That of the processed data as they are here; None where there are none. Raises as `read_meta` does."""
-    meta = read_meta(pipeline)
-    return None if meta is None else str(meta.get("digest"))
+    """That of the processed data as they are here; None where there are none.
+
+    Raises ResgridError where they are there and cannot be read.
+    """
+    path = pipeline / "data/processed/meta.json"
+    return str(read_json(path).get("digest")) if path.exists() else None
 
 
 def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
@@ -123,7 +125,7 @@ def read_history(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise ResgridError(f"{path}: cannot be read ({error}). `dvc checkout --force` restores it.") from None
+        raise unreadable(path, error, RESTORED) from None
 
 
 def started_at(timing: Mapping[str, Any]) -> int:
@@ -182,9 +184,7 @@ def verify_weights(run_folder: Path, metrics: dict[str, Any], stage: str) -> Non
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ResgridError(
-            f"{path}: cannot be read: {error.strerror}. `dvc checkout --force` restores it."
-        ) from None
+        raise unreadable(path, error, RESTORED) from None
     if sha256 != metrics["weights_sha256"]:
         raise ResgridError(
             f"{path}: the file has changed since it was trained. "

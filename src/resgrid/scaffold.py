@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 import resgrid
-from resgrid.config import Resize, load_params
+from resgrid.config import load_params
 from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import SIDE, SPLITS
 from resgrid.data.fetch import digest
-from resgrid.data.pictures import BrokenPicture, Picture
+from resgrid.data.pictures import BrokenPicture
 from resgrid.data.preprocess import draw
 from resgrid.data.sources import ImageFolder, by_reason, count_classes, open_source, read_pictures
 from resgrid.dvc.pipeline import dvc
@@ -54,7 +53,7 @@ ATTRIBUTES = "# as DVC hashes them, also where git would check out CRLF\n" + "".
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What stands at a location."""
 
@@ -67,6 +66,14 @@ class DatasetInfo:
     test_fraction: float = 0.0  # to be drawn, where there is no test split
     own_validation: bool = False
     normalization: str = "per_channel"
+
+    def __str__(self) -> str:
+        smallest, largest = ("x".join(map(str, pick(self.sizes))) for pick in (min, max))
+        sizes = smallest if smallest == largest else f"{smallest} to {largest}"
+        return (
+            f"{self.num_train:,} training and {self.num_test:,} test images of {len(self.class_names)} "
+            f"classes, of {sizes} pixels"
+        )
 
 
 def init(folder: Path, data: Path | None) -> str:
@@ -83,26 +90,16 @@ def init(folder: Path, data: Path | None) -> str:
         if (folder / name).exists():
             raise ResgridError(f"{folder / name}: is there already. Name a new folder, or delete it.")
     data = data.expanduser().resolve()
-    for made in MADE:
-        if data == folder or data == folder / made or (folder / made) in data.parents:
-            raise ResgridError(
-                f"--data {data}: the pipeline writes into {folder / made}. Keep the images somewhere else, "
-                f"such as {folder / 'images'}."
-            )
-    for path in (folder, data):
-        if str(path).encode(errors="replace") != os.fsencode(path):
-            raise ResgridError(f"{path}: this name is no UTF-8, and params.yaml cannot hold it. Rename it.")
-    if _ignored_by_git(folder):
+    if data == folder or any(data.is_relative_to(folder / made) for made in MADE):
         raise ResgridError(
-            f"{folder}: git ignores it, and DVC keeps no pipeline in an ignored folder. Name another one, "
-            "or take the rule out of .gitignore."
+            f"--data {data}: the pipeline writes into {', '.join(MADE)} of {folder}. Keep the images "
+            f"somewhere else, such as {folder / 'images'}."
         )
     info = inspect_dataset(data)
     root = nearest(folder, ".dvc")
     with _undone_on_failure(folder):
         (folder / "dvc.yaml").write_text(_stages(folder, root), encoding="utf-8")
-        params = _params(_free_name(folder, root), _location(data, folder, root), data, info)
-        (folder / "params.yaml").write_text(params, encoding="utf-8")
+        (folder / "params.yaml").write_text(_params(folder, root, data, info), encoding="utf-8")
         cells = expand(load_params(folder / "params.yaml"))
         if root is None:
             _make_repository(folder)
@@ -111,7 +108,7 @@ def init(folder: Path, data: Path | None) -> str:
                 attributes.write(ATTRIBUTES)
     repository = "" if root else f"\n{folder} was in no DVC repository, so it is one now."
     return (
-        f"{_counts(info)}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
+        f"{info}: {len(cells)} cells, {', '.join(cell.id for cell in cells)}.{repository}\n"
         f"Look at {folder / 'params.yaml'}, then:\n"
         f"  cd {shlex.quote(str(folder))} && dvc repro && resgrid compare && resgrid sync"
     )
@@ -133,14 +130,12 @@ def _undone_on_failure(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException as error:
+    except BaseException:
         for path in missing[-1:] or set(folder.iterdir()) - before:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ResgridError(f"{folder}: cannot be written: {error.strerror}.") from None
         raise
 
 
@@ -150,6 +145,7 @@ def inspect_dataset(data: Path) -> DatasetInfo:
     Raises ResgridError for what is neither an image folder nor one of CIFAR's forms.
     """
     source = open_source(data, "stretch", needs=("train",))
+    sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)
     test_fraction, normalization = 0.0, "per_channel"
     if isinstance(source, ImageFolder):
         labels = {split: [name for _, name in images] for split, images in source.images.items()}
@@ -158,17 +154,13 @@ def inspect_dataset(data: Path) -> DatasetInfo:
             log.info(
                 f"There is no test split: data.test_fraction: {test_fraction} of each class is drawn for it."
             )
-            names, numbers = np.array(labels["train"]), np.unique(labels["train"], return_inverse=True)[1]
+            names, numbers = np.unique(labels["train"], return_inverse=True)
             drawn = draw(numbers, source.class_names, test_fraction, SEED)
-            labels |= {"train": names[~drawn].tolist(), "test": names[drawn].tolist()}
+            labels |= {"train": names[numbers[~drawn]].tolist(), "test": names[numbers[drawn]].tolist()}
         sizes, normalization = _read_some(source)
-        kind = "image-folder"
     elif isinstance(source, Cifar):
-        labels = {
-            split: [source.class_names[label] for label in source.load(split).labels.tolist()]
-            for split in SPLITS
-        }
-        sizes, kind = ((SIDE, SIDE),), "archive"
+        names = np.array(source.class_names)
+        labels = {split: names[source.load(split).labels.numpy()].tolist() for split in SPLITS}
     else:
         raise ResgridError(f"{data}: give pictures, or CIFAR-10 or CIFAR-100, in a folder or an archive.")
     log.info(f"Classes, as {' + '.join(labels)}: {count_classes(source.class_names, labels.values())}.")
@@ -176,7 +168,7 @@ def inspect_dataset(data: Path) -> DatasetInfo:
     if smallest < 2:
         log.info("A class has a single training image: such a class is learnt badly, if at all.")
     return DatasetInfo(
-        source=kind,
+        source="image-folder" if isinstance(source, ImageFolder) else "archive",
         class_names=source.class_names,
         num_train=len(labels["train"]),
         num_test=len(labels["test"]),
@@ -196,27 +188,23 @@ def _read_some(source: ImageFolder) -> tuple[tuple[tuple[int, int], ...], str]:
     for name in (name for images in source.images.values() for name, _ in images):
         kinds.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
     share = max(3, NUM_READ // len(kinds))
-    names = {name for each in kinds.values() for name in each[:: -(-len(each) // share)]}
-    broken: dict[str, str] = {}
-    pictures: list[Picture] = []
-    for name, picture in read_pictures(source.path, names, "stretch"):
-        if isinstance(picture, BrokenPicture):
-            broken[name] = picture.reason
-        else:
-            pictures.append(picture)
+    chosen = {name for each in kinds.values() for name in each[:: -(-len(each) // share)]}
+    read = dict(read_pictures(source.path, chosen, "stretch"))
+    broken = {name: each.reason for name, each in read.items() if isinstance(each, BrokenPicture)}
+    pictures = [each for each in read.values() if not isinstance(each, BrokenPicture)]
     reasons = "\n  ".join(["", *by_reason(broken, 3)])
     if not pictures:
-        raise ResgridError(f"{source.path}: none of {len(names)} pictures looked at can be read:{reasons}")
+        raise ResgridError(f"{source.path}: none of {len(chosen)} pictures looked at can be read:{reasons}")
     if broken:
         log.warning(
-            f"{len(broken)} of {len(names)} pictures looked at are broken; mend or remove them, or write "
+            f"{len(broken)} of {len(chosen)} pictures looked at are broken; mend or remove them, or write "
             f"on_broken: skip to leave them out:{reasons}"
         )
     pixels = np.stack([picture.pixels for picture in pictures])  # (N, 32, 32, 3)
-    varies = (pixels != pixels[0, 0, 0]).any(axis=(0, 1, 2))
-    if not varies.all():
+    varies = (pixels != pixels[0, 0, 0]).any(axis=(0, 1, 2)).all()
+    if not varies:
         log.info("A channel never varies in the pictures looked at, so the normalization is scalar.")
-    return tuple(picture.size for picture in pictures), "per_channel" if varies.all() else "scalar"
+    return tuple(picture.size for picture in pictures), "per_channel" if varies else "scalar"
 
 
 # --- the files --------------------------------------------------------------------------------------
@@ -231,23 +219,18 @@ def _stages(folder: Path, root: Path | None) -> str:
     template = PACKAGE / "pipeline.yaml"  # in a wheel
     if not template.is_file():
         template = PACKAGE.parents[1] / "dvc.yaml"
-    text = template.read_text(encoding="utf-8").partition("stages:")
-    lines = []
-    for line in (text[1] + text[2]).splitlines():
-        match = re.fullmatch(r"( +- )src/resgrid/(.+)", line)
-        if not match:
-            lines.append(line)
-            continue
-        indent, path = match.groups()
-        place = PACKAGE / path
-        outside = root is None or root not in PACKAGE.parents
+    outside = root is None or root not in PACKAGE.parents
+
+    def as_seen(match: re.Match[str]) -> str:
+        place = PACKAGE / match[2]
         files = sorted(place.rglob("*.py")) if outside and place.is_dir() else [place]
-        lines += [f"{indent}{_quoted(os.path.relpath(file, folder))}" for file in files]
-    head = (
+        return "\n".join(f"{match[1]}{_quoted(os.path.relpath(file, folder))}" for file in files)
+
+    _, start, stages = template.read_text(encoding="utf-8").partition("stages:")
+    return (
         "# download -> preprocess -> a stage a cell, of train, train-rate, train-own, … -> evaluate\n"
         f"# {MADE_BY}: the stages of ResGrid's own dvc.yaml, on other images.\n\n"
-    )
-    return head + "\n".join(lines) + "\n"
+    ) + re.sub("^( +- )src/resgrid/(.+)$", as_seen, start + stages, flags=re.MULTILINE)
 
 
 def _quoted(text: str) -> str:
@@ -271,20 +254,24 @@ def _scale(num_train: int) -> tuple[tuple[str, ...], int, int]:
     return ("resnet20", "resnet56", "resnet18"), 30, 128
 
 
-def _params(name: str, location: str, data: Path, info: DatasetInfo) -> str:
-    """init_params.yaml.jinja for these images."""
+def _params(folder: Path, root: Path | None, data: Path, info: DatasetInfo) -> str:
+    """init_params.yaml.jinja for these images.
+
+    Its location is relative where images and pipeline move together, in one repository or one folder. Images
+    keep their shape, by bars of black, unless they are nearly square.
+    """
     architectures, epochs, batch_size = _scale(info.num_train)
     template = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(
         (PACKAGE / "init_params.yaml.jinja").read_text(encoding="utf-8")
     )
     has_enough = info.smallest_class >= MIN_FOR_VALIDATION and not info.own_validation
+    ratio = statistics.median(max(size) / min(size) for size in info.sizes)
     text = template.render(
-        counts=_counts(info),
-        name=_quoted(name),
+        name=_quoted(_free_name(folder, root)),
         info=info,
-        location=_quoted(location),
+        location=_quoted(os.path.relpath(data, folder) if (root or folder) in data.parents else str(data)),
         checksum=None if data.is_dir() else digest(data, "sha256:"),
-        resize=_resize(info),
+        resize="stretch" if ratio < 1.15 else "pad",
         validation_fraction=0.1 if has_enough else 0.0,
         architectures=architectures,
         wide=("resnet10", "resnet18"),
@@ -292,21 +279,6 @@ def _params(name: str, location: str, data: Path, info: DatasetInfo) -> str:
         batch_size=batch_size,
     )
     return rewritten(text)
-
-
-def _resize(info: DatasetInfo) -> Resize:
-    """`stretch` keeps the shape where all images are nearly square; otherwise bars of black do."""
-    ratio = statistics.median(max(size) / min(size) for size in info.sizes)
-    return "stretch" if ratio < 1.15 else "pad"
-
-
-def _counts(info: DatasetInfo) -> str:
-    smallest, largest = ("x".join(map(str, pick(info.sizes))) for pick in (min, max))
-    sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    return (
-        f"{info.num_train:,} training and {info.num_test:,} test images of {len(info.class_names)} "
-        f"classes, of {sizes} pixels"
-    )
 
 
 def _free_name(folder: Path, root: Path | None) -> str:
@@ -317,30 +289,10 @@ def _free_name(folder: Path, root: Path | None) -> str:
         folders[:] = [each for each in folders if each[0] != "." and each not in MADE]
         if "params.yaml" in files:
             text = Path(place, "params.yaml").read_text(encoding="utf-8", errors="replace")
-            names = re.findall(r"^name:(.*?)(?: #.*)?$", text, re.MULTILINE)
-            taken |= {each.strip(" '\"") for each in names}
+            taken |= set(re.findall(r"^name: *['\"]?(.*?)['\"]?(?: #.*)?$", text, re.MULTILINE))
     name = re.sub(r"[^A-Za-z0-9 _.-]", "-", folder.name).lstrip(" _.-") or "own"
     numbered = (f"{name}-{number}" for number in itertools.count(2))
-    return name if name not in taken else next(each for each in numbered if each not in taken)
-
-
-def _location(data: Path, folder: Path, root: Path | None) -> str:
-    """Relative where images and pipeline move together, in one repository or one folder."""
-    home = root or folder
-    return os.path.relpath(data, folder) if home in data.parents else str(data)
-
-
-# --- the repository ---------------------------------------------------------------------------------
-
-
-def _ignored_by_git(folder: Path) -> bool:
-    """False also where there is no git or no repository."""
-    above = next(each for each in folder.parents if each.is_dir())
-    try:
-        command = ["git", "check-ignore", "--quiet", str(folder)]
-        return subprocess.run(command, cwd=above, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
 def _make_repository(folder: Path) -> None:

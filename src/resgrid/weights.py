@@ -72,14 +72,7 @@ def load_weights(path: Path, pipeline: Path = Path()) -> tuple[WeightsInfo, dict
     try:
         info = WeightsInfo.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"])) or METADATA_KEY
-        raise ResgridError(
-            f"{path}: {key} in its metadata is wrong: {problem['msg']}. Take a file that this version wrote."
-        ) from None
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise ResgridError(f"{path}: {name} is {tensor.dtype}, but weights files hold torch.float32.")
+        raise ResgridError(f"{path}: its metadata are not those of this version: {error}") from None
     check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, info, pipeline)
     check_finite(path, tensors)
     return info, tensors
@@ -112,30 +105,25 @@ def check_shapes(
     source: Path, shapes: Mapping[str, tuple[int, ...]], info: WeightsInfo, pipeline: Path = Path()
 ) -> None:
     """Raises ResgridError, which names the tensor, unless `shapes` are those of the model in `info`."""
-    try:
-        expected = expected_shapes(info.architecture, len(info.class_names), pipeline)
-    except ResgridError as error:  # an architecture that is not here
-        raise ResgridError(f"{source}: {error}") from None
+    expected = expected_shapes(info.architecture, len(info.class_names), pipeline)
     model = f"{info.architecture} with {len(info.class_names)} classes"
-    fix = "Check the name of the model and the number of classes."
-    if missing := [name for name in expected if name not in shapes]:
-        raise ResgridError(f"{source}: {missing[0]} is missing, which {model} has. {fix}")
-    if extra := [name for name in shapes if name not in expected]:
-        raise ResgridError(f"{source}: it holds {extra[0]}, which {model} has not. {fix}")
-    for name, shape in expected.items():
-        if tuple(shapes[name]) != shape:
-            raise ResgridError(
-                f"{source}: {name} has the shape {tuple(shapes[name])}, where {model} has {shape}. {fix}"
-            )
+    wrong = [f"{name} is missing, which {model} has" for name in expected if name not in shapes]
+    wrong += [f"it holds {name}, which {model} has not" for name in shapes if name not in expected]
+    wrong += [
+        f"{name} has the shape {tuple(shapes[name])}, where {model} has {shape}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    if wrong:
+        raise ResgridError(f"{source}: {wrong[0]}. Check the name of the model and the number of classes.")
 
 
 def check_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises ResgridError, which names the tensor, for a NaN or an infinity: nothing computes with those."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ResgridError(
-                f"{source}: {name} holds a NaN or an infinity. Its training diverged: take earlier weights."
-            )
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ResgridError(
+            f"{source}: {wrong[0]} holds a NaN or an infinity. Its training diverged: take earlier weights."
+        )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
