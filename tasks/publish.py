@@ -24,7 +24,7 @@ from prefect.artifacts import (
 )
 
 from resgrid.dvc.pipeline import Pipeline
-from resgrid.tracking.address import run_page
+from resgrid.tracking.view import run_page
 from tasks.services import running
 
 PAUSE_SECONDS = 60.0  # without a try after one that failed, for such a call takes up to half a minute
