@@ -255,6 +255,7 @@ def _promote(
     version = versions.get(best)
     if version is None:
         run, accuracy = client.get_run(best), records[best][f"{split}_accuracy"]
+        assert run.outputs is not None, "a complete run has its model"
         known = run.data.tags | run.data.params
         lineage = {key: known[key] for key in LINEAGE if key in known}
         logged = client.get_logged_model(run.outputs.model_outputs[0].model_id)

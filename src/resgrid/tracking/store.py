@@ -106,8 +106,8 @@ def open_store(name: str, folder: Path | None = None, rebuild: bool = False) -> 
             "copied, and nothing is recorded here until `resgrid sync --rebuild` has filled a new experiment "
             "from the run folders."
         )
-    folder = where.removeprefix("file://")
-    if place is None and folder.startswith("/") and not Path(unquote(folder)).parent.is_dir():
+    path = unquote(where.removeprefix("file://"))
+    if place is None and path.startswith("/") and not Path(path).parent.is_dir():
         raise ResgridError(
             f"{shown(uri)}: the server keeps the files of {name!r} in {where}, and this machine has no such "
             "folder. A server with `--artifacts-destination` takes them, in an experiment of another `name`."
