@@ -32,7 +32,9 @@ def project(small, tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("pages") / "project")
     shutil.copytree(small.root, project.root, symlinks=True, dirs_exist_ok=True)
     shutil.copytree(ROOT / "flows", project.root / "flows", dirs_exist_ok=True)
-    Pipeline(project.root).set("grid.seeds=[0]", "tuning.resnet20.adam.lr=0.002", "studies={}")
+    pipeline = Pipeline(project.root)
+    pipeline.set("grid.seeds=[0]", "tuning.resnet20.adam.lr=0.002", "studies={}")
+    assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
     process = project.up((free_port(), free_port()))
     try:
         project.services = project.wait_up(process)

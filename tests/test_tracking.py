@@ -758,8 +758,10 @@ def test_a_result_of_other_params_is_stale_and_makes_no_run_and_one_that_left_th
     assert grid() == {run_id: "superseded"}
 
 
-def test_an_altered_weights_file_is_reported_and_the_other_cells_are_done(pipeline, digits):
-    params = make_params(seeds=(0, 1), epochs=1)
+def test_an_altered_weights_file_is_reported_and_the_other_cells_are_done(pipeline, digits, capsys):
+    raw = raw_params(seeds=(0, 1), epochs=1)
+    (pipeline / "params.yaml").write_text(json.dumps(raw))
+    params = parse_params(raw)
     for cell in expand(params):
         list(train_cell(cell, digits, pipeline / "runs" / cell.id, CPU))
     weights = pipeline / "runs" / CELL / "weights.safetensors"
@@ -769,6 +771,8 @@ def test_an_altered_weights_file_is_reported_and_the_other_cells_are_done(pipeli
     assert "weights.safetensors: the file has changed since it was trained" in report.reasons[CELL]
     assert "`dvc repro train@resnet20-sgd-0`" in report.reasons[CELL]
     assert the_run().info.run_name == "resnet20-sgd-1"
+    assert main(["sync"]) == 1
+    assert "1 damaged, 1 unchanged" in capsys.readouterr().out
 
 
 def test_more_figures_than_mlflow_takes_at_once_all_arrive_also_where_the_data_are_gone(
