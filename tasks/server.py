@@ -27,7 +27,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.errors import ResgridError
 from resgrid.tracking import shown
-from resgrid.tracking.address import run_page
+from resgrid.tracking.view import run_page
 from tasks.spec import QUEUE
 
 WATCHED = "resgrid-watched"  # the tag of deployments in pools of processes, where silence means an end

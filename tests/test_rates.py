@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from typing import Any
+import runpy
 
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
-from small import ROOT, Project, digits
+from small import ROOT, digits
 
 from resgrid.report.leaderboard import by_optimizer, headline
-from resgrid.report.rates import Bracket, NotChosen, RateChoice, choose_rates, sentences
+from resgrid.report.rates import Bracket, NotChosen, choose_rates, sentences
 
 
-def recorded(project: Project) -> dict[str, str]:
+def recorded(project):
     """What dvc.lock says of each stage."""
     stages = YAML(typ="safe").load(project.root / "dvc.lock")["stages"]
     return {name: repr(stage) for name, stage in stages.items()}
 
 
-def repro(project: Project, *arguments: str) -> set[str]:
+def repro(project, *arguments):
     """The stages whose command ran."""
     done = project.run("dvc", "repro", *arguments)
     assert done.returncode == 0, done.stderr
@@ -30,24 +29,20 @@ def repro(project: Project, *arguments: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(tmp_path_factory):
     project = digits(tmp_path_factory.mktemp("rates") / "a project")
     project.set("grid.optimizers=[sgd]", "preprocess.validation_fraction=0.1")
     return project
 
 
-def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_recorded(project: Project) -> None:
+def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_recorded(project):
     assert repro(project, "train", "train-rate") == {"download", "preprocess", "train@resnet20-sgd-0"}
-    base = recorded(project)
-
-    project.set("rates.factors=[0.3]")
-    assert repro(project, "train", "train-rate") == {"train-rate@resnet20-sgd-0-0.3"}
-    tried = recorded(project)
-    assert base.items() <= tried.items()
-
-    project.set("rates.factors=[0.3, 10]")
-    assert repro(project, "train", "train-rate") == {"train-rate@resnet20-sgd-0-10"}
-    assert tried.items() <= recorded(project).items()
+    before: dict[str, str] = {}
+    for factors, stage in (("0.3", "0.3"), ("0.3, 10", "10")):
+        before = recorded(project)
+        project.set(f"rates.factors=[{factors}]")
+        assert repro(project, "train", "train-rate") == {f"train-rate@resnet20-sgd-0-{stage}"}
+        assert before.items() <= recorded(project).items()
     for end, rate in (("", 0.05), ("-x0.3", 0.015), ("-x10", 0.5)):
         run = json.loads((project.root / f"runs/resnet20-sgd-0{end}/run.json").read_text())
         assert (run["learning_rate"], run["cell"]) == (rate, f"resnet20-sgd-0{end}")
@@ -58,9 +53,7 @@ def test_another_factor_trains_its_own_cells_and_no_factor_leaves_what_is_record
     assert recorded(project) == everything
 
 
-def test_the_champion_is_a_cell_at_the_chosen_rate_and_at_the_base_rate_once_that_is_gone(
-    project: Project,
-) -> None:
+def test_the_champion_is_a_cell_at_the_chosen_rate_and_at_the_base_rate_once_that_is_gone(project):
     """Also where a cell at another rate is better: findings that choose each rate in turn."""
     project.set("rates.factors=[0.3, 10]")
     repro(project, "train", "train-rate")
@@ -69,13 +62,12 @@ def test_the_champion_is_a_cell_at_the_chosen_rate_and_at_the_base_rate_once_tha
     findings = json.loads(path.read_text())
     assert {point["factor"] for point in findings["rates"][0]["curve"]} == {0.3, 1, 10}
 
-    def champion() -> str:
+    def champion():
         assert project.run("resgrid", "sync").returncode == 0
         version = project.mlflow.get_model_version_by_alias("small", "champion")
-        return str(project.mlflow.get_run(version.run_id).data.tags["cell"])
+        return project.mlflow.get_run(version.run_id).data.tags["cell"]
 
-    best = champion()
-    assert best in findings["groups"][0]["cells"]
+    assert champion() in findings["groups"][0]["cells"]
     for factor, cell in ((0.3, "resnet20-sgd-0-x0.3"), (1, "resnet20-sgd-0"), (10, "resnet20-sgd-0-x10")):
         findings["rates"][0]["factor"], findings["groups"][0]["cells"] = factor, {cell: "completed"}
         path.write_text(json.dumps(findings))
@@ -87,14 +79,9 @@ def test_the_champion_is_a_cell_at_the_chosen_rate_and_at_the_base_rate_once_tha
     assert champion() in json.loads(path.read_text())["groups"][0]["cells"]
 
 
-def test_the_figure_at_a_chosen_rate_covers_what_the_documentation_says() -> None:
+def test_the_figure_at_a_chosen_rate_covers_what_the_documentation_says():
     """To a point, with 4,000 data sets a setting; ten comparisons give a false difference in 5 % at most."""
-    spec = importlib.util.spec_from_file_location("intervals", ROOT / "benchmarks/intervals.py")
-    assert spec is not None
-    assert spec.loader is not None
-    simulation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(simulation)
-    frame = simulation.at_chosen_rates(4_000)
+    frame = runpy.run_path(str(ROOT / "benchmarks/intervals.py"))["at_chosen_rates"](4_000)
     is_worst = (frame["curve"] == "flat") & (frame["luck"] == "shared")
     worst, others = frame[is_worst], frame[~is_worst]
     assert (worst["seeds"].tolist(), len(others)) == ([3, 5], 6)
@@ -107,12 +94,13 @@ def test_the_figure_at_a_chosen_rate_covers_what_the_documentation_says() -> Non
 
 # --- the choice, on leaderboards made by hand: 100 validation images, 1,000 test images, 10 classes ------
 
-Seeds = list[tuple[float, float] | None]  # validation and test accuracy of each seed; None: diverged
 
+def board(**optimizers):
+    """A leaderboard of ResNet-20 by optimizer and factor, with a study that belongs to no optimizer's tries.
 
-def board(**optimizers: dict[float, Seeds]) -> pd.DataFrame:
-    """A leaderboard of ResNet-20 by optimizer and factor, with a study that belongs to no optimizer's tries."""
-    rows: list[dict[str, Any]] = [
+    Of each seed validation and test accuracy; None: diverged.
+    """
+    rows = [
         {
             "cell": f"resnet20-{optimizer}-{seed}" + ("" if factor == 1 else f"-x{factor:g}"),
             "architecture": "resnet20",
@@ -129,25 +117,20 @@ def board(**optimizers: dict[float, Seeds]) -> pd.DataFrame:
         for factor, values in factors.items()
         for seed, accuracies in enumerate(values)
     ]
-    study = rows[0] | {
-        "cell": "a-study",
-        "study": "a-study",
-        "rate_factor": 1.0,
-        "validation_accuracy": 0.999,
-    }
-    return pd.DataFrame([*rows, study])
+    study = {"cell": "a-study", "study": "a-study", "rate_factor": 1.0, "validation_accuracy": 0.999}
+    return pd.DataFrame([*rows, rows[0] | study])
 
 
-def choices(frame: pd.DataFrame, num_validation: int = 100) -> dict[str, RateChoice]:
+def choices(frame, num_validation=100):
     chosen = choose_rates(frame, num_validation=num_validation, num_test=1000, num_classes=10)
     return {choice.optimizer: choice for choice in chosen}
 
 
-def sgd(factors: dict[float, Seeds]) -> RateChoice:
+def sgd(factors):
     return choices(board(sgd=factors))["sgd"]
 
 
-def test_the_rate_is_chosen_by_validation_and_reported_on_test() -> None:
+def test_the_rate_is_chosen_by_validation_and_reported_on_test():
     choice = sgd(
         {
             0.1: [(0.80, 0.90), (0.82, 0.91)],
@@ -164,31 +147,24 @@ def test_the_rate_is_chosen_by_validation_and_reported_on_test() -> None:
     assert [point.factor for point in choice.curve] == [0.1, 1, 3, 10]
 
 
-def test_rates_tie_in_whole_images_and_the_nearest_to_the_base_rate_is_taken() -> None:
+def test_rates_tie_in_whole_images_and_the_nearest_to_the_base_rate_is_taken():
     """100 of 300 images each, though 0.4 + 0.3 + 0.3 is 1 in floats and 0.7 + 0.1 + 0.2 a bit less."""
-    more: Seeds = [(0.4, 0.5), (0.3, 0.5), (0.3, 0.5)]
-    less: Seeds = [(0.7, 0.5), (0.1, 0.5), (0.2, 0.5)]
-    worse: Seeds = [(0.1, 0.5)] * 3
+    more, less = [(0.4, 0.5), (0.3, 0.5), (0.3, 0.5)], [(0.7, 0.5), (0.1, 0.5), (0.2, 0.5)]
+    worse = [(0.1, 0.5)] * 3
     assert sgd({0.3: more, 1: worse, 3: less}).factor == 3  # |log 3| is 1.10, |log 0.3| 1.20
     assert sgd({0.1: less, 1: worse, 10: more}).factor == 0.1  # as near as 10, and the lower
     assert sgd({0.3: more, 1: less, 3: more}).factor == 1
 
 
-def test_one_surviving_seed_is_not_chosen_and_a_diverged_end_brackets() -> None:
-    choice = sgd(
-        {
-            0.3: [(0.60, 0.60), (0.60, 0.60)],
-            1: [(0.80, 0.80), (0.80, 0.80)],
-            3: [(0.99, 0.99), None],
-        }
-    )
+def test_one_surviving_seed_is_not_chosen_and_a_diverged_end_brackets():
+    choice = sgd({0.3: [(0.60, 0.60)] * 2, 1: [(0.80, 0.80)] * 2, 3: [(0.99, 0.99), None]})
     assert (choice.factor, choice.bracket, choice.to_try) == (1, Bracket.INSIDE, ())
     assert choice.plateau == (1,)
     assert [point.num_diverged for point in choice.curve] == [0, 0, 1]
     assert choice.curve[-1].validation == (0.99, None)
 
 
-def test_where_every_factor_has_a_diverged_seed_a_diverged_one_counts_as_a_guess() -> None:
+def test_where_every_factor_has_a_diverged_seed_a_diverged_one_counts_as_a_guess():
     choice = sgd(
         {
             0.3: [(0.90, 0.91), None, None],  # 90 + 10 + 10 = 110
@@ -196,13 +172,12 @@ def test_where_every_factor_has_a_diverged_seed_a_diverged_one_counts_as_a_guess
             3: [(0.65, 0.66), (0.65, 0.66), None],  # 65 + 65 + 10 = 140
         }
     )
-    assert choice.factor == 3
-    assert choice.one_seed_cost is None
+    assert (choice.factor, choice.one_seed_cost) == (3, None)
 
 
 @pytest.mark.parametrize("status", ["stale", "other data", "failed", "missing"])
-def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_result(status: str) -> None:
-    tried: dict[float, Seeds] = {0.3: [(0.9, 0.9)], 1: [(0.8, 0.8)], 3: [(0.7, 0.7)]}
+def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_result(status):
+    tried = {0.3: [(0.9, 0.9)], 1: [(0.8, 0.8)], 3: [(0.7, 0.7)]}
     frame = board(sgd=tried, adam=tried)
     frame.loc[frame["cell"] == "resnet20-adam-0-x3", "status"] = status
     for choice in choices(frame).values():
@@ -212,50 +187,56 @@ def test_nothing_is_chosen_for_an_architecture_with_a_cell_that_has_no_current_r
         assert choice.base.test_accuracy == pytest.approx(0.8)
 
 
-def test_nothing_is_chosen_without_a_validation_split_or_without_factors() -> None:
+def test_nothing_is_chosen_without_a_validation_split_or_without_factors():
     frame = board(sgd={0.3: [(0.9, 0.9)], 1: [(0.8, 0.8)]}).assign(validation_accuracy=float("nan"))
     assert choices(frame, num_validation=0)["sgd"].not_chosen is NotChosen.NO_VALIDATION
     assert sgd({1: [(0.8, 0.8)]}).not_chosen is NotChosen.NO_FACTORS
     assert sgd({1: [(0.8, 0.8)]}).chosen.test_accuracy == pytest.approx(0.8)
 
 
-def flat(*validation: float) -> dict[float, Seeds]:
+def flat(*validation):
     """Two seeds of 100 images each at 0.1, 0.3, 1, 3, 10; a point is 2 of the 200 images."""
     return {f: [(v, 0.5), (v, 0.5)] for f, v in zip((0.1, 0.3, 1, 3, 10), validation, strict=True)}
 
 
-def test_a_best_rate_at_an_end_is_not_bracketed_and_the_next_factor_is_named() -> None:
-    top, bottom = sgd(flat(0.5, 0.6, 0.7, 0.8, 0.9)), sgd(flat(0.9, 0.8, 0.7, 0.6, 0.5))
-    assert (top.factor, top.bracket, top.to_try) == (10, Bracket.AT_END, (30,))
-    assert (bottom.factor, bottom.bracket, bottom.to_try) == (0.1, Bracket.AT_END, (0.03,))
+@pytest.mark.parametrize(
+    ("validation", "factor", "bracket", "to_try", "plateau"),
+    [
+        # the best rate at an end is not bracketed, and the next factor is named
+        ((0.5, 0.6, 0.7, 0.8, 0.9), 10, Bracket.AT_END, (30,), (10,)),
+        ((0.9, 0.8, 0.7, 0.6, 0.5), 0.1, Bracket.AT_END, (0.03,), (0.1,)),
+        # an end within a point of the best may have the best behind it
+        ((0.5, 0.6, 0.7, 0.90, 0.89), 3, Bracket.REACHES_END, (30,), (3, 10)),
+        ((0.5, 0.6, 0.7, 0.90, 0.88), 3, Bracket.INSIDE, (), (3,)),
+        # the plateau is what lies within a point and is contiguous: 0.1 is as good as 1, but 0.3 lies between
+        ((0.5, 0.89, 0.90, 0.89, 0.6), 1, Bracket.INSIDE, (), (0.3, 1, 3)),
+        ((0.90, 0.80, 0.90, 0.89, 0.6), 1, Bracket.REACHES_END, (0.03,), (1, 3)),
+    ],
+)
+def test_the_best_rate_is_bracketed_by_worse_ones_or_what_to_try_is_named(
+    validation, factor, bracket, to_try, plateau
+):
+    choice = sgd(flat(*validation))
+    assert (choice.factor, choice.bracket, choice.to_try, choice.plateau) == (
+        factor,
+        bracket,
+        to_try,
+        plateau,
+    )
 
 
-def test_no_factor_beyond_those_that_params_yaml_allows_is_named() -> None:
+def test_no_factor_beyond_those_that_params_yaml_allows_is_named():
     for factor in (0.001, 1000):
         choice = sgd({1: [(0.8, 0.8)], factor: [(0.9, 0.9)]})
         assert (choice.factor, choice.bracket, choice.to_try) == (factor, Bracket.AT_END, ())
         assert sentences([choice]) == [
             f"resnet20-sgd: the best factor, {factor:g}, is an end of those tried: not bracketed."
         ]
-    near = sgd({1: [(0.9, 0.9)], 900: [(0.89, 0.9)], 0.0005 * 4: [(0.5, 0.5)]})
-    assert near.to_try == (1000,)
+    assert sgd({1: [(0.9, 0.9)], 900: [(0.89, 0.9)], 0.0005 * 4: [(0.5, 0.5)]}).to_try == (1000,)
     assert sgd({1: [(0.8, 0.8)], 0.002: [(0.9, 0.9)]}).to_try == (0.001,)
 
 
-def test_an_end_within_a_point_of_the_best_may_have_the_best_behind_it() -> None:
-    reaches, below = sgd(flat(0.5, 0.6, 0.7, 0.90, 0.89)), sgd(flat(0.5, 0.6, 0.7, 0.90, 0.88))
-    assert (reaches.factor, reaches.bracket, reaches.to_try) == (3, Bracket.REACHES_END, (30,))
-    assert (below.factor, below.bracket, below.to_try) == (3, Bracket.INSIDE, ())
-
-
-def test_the_plateau_is_what_lies_within_a_point_and_is_contiguous() -> None:
-    assert sgd(flat(0.5, 0.89, 0.90, 0.89, 0.6)).plateau == (0.3, 1, 3)
-    broken = sgd(flat(0.90, 0.80, 0.90, 0.89, 0.6))  # 0.1 is as good as 1, but 0.3 lies between
-    assert (broken.factor, broken.plateau) == (1, (1, 3))
-    assert (broken.bracket, broken.to_try) == (Bracket.REACHES_END, (0.03,))
-
-
-def test_tables_and_headline_at_the_base_rate_leave_other_rates_out() -> None:
+def test_tables_and_headline_at_the_base_rate_leave_other_rates_out():
     """At 3 times its rate the cell is more accurate on test; to show it as the result would choose by test."""
     frame = board(sgd={1: [(0.8, 0.80), (0.8, 0.82)], 3: [(0.7, 0.99), (0.7, 0.99)]})
     frame = frame[frame["study"].isna()].sort_values("test_accuracy", ascending=False)
@@ -265,7 +246,7 @@ def test_tables_and_headline_at_the_base_rate_leave_other_rates_out() -> None:
     assert headline(frame, {"resnet20-sgd": 3})["best_cell_test_accuracy"] == 0.99
 
 
-def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors() -> None:
+def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors():
     """One seed. By validation 1 (test 0.70), 10 (0.72), 0.1 (0.50): of the three pairs two have 1, one 10."""
     choice = sgd({0.1: [(0.6, 0.50)], 1: [(0.8, 0.70)], 10: [(0.7, 0.72)]})
     expected = [(0.70 + 0.72 + 0.50) / 3, (2 * 0.70 + 0.72) / 3, 0.70]
@@ -274,7 +255,7 @@ def test_expected_accuracy_after_k_tries_is_the_mean_over_all_sets_of_k_factors(
     assert choice.one_seed_cost == pytest.approx(0)
 
 
-def test_expected_accuracy_ranks_a_diverged_try_last_and_counts_it_as_a_guess() -> None:
+def test_expected_accuracy_ranks_a_diverged_try_last_and_counts_it_as_a_guess():
     """Seed 0 as above. Seed 1: 0.1 (test 0.80), 1 (0.60), and a guess among 10 classes (0.10)."""
     choice = sgd({0.1: [(0.6, 0.50), (0.9, 0.80)], 1: [(0.8, 0.70), (0.7, 0.60)], 10: [(0.7, 0.72), None]})
     seeds = [(0.64, 0.5), ((2 * 0.70 + 0.72) / 3, (2 * 0.80 + 0.60) / 3), (0.70, 0.80)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,22 +15,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("answer", ROOT / "docs/answer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs/answer.py")))
 
 
-def test_the_answer_in_the_readme_is_made_anew_from_the_findings_and_equal(script: ModuleType) -> None:
+def test_the_answer_in_the_readme_is_made_anew_from_the_findings_and_equal(script):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert script.written(readme) == readme
     assert script.written(script.ANSWER.sub("", readme)) == readme
 
 
-def test_the_findings_in_the_docs_are_those_of_the_leaderboard_beside_them(script: ModuleType) -> None:
+def test_the_findings_in_the_docs_are_those_of_the_leaderboard_beside_them(script):
     """Every cell of the README's table is completed, with one seed: its accuracy in % with two digits."""
     folder = script.RESULTS / script.SHOWN
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
@@ -41,9 +36,7 @@ def test_the_findings_in_the_docs_are_those_of_the_leaderboard_beside_them(scrip
         assert findings["table"][row.architecture][row.optimizer] == f"{100 * row.test_accuracy:.2f}"
 
 
-def test_the_report_in_the_docs_says_what_the_findings_say_and_its_figures_are_there(
-    script: ModuleType,
-) -> None:
+def test_the_report_in_the_docs_says_what_the_findings_say_and_its_figures_are_there(script):
     folder = script.RESULTS / script.SHOWN
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     report = (folder / "report.md").read_text(encoding="utf-8")

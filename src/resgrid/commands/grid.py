@@ -84,7 +84,7 @@ def sync(options: argparse.Namespace) -> int:
     with Progress("sync", None, "cells") as progress:
         report = tracking.sync(params, Path.cwd(), progress.update, options.rebuild)
     print(json.dumps(asdict(report), indent=2) if options.json else report)
-    return 1 if "failed" in report.cells.values() else 0
+    return 1 if "damaged" in report.cells.values() else 0
 
 
 def ui(options: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ import altair as alt
 import numpy as np
 
 from resgrid.evaluation import Predictions, Result
-from resgrid.models import place_of
 from resgrid.optimizers import OPTIMIZERS
 from resgrid.report.comparisons import Comparison
 from resgrid.report.findings import Findings
@@ -26,16 +25,16 @@ from resgrid.report.statistics import Interval, confusion, reliability
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY = "#888888"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)  # again from the first where there is more to show
+COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, RED]  # again from the first where there is more to show
 OF_OPTIMIZER = dict(zip(OPTIMIZERS, cycle(COLOURS), strict=False))
-SHAPES = (
+SHAPES = [
     "circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left",
     "M-1,-1L1,1M1,-1L-1,1", "M0,-1L0.6,0.8L-0.95,-0.3L0.95,-0.3L-0.6,0.8Z",
-)  # fmt: skip
+]  # fmt: skip
 MAX_CLASSES = 40  # that a confusion matrix can show and a person can read
 ROWS = "rows"  # the name under which a chart's data are put into its specification
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-FORMATS = {"value": ".2f", "low": ".2f", "high": ".2f", "share": ".1f", "accuracy": ".2f", "cost": ",.4~s"}
+FORMATS = {"value": ".2f", "low": ".2f", "high": ".2f", "share": ".1f", "accuracy": ".2f", "seconds": ",.1f"}
 
 
 def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
         "point": {"filled": True, "size": 90, "opacity": 1},
         "rule": {"color": GREY},
         "text": {"color": ink},
-        "range": {"category": list(COLOURS)},
+        "range": {"category": COLOURS, "symbol": SHAPES},
     }  # fmt: skip
 
 
@@ -173,27 +172,26 @@ def differences(title: str, comparisons: Sequence[Comparison]) -> Chart:
     return by_row(title, "difference in test accuracy, points", list(rows), dots)
 
 
-def trade_off(title: str, findings: Findings, cost: str, axis: str) -> Chart:
-    """Accuracy against a cost, a point an architecture with an optimizer, and the Pareto front as a line."""
-    groups, front = findings.trained, {group.name for group in findings.front(cost)}
+def cost(findings: Findings) -> Chart:
+    """Accuracy by training time, a point an architecture with an optimizer; the Pareto front is a line."""
+    groups, front = findings.trained, {group.name for group in findings.front("train_seconds")}
     data: list[dict[str, Any]] = [
         {"name": g.name, "architecture": g.architecture, "optimizer": g.optimizer, "front": g.name in front}
-        | {"cost": g.mean(cost)}
+        | {"seconds": g.mean("train_seconds")}
         | _percent(g.accuracy)
         for g in groups
     ]
-    shapes = {g.architecture: SHAPES[place_of(g.architecture) % len(SHAPES)] for g in groups}
-    shape = alt.Shape("architecture:N", scale=alt.Scale(domain=list(shapes), range=list(shapes.values())))
     colour = _series("optimizer", {g.optimizer: OF_OPTIMIZER[g.optimizer] for g in groups})
-    x = _number(alt.X, "cost", axis, log=True, axis=alt.Axis(format="~s"))
+    x = _number(alt.X, "seconds", "training time, s", log=True, axis=alt.Axis(format="~s"))
     y = _number(alt.Y, "value", "test accuracy, %")
     line = alt.Chart().mark_line(color=GREY, strokeDash=[3, 3], strokeWidth=1.5, interpolate="step-after")
     return _chart(
-        title, 320, data,
+        "Accuracy by training time", 320, data,
         line.transform_filter("datum.front").encode(x=x, y=y),
         alt.Chart().mark_rule(strokeWidth=1).encode(x=x, y="low:Q", y2="high:Q"),
         alt.Chart().mark_point().encode(
-            x=x, y=y, shape=shape, color=colour, tooltip=_tip("name", "value", "cost"),
+            x=x, y=y, shape=alt.Shape("architecture:N", sort=None), color=colour,
+            tooltip=_tip("name", "value", "seconds"),
         ),
     )  # fmt: skip
 
@@ -247,20 +245,8 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
     }
     if findings.trained:
         parts["answer"] = [accuracies(findings)]
-        parts["cost"] = [
-            trade_off("Parameters", findings, "num_parameters", "parameters"),
-            trade_off("Training time", findings, "train_seconds", "training time, s"),
-        ]
-        parts["calibration"] = [calibration(findings)]
+        parts["cost"] = [cost(findings)]
     return parts
-
-
-def calibration(findings: Findings) -> Chart:
-    """The mean calibration error of each group over its seeds, the smallest on top."""
-    errors = findings.frame.set_index("cell")["calibration_error"]
-    mean = {g.name: float(errors[[r.cell.id for r in g.completed]].mean()) for g in findings.trained}
-    dots = {"expected calibration error": (SKY, mean)}
-    return by_row("Calibration error", "points", sorted(mean, key=lambda name: mean[name]), dots)
 
 
 # --- of chosen cells --------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from resgrid.grid import flat
 from resgrid.progress import duration
 from resgrid.report.comparisons import Comparison, Group, answer, compare, group, mean_accuracy
 from resgrid.report.leaderboard import by_optimizer, leaderboard, missing
-from resgrid.report.published import as_text
 from resgrid.report.rates import choose_rates, sentences
 from resgrid.report.statistics import Interval, pareto_front
 from resgrid.run_status import started_at
@@ -70,6 +69,7 @@ class Findings:
         self.rates = [choice for choice in choices if len(choice.curve) > 1]  # none without factors
         self.factors = {f"{each.architecture}-{each.optimizer}": each.factor for each in self.rates}
         self.rate_sentences = sentences(self.rates)
+        self.missing = missing(self.frame)
         self.table = by_optimizer(self.frame, self.factors)
         self.groups = group(results, self.factors)
         self.families = compare(self.groups)  # by what is compared
@@ -147,7 +147,7 @@ class Findings:
             "question": self.question,
             "baseline": self.baseline,
             "answer": self.answer,
-            "missing": missing(self.frame),
+            "missing": self.missing,
             "table": self.table.to_dict(orient="index"),
             "groups": [
                 {
@@ -200,7 +200,7 @@ def _studies(results: list[Result]) -> list[Study]:
         others = flat(base.cell.numbers) if base else own
         differing = [name for name in others | own if others.get(name) != own.get(name)]
         differs = "; ".join(
-            f"{name.replace('_', ' ')} {as_text(own.get(name))} for {as_text(others.get(name))}"
+            f"{name.replace('_', ' ')} {_text(own.get(name))} for {_text(others.get(name))}"
             for name in differing
         )
         studies.append(
@@ -214,6 +214,15 @@ def _studies(results: list[Result]) -> list[Study]:
             )
         )
     return sorted(studies, key=lambda study: study.differs)
+
+
+def _text(value: Any) -> str:
+    """A setting's value as a person reads it: `end to end`, `0.3, 0.4, 0.5`, `none`."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value).replace("_", " ")
 
 
 def how_it_was_made(results: list[Result], meta: Meta, device: str) -> dict[str, str]:

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from resgrid.data.dataset import Split
 from resgrid.evaluation import Predictions
-from resgrid.report import figures, tables
+from resgrid.report import figures
 from resgrid.report.figures import Chart
 from resgrid.report.findings import Findings
-from resgrid.report.leaderboard import headline, missing, readable, text_table
+from resgrid.report.leaderboard import headline, readable, text_table
+from resgrid.report.rates import RatePoint
 
+DRAWN = ("answer", "differences", "rates")  # the parts whose charts are PNGs as well
 NUM_CURVES = 4  # cells that are ticked before a person chooses
 NUM_MISTAKES = 12  # a cell
 TEMPLATES = Environment(
@@ -54,23 +56,31 @@ def write_report(findings: Findings, out: Path) -> None:
         (out / name).write_text(text, encoding="utf-8", newline="\n")
     shutil.rmtree(out / "figures", ignore_errors=True)
     (out / "figures").mkdir()  # an output of the stage, also where nothing was trained
-    for chart in (chart for part in ("answer", "differences", "rates") for chart in charts.get(part, ())):
+    for chart in (chart for part in DRAWN for chart in charts.get(part, ())):
         (out / f"figures/{chart.id}.png").write_bytes(figures.png(chart))
 
 
-def markdown(findings: Findings, slot: Callable[..., str] = lambda name, instead="": instead) -> str:
-    """The report's tables and sentences, for a terminal, a diff or a pull request.
+def markdown(findings: Findings, slot: Callable[..., str] | None = None) -> str:
+    """The report's tables, sentences and figures, for a terminal, a diff or a pull request.
 
-    Where `index.html` has a part of its own stands what `slot` says of the part's name.
+    `slot` says what stands in the place of a part by its name, other than its figures.
     """
+    charts = {} if slot else figures.charts(findings)
+
+    def pictures(part: str, instead: str = "") -> str:
+        of_part = charts.get(part, ()) if part in DRAWN else ()
+        return instead + "\n\n".join(f"![{each.title}](figures/{each.id}.png)" for each in of_part)
+
     text = TEMPLATES.get_template("report.md").render(
         findings=findings,
         frame=findings.frame,
-        missing=missing(findings.frame),
+        rates=rates(findings),
+        tries=tries(findings),
+        costs=costs(findings),
+        studies=studies(findings),
         every_cell=readable(findings.frame),
-        tables=tables,
         table=lambda frame: text_table(frame.replace(r"\|", r"\\|", regex=True), "pipe"),
-        slot=slot,
+        slot=slot or pictures,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -128,23 +138,20 @@ def _chosen(findings: Findings) -> dict[str, Any]:
 
 
 def _mistakes(findings: Findings) -> dict[str, Any]:
-    """Of each cell the mistakes it was most confident of, and every image of them once."""
-    scored, names = findings.scored, findings.meta.class_names
-    labels = findings.test.labels.tolist()
-    cells = {
-        result.cell.id: [
-            {
-                "image": place,
-                "is": names[labels[place]],
-                "taken": names[predictions.classes[place]],
-                "confidence": round(100 * float(predictions.confidence[place]), 1),
-            }
-            for place in most_confident_mistakes(predictions, NUM_MISTAKES)
+    """Of each cell the mistakes it was most confident of, in words, and every image of them once."""
+    names, labels = findings.meta.class_names, findings.test.labels.tolist()
+    cells: dict[str, list[tuple[int, str]]] = {}
+    images: dict[int, str] = {}
+    for result, of in findings.scored:
+        cells[result.cell.id] = [
+            (i, f"{names[of.classes[i]]}, {100 * of.confidence[i]:.1f} % sure; is {names[labels[i]]}")
+            for i in most_confident_mistakes(of, NUM_MISTAKES)
         ]
-        for result, predictions in scored
-    }
-    images = {each["image"] for mistakes in cells.values() for each in mistakes}
-    return {"cells": cells, "images": {place: _png(findings.test, place) for place in sorted(images)}}
+        for place in {place for place, _ in cells[result.cell.id]} - images.keys():
+            buffer = io.BytesIO()
+            Image.fromarray(findings.test.images[place].numpy()).save(buffer, "PNG", optimize=True)
+            images[place] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"cells": cells, "images": dict(sorted(images.items()))}
 
 
 def most_confident_mistakes(predictions: Predictions, count: int) -> list[int]:
@@ -155,7 +162,84 @@ def most_confident_mistakes(predictions: Predictions, count: int) -> list[int]:
     return places
 
 
-def _png(split: Split, place: int) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(split.images[place].numpy()).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+# --- tables, as texts; columns in which nothing stands are left out where one is printed --------------
+
+
+def costs(findings: Findings) -> pd.DataFrame:
+    """A row an architecture with an optimizer: what it reaches, at what cost, and if nothing beats it.
+
+    Where a group has two seeds or more, also what the mean of their networks' probabilities reaches.
+    """
+    errors = findings.frame.set_index("cell")["calibration_error"]
+    fronts = {
+        "parameters": {group.name for group in findings.front("num_parameters")},
+        "time": {group.name for group in findings.front("train_seconds")},
+    }
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": group.name,
+            "test % (95 % interval)": group.accuracy.text(),
+            "interval over": group.accuracy.basis,
+            "mean of its seeds, %": _percent(findings.ensembles.get(group.name)),
+            "parameters": f"{group.mean('num_parameters'):,.0f}",
+            "training, s": f"{group.mean('train_seconds'):,.1f}",
+            "on the front by": ", ".join(cost for cost, names in fronts.items() if group.name in names),
+            "calibration error, points": _percent(errors[[r.cell.id for r in group.completed]].mean()),
+        }
+        for group in sorted(findings.trained, key=lambda group: -group.mean("test_accuracy"))
+    )
+
+
+def rates(findings: Findings) -> pd.DataFrame:
+    """A row an optimizer of an architecture: the rate that it is compared at, beside its base rate."""
+
+    def accuracy(point: RatePoint) -> str:
+        diverged = f" ({point.num_diverged} diverged)" if point.num_diverged else ""
+        return _percent(point.test_accuracy) + diverged
+
+    return pd.DataFrame(
+        {
+            "architecture, optimizer": f"{each.architecture}-{each.optimizer}",
+            "rate": f"{each.chosen.learning_rate:g}",
+            "factor": f"{each.factor:g}",
+            "validation %": _percent(each.chosen.validation_accuracy),
+            "test %": accuracy(each.chosen),
+            "within 1 point": ", ".join(f"{factor:g}" for factor in each.plateau),
+            "factors tried": ", ".join(f"{point.factor:g}" for point in each.curve),
+            "base rate": f"{each.base.learning_rate:g}",
+            "test % there": accuracy(each.base),
+        }
+        for each in findings.rates
+    )
+
+
+def tries(findings: Findings) -> pd.DataFrame:
+    """A row an optimizer of an architecture: the test accuracy that k of its rates, tried once, lead to."""
+    rows = []
+    for each in (choice for choice in findings.rates if choice.not_chosen is None):
+        row = {"architecture, optimizer": f"{each.architecture}-{each.optimizer}"}
+        for k, interval in enumerate(each.expected_test_accuracy, start=1):
+            has_ends = interval.low == interval.low
+            row[f"k = {k}"] = interval.text() if has_ends else _percent(interval.estimate)
+        cost = each.one_seed_cost
+        rows.append(row | {"cost of one seed, points": "" if cost is None else f"{100 * cost:+.2f}"})
+    return pd.DataFrame(rows).fillna("")
+
+
+def studies(findings: Findings) -> pd.DataFrame:
+    """A row a study, beside the grid's cell that it was made from."""
+    return pd.DataFrame(
+        {
+            "study": study.cell,
+            "differs in": study.differs,
+            "test % (95 % interval)": study.accuracy.text() if study.accuracy else study.status,
+            "the grid's cell": study.base or "",
+            "test % of that": study.base_accuracy.text() if study.base_accuracy else "",
+            "interval over": study.accuracy.basis if study.accuracy else "",
+        }
+        for study in findings.studies
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"

@@ -186,11 +186,8 @@ def _chosen(base: RateChoice, num_validation: int, num_test: int, num_classes: i
         i == best or (stable[i] and POINTS * (total[best] - total[i]) <= num_validation * num_seeds)
         for i in range(len(curve))
     ]
-    first = last = best
-    while first > 0 and in_plateau[first - 1]:
-        first -= 1
-    while last < len(curve) - 1 and in_plateau[last + 1]:
-        last += 1
+    first = next(i for i in range(best, -1, -1) if i == 0 or not in_plateau[i - 1])
+    end = next(i for i in range(best + 1, len(curve) + 1) if i == len(curve) or not in_plateau[i])
     open_ends = [(end, up) for end, up in ((0, False), (len(curve) - 1, True)) if in_plateau[end]]
     bracket = Bracket.REACHES_END if open_ends else Bracket.INSIDE
     if best in (0, len(curve) - 1):
@@ -202,7 +199,7 @@ def _chosen(base: RateChoice, num_validation: int, num_test: int, num_classes: i
         factor=tuned.factor,
         bracket=bracket,
         to_try=tuple(factor for end, up in open_ends for factor in _beyond(curve[end].factor, up)),
-        plateau=tuple(point.factor for point in curve[first : last + 1]),
+        plateau=tuple(point.factor for point in curve[first:end]),
         expected_test_accuracy=expected,
         one_seed_cost=None if accuracy is None else accuracy - expected[-1].estimate,
     )
@@ -216,9 +213,7 @@ def _nearness(factor: float) -> tuple[float, float]:
 def _beyond(factor: float, upwards: bool) -> list[float]:
     """The next of 0.001, 0.003, 0.01 … 1000 beyond `factor`; none where params.yaml allows none."""
     series = [float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 3)] + [1000.0]
-    return (
-        [each for each in series if each > factor][:1] if upwards else [s for s in series if s < factor][-1:]
-    )
+    return [s for s in series if s > factor][:1] if upwards else [s for s in series if s < factor][-1:]
 
 
 def _expected(

@@ -12,7 +12,6 @@ the run is complete; `grid` is `current` on one run a cell, `stale` on that of a
 `dvc exp apply` and `sync` make them current.
 """
 
-from resgrid.tracking.from_files import SyncReport as SyncReport
 from resgrid.tracking.from_files import sync as sync
 from resgrid.tracking.live import LiveRun as LiveRun
 from resgrid.tracking.store import Store as Store

@@ -14,23 +14,23 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from resgrid import watch
+from resgrid.cell_states import CellState, cell_states
 from resgrid.config import Params
 from resgrid.errors import ResgridError
 from resgrid.grid import compared_factors, expand
-from resgrid.project import read_json
+from resgrid.project import project_root, read_json
 from resgrid.run_status import Run as Result
-from resgrid.run_status import data_digest, find_runs, started_at
-from resgrid.tracking.mirror import Snapshot, mirror, run_key, runs_of, synced, this_process
+from resgrid.run_status import started_at
+from resgrid.tracking.mirror import NOTE, Snapshot, mirror, run_key, runs_of, synced, this_process
 from resgrid.tracking.store import CHAMPION, REGISTRY, Store, open_store, shown, store_folder, unusable
 from resgrid.tracking.view import VIEW_QUERY, save_default_view
 
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TABLE = "leaderboard.csv"
-NOTE = "mlflow.note.content"
+LINEAGE = (  # of a version, from the tags and params of its run
+    "cell", "data_digest", "git_commit", "git_dirty", "weights_sha256", "architecture", "optimizer", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,14 +50,13 @@ class SyncReport:
 
     experiment: str
     store: str
-    # Of each cell: its run was complete (`unchanged`), was `completed` or `created`; its own process
-    # completes it (`training`); there is no whole result (`missing`), one of other numbers, code or data
-    # than today's (`stale`), or one with damaged files (`failed`).
+    # Of a cell with a current result: its run was complete (`unchanged`), was `completed` or `created`, its
+    # own process completes it (`running`), or its files are `damaged`; of others the state of the cell.
     cells: dict[str, str] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)  # of cells that are stale or failed
+    reasons: dict[str, str] = field(default_factory=dict)  # why a cell has no complete run, where it is known
     superseded: list[str] = field(default_factory=list)  # ids of runs
     champions: dict[str, str | None] = field(default_factory=dict)  # models that got another cell, or none
-    comparison: str | None = None  # the run that was made of the reports
+    comparison: str | None = None  # the run to which the reports went
 
     def __str__(self) -> str:
         counts = Counter(self.cells.values())
@@ -64,8 +65,7 @@ class SyncReport:
         lines = [f"MLflow: {outcomes or 'no cells'}, in {self.experiment!r} of {self.store}"]
         for name, cell in sorted(self.champions.items()):
             lines.append(f"champion of models:/{name}: {cell or 'none'}")
-        lines += [f"{cell}: {why}" for cell, why in self.reasons.items()]
-        return "\n  ".join(lines)
+        return "\n  ".join(lines + [f"{cell}: {why}" for cell, why in self.reasons.items()])
 
 
 def sync(
@@ -95,93 +95,85 @@ def sync(
             runs: dict[str, list[Run]] = {}
             for run in runs_of(store):
                 runs.setdefault(run.data.tags["cell"], []).append(run)
-                _drop_shared_checkpoint(store, run)
-            results = find_runs(expand(params), pipeline_folder)
-            for done, result in enumerate(results, start=1):
-                report.cells[result.cell.id] = _sync_cell(store, result, runs.pop(result.cell.id, []), report)
+            states = cell_states(expand(params), pipeline_folder.resolve(), project_root(pipeline_folder))
+            complete: dict[str, Result] = {}  # by the id of the run
+            for done, state in enumerate(states, start=1):
+                if run_id := _sync_cell(store, state, runs.pop(state.cell.id, []), report):
+                    complete[run_id] = state.run
                 if on_cell is not None:
-                    on_cell(done, len(results))
-            for of_former_cell in runs.values():
-                report.superseded += mark_superseded(store, of_former_cell)
-            asked = os.environ.get(REGISTRY) or store.uri
-            current = [run for run in runs_of(store) if run.data.tags.get("grid") == "current"]
-            cells = _compared(params, pipeline_folder, {run.data.tags["cell"] for run in current})
-            compared = [run for run in current if run.data.tags["cell"] in cells]
-            report.champions = _promote_champions(store, compared, data_digest(pipeline_folder))
-            asked = store.uri
+                    on_cell(done, len(states))
+            report.superseded += settle(store, [run for of_former in runs.values() for run in of_former])
             save_default_view(store)
             report.comparison = _log_comparison(store, pipeline_folder / "reports")
+            asked = os.environ.get(REGISTRY) or store.uri
+            report.champions = _promote_champions(store, pipeline_folder, complete)
     except (MlflowException, OSError) as error:
         raise unusable(asked, error) from None
     return report
 
 
-def _compared(params: Params, pipeline_folder: Path, current: set[str]) -> set[str]:
-    """The cells that may be champion: studies, and the grid's at the rates that `evaluate` compared."""
-    findings = pipeline_folder / "reports/findings.json"
-    factors = compared_factors(read_json(findings), current) if findings.is_file() else {}
-    return {
-        cell.id
-        for cell in expand(params)
-        if cell.study or cell.rate_factor == factors.get(f"{cell.architecture}-{cell.optimizer.name}", 1)
-    }
-
-
-def _sync_cell(store: Store, result: Result, runs: list[Run], report: SyncReport) -> str:
-    cell, record = result.cell, result.record
+def _sync_cell(store: Store, state: CellState, runs: list[Run], report: SyncReport) -> str | None:
+    """Complete the run of a cell's current result; its id, or None if there is none to be complete."""
+    cell, result, record = state.cell, state.run, state.run.record
     if record is None or not result.is_current:
-        for run in runs:
-            grid, sha256 = run.data.tags.get("grid"), run.data.tags.get("weights_sha256")
-            is_of_it = record is not None and sha256 == record["weights_sha256"]
-            if not _is_live(run):
-                _settle(store, run, "stale" if is_of_it else "superseded" if grid == "current" else None)
-        if record is None:
-            return "missing"
-        report.reasons[cell.id] = f"{result.status}: {result.reason}"
-        return "stale"
-    outcome = "unchanged"
+        report.cells[cell.id] = state.word
+        if state.reason:
+            report.reasons[cell.id] = f"{state.word}: {state.reason}"
+        settle(store, runs, stale=record["weights_sha256"] if record else "", all_others=False)
+        return None
     try:
         started = started_at(read_json(result.folder / "timing.json"))
         key = run_key(cell, started)
         ours = {run.info.run_id: run for run in runs if run.data.tags.get("key") == key}
         if any(_is_live(run, started // 1000) for run in ours.values()):
-            return "training"
+            report.cells[cell.id] = "running"
+            return None
         whole = {"synced": synced(key), "weights_sha256": record["weights_sha256"]}.items()
         run_id = next((run_id for run_id, run in ours.items() if whole <= run.data.tags.items()), None)
+        report.cells[cell.id] = "unchanged"
         if run_id is None:
             run_id = mirror(store, Snapshot.from_files(cell, result.folder))
-            outcome = "completed" if run_id in ours else "created"
-        elif _settle(store, ours[run_id], "current"):
-            store.client.update_run(run_id, name=cell.id)  # of an experiment it is called otherwise
+            report.cells[cell.id] = "completed" if run_id in ours else "created"
     except (ResgridError, ValueError) as error:  # files that are damaged, or of different runs
-        report.reasons[cell.id] = str(error)
-        return "failed"
-    report.superseded += mark_superseded(store, runs, run_id, started // 1000)
-    return outcome
+        report.cells[cell.id], report.reasons[cell.id] = "damaged", str(error)
+        return None
+    report.superseded += settle(store, runs, run_id, started // 1000)
+    return run_id
 
 
-def mark_superseded(
-    store: Store, runs: list[Run], keep: str | None = None, started: int | None = None
+def settle(
+    store: Store,
+    runs: Sequence[Run],
+    current: str | None = None,
+    started: int | None = None,
+    stale: str = "",
+    all_others: bool = True,
 ) -> list[str]:
-    """Mark `runs` as superseded, but not `keep` nor what still trains; the ids of those that were not."""
-    return [
-        run.info.run_id
-        for run in runs
-        if run.info.run_id != keep
-        and ("dvc_experiment" not in run.data.tags or run.data.tags.get("grid") == "current")
-        and not _is_live(run, started)
-        and _settle(store, run, "superseded")
-    ]
+    """End those of a cell's `runs` that are over, and tag each; returns the ids of those now superseded.
 
-
-def _settle(store: Store, run: Run, grid: str | None) -> bool:
-    """End a run that is over, and set its tag `grid` unless that is None; whether it was another one."""
-    if run.info.status == "RUNNING":  # SIGKILL, or the loss of the server, leaves it so
-        store.client.set_terminated(run.info.run_id, "KILLED")
-    if grid is None or run.data.tags.get("grid") == grid:
-        return False
-    store.client.set_tag(run.info.run_id, "grid", grid)
-    return True
+    The run of the id `current` is current, one of weights of the SHA-256 `stale` is stale; superseded are
+    those that were current and, with `all_others`, all but those of DVC's experiments.
+    """
+    superseded = []
+    for run in runs:
+        run_id, tags = run.info.run_id, run.data.tags
+        if _is_live(run, started):
+            continue
+        if run.info.status == "RUNNING" and run_id != current:  # as SIGKILL leaves it, or a lost server
+            store.client.set_terminated(run_id, "KILLED")
+        grid = was = tags.get("grid")
+        if run_id == current:
+            grid = "current"
+        elif stale and tags.get("weights_sha256") == stale:
+            grid = "stale"
+        elif was == "current" or (all_others and "dvc_experiment" not in tags):
+            grid = "superseded"
+        if grid != was:
+            store.client.set_tag(run_id, "grid", grid)
+            if run_id == current:
+                store.client.update_run(run_id, name=tags["cell"])  # of an experiment it is called otherwise
+            superseded += [run_id] if grid == "superseded" else []
+    return superseded
 
 
 def _is_live(run: Run, started: int | None = None) -> bool:
@@ -200,37 +192,30 @@ def _is_live(run: Run, started: int | None = None) -> bool:
     return status == "RUNNING" and (started is None or run.info.start_time > started)
 
 
-def _drop_shared_checkpoint(store: Store, run: Run) -> None:
-    """Delete the checkpoint that a worker of an earlier version has left beside its run."""
-    if "shared_checkpoint" in run.data.tags:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        repository: Any = get_artifact_repository(run.info.artifact_uri, tracking_uri=store.uri)
-        repository.delete_artifacts("checkpoint")
-        store.client.delete_tag(run.info.run_id, "shared_checkpoint")
+# --- champions --------------------------------------------------------------------------------------
 
 
-def _promote_champions(store: Store, runs: Sequence[Run], data_digest: str | None) -> dict[str, str | None]:
-    """Put the alias of every registered model on the best of `runs`, which are those of the current cells.
+def _promote_champions(store: Store, pipeline: Path, complete: dict[str, Result]) -> dict[str, str | None]:
+    """Put the alias of every registered model on the best of the `complete` results, by the ids of runs.
 
-    Compared are completed cells on the data of `data_digest` or, where that is None since they are not here,
-    on those of the latest run: by validation accuracy or, where there is no validation split, by the test
-    accuracy of the last epoch; never by the best epoch. Among equals a champion stays, then the lower loss
-    wins. Where there is none to compare, the alias goes. Returns, by registered model, the cells to which an
-    alias moved, and None where it went.
+    Compared are completed cells: studies, and the grid's at the rates that `evaluate` compared. Where there
+    is none, the alias goes. Returns, by registered model, the cells to which an alias moved, and None where
+    it went.
     """
-    candidates: dict[str, list[Run]] = {}
-    if data_digest is None and runs:
-        data_digest = max(runs, key=lambda run: run.info.start_time).data.tags["data_digest"]
-    for run in runs:
-        if run.data.tags.get("status") == "completed" and run.data.tags["data_digest"] == data_digest:
-            for name in (store.name, f"{store.name}+{run.data.params['architecture']}"):
-                candidates.setdefault(name, []).append(run)
+    findings = pipeline / "reports/findings.json"
+    current = {result.cell.id for result in complete.values()}
+    factors = compared_factors(read_json(findings), current) if findings.is_file() else {}
+    candidates: dict[str, dict[str, Result]] = {}
+    for run_id, result in complete.items():
+        cell, factor = result.cell, factors.get(f"{result.cell.architecture}-{result.cell.optimizer.name}", 1)
+        if result.status == "completed" and (cell.study or cell.rate_factor == factor):
+            for name in (store.name, f"{store.name}+{cell.architecture}"):
+                candidates.setdefault(name, {})[run_id] = result
     ours = store.client.search_registered_models(f"name LIKE '{store.name}%'", max_results=1000)
     models, moved = {model.name: model for model in ours}, dict[str, str | None]()
-    for name, compared in candidates.items():
-        if cell := _promote(store, name, models.get(name), compared):
-            moved[name] = cell
+    for name, results in candidates.items():
+        if best := _promote(store, name, models.get(name), results):
+            moved[name] = results[best].cell.id
     for name in models.keys() - candidates.keys():
         if models[name].tags.get("pipeline") == store.name and CHAMPION in models[name].aliases:
             store.client.delete_registered_model_alias(name, CHAMPION)
@@ -238,68 +223,73 @@ def _promote_champions(store: Store, runs: Sequence[Run], data_digest: str | Non
     return moved
 
 
-def _promote(store: Store, name: str, model: RegisteredModel | None, runs: list[Run]) -> str | None:
-    """The cell that is the champion from now on, if it was not before; `model` is made where it is None."""
+def _promote(
+    store: Store, name: str, model: RegisteredModel | None, results: dict[str, Result]
+) -> str | None:
+    """The run that is the champion from now on, if it was not before; `model` is made where it is None.
+
+    The best by validation accuracy or, where there is no validation split, by the test accuracy of the last
+    epoch; never by the best epoch. Among equals a champion stays, then the lower loss wins.
+    """
     client = store.client
     if model is None:
         what = f"The best current cell has the alias `{CHAMPION}`. Input: RGB images (N, 3, 32, 32) on 0–1."
         model = client.create_registered_model(name, {"pipeline": store.name}, what)
     # By the run: one of another experiment, as before a rebuild, has its files elsewhere.
-    versions = client.search_model_versions(f"name = '{name}'", max_results=1000)
-    reigning = next(
-        (each for each in versions if str(each.version) == str(model.aliases.get(CHAMPION))), None
-    )
-    split = "validation" if all("validation_accuracy" in run.data.metrics for run in runs) else "test"
+    versions = {v.run_id: v for v in client.search_model_versions(f"name = '{name}'", max_results=1000)}
+    place = str(model.aliases.get(CHAMPION))
+    reigning = next((each for each in versions.values() if str(each.version) == place), None)
+    records = {run_id: result.record for run_id, result in results.items() if result.record}
+    has_validation = all(record["validation_accuracy"] is not None for record in records.values())
+    split = "validation" if has_validation else "test"
 
-    def strength(run: Run) -> tuple[float, bool, float, str]:
-        metrics, tags = run.data.metrics, run.data.tags
+    def strength(run_id: str) -> tuple[float, bool, float, str]:
+        record = records[run_id]
         # Also one that was trained again without a change reigns.
-        reigns = reigning is not None and reigning.tags.get("weights_sha256") == tags["weights_sha256"]
-        return metrics[f"{split}_accuracy"], reigns, -metrics[f"{split}_loss"], tags["cell"]
+        reigns = reigning is not None and reigning.tags.get("weights_sha256") == record["weights_sha256"]
+        return record[f"{split}_accuracy"], reigns, -record[f"{split}_loss"], record["cell"]
 
-    best = max(runs, key=strength)
-    if reigning is not None and reigning.run_id == best.info.run_id:
+    best = max(records, key=strength)
+    if reigning is not None and reigning.run_id == best:
         return None
-    version = next((each.version for each in versions if each.run_id == best.info.run_id), None)
-    if version is None:  # with its lineage as tags
-        tags, accuracy = best.data.tags | best.data.params, best.data.metrics[f"{split}_accuracy"]
-        from_run = ("cell", "data_digest", "git_commit", "git_dirty", "weights_sha256")
-        lineage = {key: tags[key] for key in (*from_run, "architecture", "optimizer", "seed") if key in tags}
-        lineage |= {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"}
-        assert best.outputs is not None, "a complete run has its model"
-        logged = client.get_logged_model(best.outputs.model_outputs[0].model_id)
+    version = versions.get(best)
+    if version is None:
+        run, accuracy = client.get_run(best), records[best][f"{split}_accuracy"]
+        assert run.outputs is not None, "a complete run has its model"
+        known = run.data.tags | run.data.params
+        lineage = {key: known[key] for key in LINEAGE if key in known}
+        logged = client.get_logged_model(run.outputs.model_outputs[0].model_id)
         version = client.create_model_version(
             name,
             logged.artifact_location,  # `models:/…` would be looked up in the global store, whichever that is
-            best.info.run_id,
-            lineage,
-            description=f"{tags['cell']}: {split} accuracy {accuracy:.2%} after epoch {tags['epochs']}.",
+            best,
+            lineage | {"chosen_by": f"{split} accuracy", "accuracy": f"{accuracy:.4f}"},
+            description=f"{known['cell']}: {split} accuracy {accuracy:.2%} after epoch {known['epochs']}.",
             model_id=logged.model_id,
-        ).version
-    client.set_registered_model_alias(name, CHAMPION, str(version))
-    return str(best.data.tags["cell"])
+        )
+    client.set_registered_model_alias(name, CHAMPION, str(version.version))
+    return best
+
+
+# --- the comparison ---------------------------------------------------------------------------------
 
 
 def _log_comparison(store: Store, reports: Path) -> str | None:
-    """A run of the files in `reports`, to which the description of the experiment leads.
+    """Put the files of the report into the run to which the description of the experiment leads.
 
-    Returns the run's id, or None where there is no comparison or it has its run already. Runs of earlier
-    comparisons become superseded.
+    Returns the run's id, or None where there is no report, or the run has it.
     """
-    if not (reports / TABLE).is_file():
+    findings, client, number = reports / "findings.json", store.client, store.experiment_id
+    if not findings.is_file():
         return None
-    client, number = store.client, store.experiment_id
-    files = [file for file in sorted(reports.glob("[!.]*")) if file.is_file()]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
-    earlier = client.search_runs([number], "tags.summary = 'current'")
-    if any(run.data.tags.get("reports_sha256") == digest for run in earlier):
+    digest = hashlib.sha256(findings.read_bytes()).hexdigest()
+    runs = client.search_runs([number], "tags.summary = 'current'")
+    if runs and runs[0].data.tags.get("reports_sha256") == digest:
         return None
-    tags = {"summary": "current", NOTE: f"The table is `{TABLE}` under Artifacts, the report `index.html`."}
-    now = round(1000 * time.time())
-    run_id: str = client.create_run(number, now, tags, run_name="comparison").info.run_id
-    for file in files:
+    run = runs[0] if runs else client.create_run(number, tags={"summary": "current"}, run_name="comparison")
+    run_id, page = str(run.info.run_id), f"#/experiments/{number}/runs"
+    for file in sorted(reports.glob("[!.]*.*")):
         client.log_artifact(run_id, str(file))
-    page = f"#/experiments/{number}/runs"
     guide = (
         f"Each cell of the pipeline **{store.name}** is one run; accuracies are in 0–1, with the weights of "
         f"the last epoch. [The grid]({page}?{VIEW_QUERY}) shows the current ones, with charts. "
@@ -307,8 +297,6 @@ def _log_comparison(store: Store, reports: Path) -> str | None:
         f"[The best cell](#/models/{store.name.replace(' ', '%20')}) is `models:/{store.name}@{CHAMPION}`."
     )
     client.set_experiment_tag(number, NOTE, guide)
-    client.set_terminated(run_id, "FINISHED", now)
-    for run in earlier:
-        client.set_tag(run.info.run_id, "summary", "superseded")
+    client.set_terminated(run_id, "FINISHED")
     client.set_tag(run_id, "reports_sha256", digest)  # last: it says that all of it is there
     return run_id

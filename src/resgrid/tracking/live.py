@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from resgrid import __version__
 from resgrid.errors import ResgridError
 from resgrid.grid import Cell
 from resgrid.provenance import experiment, made_by
-from resgrid.tracking.from_files import mark_superseded
-from resgrid.tracking.mirror import Snapshot, log_points, mirror, runs_of, this_process
+from resgrid.tracking.from_files import settle
+from resgrid.tracking.mirror import NOTE, Snapshot, log_points, mirror, runs_of, this_process
 from resgrid.tracking.store import SETTINGS, Store, is_local, open_store, reason, shown, store_uri
 
 REST_SECONDS = 30.0  # after an error
@@ -43,15 +44,15 @@ class LiveRun:
         """`started` (in microseconds) and the `epochs` of an earlier start are the checkpoint's."""
         self._name = name
         self._snapshot = Snapshot(
-            cell=cell, data_digest=data_digest, started=started, timing=made_by(), epochs=tuple(epochs)
-        )
+            cell=cell, data_digest=data_digest, started=started, epochs=tuple(epochs),
+            timing=made_by() | {"resgrid": __version__},
+        )  # fmt: skip
         self._folder: Path | None = None  # of the files, once they are written
         self._status, self._note = "FINISHED", ""
         self._changed, self._ending = threading.Event(), threading.Event()
         # A daemon: a server that hangs does not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._store: Store | None = None
-        self._run_id: str | None = None
+        self._sent: tuple[Store, str] | None = None  # the run's store and id, once it is made
         self._num_sent = 0  # epochs
         self._monitor: Any = None  # MLflow's, which has no types
         self._has_warned = False
@@ -91,7 +92,9 @@ class LiveRun:
             self._changed.clear()
             is_last = self._ending.is_set()
             try:
-                self._end() if is_last else self._send()
+                store, run_id = self._send()
+                if is_last:
+                    self._end(store, run_id)
             except Exception as error:  # whatever MLflow, its database or the network comes up with
                 self._warn(str(error) if isinstance(error, ResgridError) else reason(error))
                 self._ending.wait(REST_SECONDS)
@@ -107,39 +110,35 @@ class LiveRun:
         self._has_warned = True
 
     def _send(self) -> tuple[Store, str]:
-        """The epochs so far; the store and the run's id."""
+        """Log the epochs so far."""
         snapshot = self._snapshot
-        if self._store is None:
+        if self._sent is None:
             os.environ |= {k: v for k, v in IMPATIENT.items() if os.environ.get(k) in (None, SETTINGS[k])}
-            self._store = open_store(self._name)
-        if self._run_id is None:
+            store = open_store(self._name)
+            run_id = mirror(store, snapshot)
+            store.client.set_tag(run_id, "process", this_process())
+            store.client.update_run(run_id, "RUNNING")
+
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            self._run_id = mirror(self._store, snapshot)
-            self._store.client.set_tag(self._run_id, "process", this_process())
-            self._store.client.update_run(self._run_id, "RUNNING")
-            self._monitor = SystemMetricsMonitor(
-                self._run_id, tracking_uri=self._store.uri, resume_logging=True
-            )  # type: ignore[no-untyped-call]
+            self._monitor = SystemMetricsMonitor(run_id, tracking_uri=store.uri, resume_logging=True)  # type: ignore[no-untyped-call]
             self._monitor.start()
+            self._sent = store, run_id
         else:
-            new = [point for point in snapshot.points() if point.step > self._num_sent]
-            log_points(self._store, self._run_id, new)
+            log_points(*self._sent, [p for p in snapshot.points() if p.step > self._num_sent])
         self._num_sent = len(snapshot.epochs)
-        return self._store, self._run_id
+        return self._sent
 
-    def _end(self) -> None:
-        store, run_id = self._send()
-        if self._monitor is not None:
-            self._monitor.finish()
+    def _end(self, store: Store, run_id: str) -> None:
+        self._monitor.finish()
         final = Snapshot.from_files(self._snapshot.cell, self._folder) if self._folder else None
         if final is not None and final.key == self._snapshot.key:
             run_id = mirror(store, final, files=is_local(store.uri))
             if experiment() is None:
-                mark_superseded(store, runs_of(store, final.cell.id), run_id, final.started // 1000)
+                settle(store, runs_of(store, final.cell.id), run_id, final.started // 1000)
             return
         if self._note:
-            store.client.set_tag(run_id, "mlflow.note.content", self._note)
+            store.client.set_tag(run_id, NOTE, self._note)
         if final is not None:  # another training of the cell has replaced the files since
             store.client.set_tag(run_id, "grid", "superseded")
         store.client.set_terminated(run_id, self._status)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from resgrid import __version__, watch
+from resgrid import watch
 from resgrid.grid import Cell, flat
 from resgrid.project import read_history, read_json
 from resgrid.provenance import experiment
@@ -38,7 +38,7 @@ SCORES = (
 EACH_EPOCH = (*SCORES, "learning_rate", "images_per_second")
 COUNTS = ("num_parameters", "num_trainable", "num_non_trainable")
 BATCH = 1000  # metrics that MLflow takes at once
-INPUT = "mlflow.data.context"  # the tag that says what a data set is for
+NOTE = "mlflow.note.content"  # the tag with the head of a run's page
 
 
 class Point(NamedTuple):
@@ -57,7 +57,7 @@ class Snapshot:
     cell: Cell
     data_digest: str
     started: int  # microseconds since 1970
-    timing: Mapping[str, Any]  # timing.json; while it trains, `commit`, `dirty` and `flow_run_id` alone
+    timing: Mapping[str, Any]  # timing.json; while it trains, what it says of the training's origin alone
     epochs: Sequence[Mapping[str, Any]]  # the columns of history.csv, `seconds` and `images_per_second`
     folder: Path | None = None  # of its files, and
     record: Mapping[str, Any] | None = None  # their run.json, once it has ended
@@ -118,29 +118,14 @@ def run_key(cell: Cell, started: int) -> str:
     return f"{cell.digest.removeprefix('sha256:')[:16]}-{started}"
 
 
-def mirror(store: Store, snapshot: Snapshot, files: bool = True) -> str:
-    """Let a run hold all of `snapshot`; returns its id. Repeated, it changes nothing.
+def synced(key: str) -> str:
+    """The tag `synced` of a complete run."""
+    return f"{key}:{FORMAT}"
 
-    It is the run of the training's key, made if there is none. A run with a point that is not the training's
-    does not fit: on a GPU an epoch trained again after a kill has other figures. Of a training that has
-    ended, the outcome comes first, then, unless `files` is false, files and model, and at the very end the
-    tag `synced`. With 250 epochs the look at a run takes 220 ms.
-    """
-    points = snapshot.points()
-    while (match := _find(store, snapshot, points)) is None:
-        _create(store, snapshot)  # of two processes that made one each, both then find the same
-    run, missing = match
-    run_id = str(run.info.run_id)
-    _log_params(store, run, snapshot)
-    log_points(store, run_id, missing)
-    if snapshot.record is not None:
-        _log_outcome(store, run_id, snapshot, snapshot.record)
-    if snapshot.folder is not None and files:
-        for name in FILES:
-            store.client.log_artifact(run_id, str(snapshot.folder / name))
-        _log_model(store, run, snapshot, snapshot.folder / WEIGHTS)
-        store.client.set_tag(run_id, "synced", synced(snapshot.key))
-    return run_id
+
+def this_process() -> str:
+    """The tag `process`: by it others know whether the process that logs a run still lives."""
+    return f"{platform.node()} {watch.describe(os.getpid())}"
 
 
 def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
@@ -152,17 +137,45 @@ def runs_of(store: Store, cell_id: str | None = None) -> list[Run]:
 
 def params_of(cell: Cell) -> dict[str, str]:
     """Every number that makes the cell, each under a key of its own, since MLflow compares single params."""
-    values = flat(cell.numbers) | {
-        "family": cell.family,
-        "depth": cell.depth,
-        "rate_factor": f"{cell.rate_factor:g}",
-    }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    values = flat(cell.numbers) | {"family": cell.family, "depth": cell.depth}
+    values["rate_factor"] = f"{cell.rate_factor:g}"
+    return {key: _text(value) for key, value in values.items()}
 
 
-def this_process() -> str:
-    """The tag `process`: by it others know whether the process that logs a run still lives."""
-    return f"{platform.node()} {watch.describe(os.getpid())}"
+def mirror(store: Store, snapshot: Snapshot, files: bool = True) -> str:
+    """Let a run hold all of `snapshot`; returns its id. Repeated, it changes nothing.
+
+    It is the run of the training's key, made if there is none. A run with a point that is not the training's
+    does not fit: on a GPU an epoch trained again after a kill has other figures. Of a training that has
+    ended, the outcome comes first, then, unless `files` is false, files and model, and at the very end the
+    tag `synced`. With 250 epochs the look at a run takes 220 ms.
+    """
+    from mlflow.entities import Param, RunTag
+
+    points, client, record = snapshot.points(), store.client, snapshot.record
+    while (match := _find(store, snapshot, points)) is None:
+        made = experiment()  # of two processes that made a run each, both then find the same
+        name = f"{made.name} {snapshot.cell.id}" if made else snapshot.cell.id
+        tags = {"cell": snapshot.cell.id, "key": snapshot.key}
+        client.create_run(store.experiment_id, snapshot.started // 1000, tags, run_name=name)
+    run, missing = match
+    run_id = str(run.info.run_id)
+    log_points(store, run_id, missing)
+    params = params_of(snapshot.cell) | {key: str(record[key]) for key in COUNTS if record}
+    client.log_batch(
+        run_id,
+        params=[Param(key, value) for key, value in params.items()],
+        tags=[RunTag(key, value) for key, value in _tags(snapshot).items()],
+    )
+    _log_inputs(store, run, snapshot.data_digest)
+    if record is not None:
+        client.set_terminated(run_id, "FINISHED", snapshot.ends[-1])
+    if snapshot.folder is not None and files:
+        for name in FILES:
+            client.log_artifact(run_id, str(snapshot.folder / name))
+        _log_model(store, run, snapshot, snapshot.folder / WEIGHTS)
+        client.set_tag(run_id, "synced", synced(snapshot.key))
+    return run_id
 
 
 def _find(store: Store, snapshot: Snapshot, points: list[Point]) -> tuple[Run, list[Point]] | None:
@@ -184,52 +197,57 @@ def _find(store: Store, snapshot: Snapshot, points: list[Point]) -> tuple[Run, l
     return None
 
 
-def _create(store: Store, snapshot: Snapshot) -> None:
-    made, cell, timing = experiment(), snapshot.cell, snapshot.timing
-    commit, dirty = timing.get("commit"), timing.get("dirty")
-    is_live = snapshot.record is None
-    tags = {
-        "key": snapshot.key,
-        "cell": cell.id,
-        "study": cell.study,
+def _tags(snapshot: Snapshot) -> dict[str, str]:
+    """Where a training comes from and, once it has ended, what `run.json` and `timing.json` say of it."""
+    made, timing, record = experiment(), snapshot.timing, snapshot.record
+    tags: dict[str, Any] = {
+        "study": snapshot.cell.study,
         "dvc_experiment": made.name if made else None,
-        "process": this_process() if is_live else None,
         "data_digest": snapshot.data_digest,
-        "git_commit": commit,
-        "git_dirty": None if dirty is None else str(dirty).lower(),
-        "flow_run_id": timing.get("flow_run_id"),
-        "resgrid": timing.get("resgrid", __version__ if is_live else None),
+        "git_commit": timing.get("commit"),
+        "git_dirty": timing.get("dirty"),
         # MLflow's own, for the columns and links of its pages
-        "mlflow.source.name": f"resgrid train {cell.id}",
+        "mlflow.source.name": f"resgrid train {snapshot.cell.id}",
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.commit": timing.get("commit"),
     }
-    store.client.create_run(
-        store.experiment_id,
-        snapshot.started // 1000,
-        {key: value for key, value in tags.items() if value},
-        run_name=f"{made.name} {cell.id}" if made else cell.id,
-    )
+    of_timing = ("flow_run_id", "resgrid", "threads", "device", "device_name", "precision", "compiled")
+    tags |= {key: timing.get(key) for key in of_timing}
+    if record is not None:
+        diverged = f"**Diverged**: {record['cause']}\n\n" if record["status"] == "diverged" else ""
+        tags |= {key: record[key] for key in ("weights_sha256", "status")}
+        tags["grid"] = "experiment" if made else "current"
+        tags[NOTE] = (
+            f"{diverged}Test accuracy **{record['test_accuracy']:.2%}** after epoch {record['epochs']}; "
+            f"{record['num_parameters']:,} parameters; trained in {timing['train_seconds']:,.0f} s on "
+            f"{timing['device_name']} ({timing['precision']})."
+        )
+    return {key: _text(value) for key, value in tags.items() if value is not None}
 
 
-def _log_params(store: Store, run: Run, snapshot: Snapshot) -> None:
-    """What is known before training: the numbers, and the data's splits, by digest alone."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _log_inputs(store: Store, run: Run, data_digest: str) -> None:
+    """The data's splits, by digest alone, unless the run has them."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
 
-    params = [Param(key, value) for key, value in params_of(snapshot.cell).items()]
-    store.client.log_batch(run.info.run_id, params=params)
-    digest = snapshot.data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
-    source = json.dumps({"data_digest": snapshot.data_digest})
+    if run.inputs and run.inputs.dataset_inputs:
+        return
+    digest = data_digest.removeprefix("sha256:")[:36]  # MLflow's limit
+    source = json.dumps({"data_digest": data_digest})
     inputs = [
-        DatasetInput(Dataset(f"{store.name}-{split}", digest, "code", source), [InputTag(INPUT, context)])
-        for split, context in (("train", "training"), ("test", "testing"))
+        DatasetInput(
+            Dataset(f"{store.name}-{split}", digest, "code", source), [InputTag("mlflow.data.context", what)]
+        )
+        for split, what in (("train", "training"), ("test", "testing"))
     ]
-    if not (run.inputs and run.inputs.dataset_inputs):
-        try:
-            store.client.log_inputs(run.info.run_id, inputs)
-        except MlflowException:  # of first runs at once, one makes the data sets and others are refused
-            store.client.log_inputs(run.info.run_id, inputs)
+    try:
+        store.client.log_inputs(run.info.run_id, inputs)
+    except MlflowException:  # of first runs at once, one makes the data sets and others are refused
+        store.client.log_inputs(run.info.run_id, inputs)
 
 
 def log_points(store: Store, run_id: str, points: Sequence[Point]) -> None:
@@ -238,38 +256,6 @@ def log_points(store: Store, run_id: str, points: Sequence[Point]) -> None:
     metrics = [Metric(key, value, time, step) for key, step, time, value in points]
     for start in range(0, len(metrics), BATCH):
         store.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-
-
-def _log_outcome(store: Store, run_id: str, snapshot: Snapshot, record: Mapping[str, Any]) -> None:
-    """What `run.json` and `timing.json` say, and the run's end."""
-    from mlflow.entities import Param, RunTag
-
-    timing = snapshot.timing
-    tags = {key: str(timing[key]) for key in ("threads", "device", "device_name", "precision")} | {
-        "weights_sha256": record["weights_sha256"],
-        "status": record["status"],
-        "compiled": str(timing["compiled"]).lower(),
-        "mlflow.note.content": _note(record, timing),
-        "grid": "experiment" if experiment() else "current",
-    }
-    params = [Param(key, str(record[key])) for key in COUNTS]
-    store.client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
-    store.client.set_terminated(run_id, "FINISHED", snapshot.ends[-1])
-
-
-def _note(record: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
-    """The head of the run's page."""
-    diverged = f"**Diverged**: {record['cause']}\n\n" if record["status"] == "diverged" else ""
-    return (
-        f"{diverged}Test accuracy **{record['test_accuracy']:.2%}** after epoch {record['epochs']}; "
-        f"{record['num_parameters']:,} parameters; trained in {timing['train_seconds']:,.0f} s on "
-        f"{timing['device_name']} ({timing['precision']})."
-    )
-
-
-def synced(key: str) -> str:
-    """The tag `synced` of a complete run."""
-    return f"{key}:{FORMAT}"
 
 
 def _log_model(store: Store, run: Run, snapshot: Snapshot, weights: Path) -> None:
@@ -282,8 +268,7 @@ def _log_model(store: Store, run: Run, snapshot: Snapshot, weights: Path) -> Non
     import numpy as np
     import torch
     from mlflow.entities import LoggedModelOutput, Metric
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model, infer_signature
 
     from resgrid.predict import Predictor
     from resgrid.weights import load_model
@@ -299,16 +284,14 @@ def _log_model(store: Store, run: Run, snapshot: Snapshot, weights: Path) -> Non
         return
     classifier, info = load_model(weights)
     model = Model(logged.artifact_location, run_id, model_id=logged.model_id)
-    images, labels = TensorSpec(np.dtype(np.float32), (-1, 3, 32, 32)), len(info.class_names)
+    images = np.random.default_rng(0).random((2, 3, 32, 32), np.float32)  # one would fix the batch
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pytorch.save_model(
             Predictor(classifier, info),
             f"{folder}/model",
             mlflow_model=model,
-            signature=ModelSignature(
-                Schema([images]), Schema([TensorSpec(np.dtype(np.float32), (-1, labels))])
-            ),
-            input_example=np.random.default_rng(0).random((2, 3, 32, 32), np.float32),  # one fixes the batch
+            signature=infer_signature(images, np.zeros((2, len(info.class_names)), np.float32)),
+            input_example=images,
             serialization_format="pt2",  # an exported graph, no pickle
             pip_requirements=[  # inferred, they would cost a third loading
                 f"{each.__name__}=={each.__version__.partition('+')[0]}" for each in (mlflow, np, torch)

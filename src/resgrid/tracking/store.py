@@ -21,7 +21,7 @@ from filelock import FileLock
 from resgrid.config import InitialWeights, MlflowWeights, load_params
 from resgrid.errors import ConnectionLost, ResgridError
 from resgrid.grid import find_cell
-from resgrid.project import project_root
+from resgrid.project import nearest, project_root
 from resgrid.provenance import experiment
 from resgrid.run_status import WEIGHTS, refuse_diverged, trained_run
 
@@ -39,7 +39,6 @@ SETTINGS = {  # environment variables that MLflow reads; whoever has set one kee
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 9 processes and 10 s that serve nothing here
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # of a server's
 }
-
 REGISTRY = "MLFLOW_REGISTRY_URI"  # where models are registered, unless in the store
 PIPELINE = "pipeline"  # the experiment's tag: whose it is
 CHAMPION = "champion"  # the alias of the best of a registered model
@@ -91,21 +90,27 @@ def open_store(name: str, folder: Path | None = None, rebuild: bool = False) -> 
             present = client.get_experiment_by_name(name)
             if present is not None:
                 _check_owner(uri, present, ours)
-            if present is not None and rebuild:
-                now = datetime.now().isoformat(" ", "seconds")
-                client.rename_experiment(present.experiment_id, f"{name} (before {now})")
+                if rebuild:
+                    now = datetime.now().isoformat(" ", "seconds")
+                    client.rename_experiment(present.experiment_id, f"{name} (before {now})")
             if present is None or rebuild:
-                number = client.create_experiment(name, place, {PIPELINE: ours})
-                return Store(uri, name, number, client)
+                present = client.get_experiment(client.create_experiment(name, place, {PIPELINE: ours}))
     except (ResgridError, ImportError):  # a machine with torch alone has no MLflow
         raise
     except Exception as error:  # SQLAlchemy's, sqlite3's, MLflow's, requests', the system's
         raise unusable(uri, error) from None
-    if place not in (None, present.artifact_location):
+    where = str(present.artifact_location)
+    if place not in (None, where):
         raise ResgridError(
-            f"{shown(uri)}: the experiment {name!r} keeps its files in {present.artifact_location}: this "
-            "checkout was moved or copied, and nothing is recorded here until `resgrid sync --rebuild` has "
-            "filled a new experiment from the run folders."
+            f"{shown(uri)}: the experiment {name!r} keeps its files in {where}: this checkout was moved or "
+            "copied, and nothing is recorded here until `resgrid sync --rebuild` has filled a new experiment "
+            "from the run folders."
+        )
+    path = unquote(where.removeprefix("file://"))
+    if place is None and path.startswith("/") and not Path(path).parent.is_dir():
+        raise ResgridError(
+            f"{shown(uri)}: the server keeps the files of {name!r} in {where}, and this machine has no such "
+            "folder. A server with `--artifacts-destination` takes them, in an experiment of another `name`."
         )
     return Store(uri, name, present.experiment_id, client)
 
@@ -120,15 +125,16 @@ def pipeline_identity(folder: Path | None = None) -> str:
 
     def git(*arguments: str) -> list[str]:
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+            )
+        except OSError:
             return []
-        return done.stdout.splitlines()
+        return done.stdout.split()
 
-    outside = ["true", str(folder.relative_to(project_root(folder)))]
-    is_shallow, *path = git("rev-parse", "--is-shallow-repository", "--show-prefix") or outside
-    first = git("rev-list", "--max-parents=0", "HEAD")[-1:] if is_shallow == "false" else []
-    return f"{''.join(first)}:{''.join(path).rstrip('/') or '.'}"
+    is_whole = git("rev-parse", "--is-shallow-repository") == ["false"]
+    first = git("rev-list", "--max-parents=0", "HEAD")[-1:] if is_whole else []
+    return f"{''.join(first)}:{folder.relative_to(nearest(folder, '.git') or project_root(folder))}"
 
 
 def _check_owner(uri: str, present: Experiment, ours: str) -> None:
@@ -164,9 +170,8 @@ def fetch(model: str, what: str) -> Path:
     Of a model it is the weights of its source run. Raises ResgridError, which begins with `what`, if there is
     no such thing, or it has no weights file.
     """
-    uri = store_uri()
+    uri, folder = store_uri(), project_root() / ".resgrid/weights"
     asked = (os.environ.get(REGISTRY) or uri) if model.startswith("models:/") else uri
-    folder = project_root() / ".resgrid" / "weights"
     try:
         client, _ = _connect(uri)
         run_id = _source_run(client, model)
@@ -189,19 +194,15 @@ def fetch(model: str, what: str) -> Path:
 
 def _source_run(client: MlflowClient, uri: str) -> str:
     kind, _, name = uri.partition(":/")
-    if kind == "runs":
-        return name.split("/")[0]
     model, _, version = name.partition("/")
     registered, _, alias = name.partition("@")
+    if kind == "runs":
+        return model
     if alias:
-        run_id = client.get_model_version_by_alias(registered, alias).run_id
-    elif version:
-        run_id = client.get_model_version(model, version).run_id
-    else:
-        run_id = client.get_logged_model(model).source_run_id
-    if not run_id:
-        raise ResgridError("the model has no source run")
-    return run_id
+        return str(client.get_model_version_by_alias(registered, alias).run_id)
+    if version:
+        return str(client.get_model_version(model, version).run_id)
+    return str(client.get_logged_model(model).source_run_id)
 
 
 def find_weights(model: str, runs: Path) -> tuple[Path, str]:
@@ -211,22 +212,21 @@ def find_weights(model: str, runs: Path) -> tuple[Path, str]:
     Of a cell it is the one in the folder `runs`, checked against its record; one that is not the cell's as it
     is now is used all the same, with a warning. Raises ResgridError if there is no such thing.
     """
+    uri = model
     if model == CHAMPION:
         name = load_params().name
         open_store(name)  # raises where the name is another pipeline's
         uri = f"models:/{name}@{CHAMPION}"
-        path = fetch(uri, f"the champion, {uri},")
-    elif model.startswith(("models:/", "runs:/")):
-        path = fetch(model, f"--model {model}")
-    elif Path(model).is_file() or model.endswith(".safetensors"):
+    if uri.startswith(("models:/", "runs:/")):
+        path = fetch(uri, f"--model {model}")
+        return path, f"{model} ({path.stem.rpartition('-')[0]})"
+    if Path(model).is_file() or model.endswith(".safetensors"):
         return Path(model), model
-    else:
-        run = trained_run(find_cell(load_params(), model), runs.parent)
-        refuse_diverged(run)
-        if not run.is_current:
-            log.warning("%s is %s: %s", model, run.status, run.reason)
-        return run.folder / WEIGHTS, model
-    return path, f"{model} ({path.stem.rpartition('-')[0]})"
+    run = trained_run(find_cell(load_params(), model), runs.parent)
+    refuse_diverged(run)
+    if not run.is_current:
+        log.warning("%s is %s: %s", model, run.status, run.reason)
+    return run.folder / WEIGHTS, model
 
 
 def server(uri: str, port: int) -> list[str]:
@@ -238,8 +238,7 @@ def server(uri: str, port: int) -> list[str]:
 
 def _connect(uri: str) -> tuple[MlflowClient, FileLock | nullcontext[None]]:
     """A client, and the lock under which something may be made in its store."""
-    for key, value in SETTINGS.items():
-        os.environ.setdefault(key, value)
+    os.environ |= SETTINGS | os.environ
     from mlflow import MlflowClient
 
     for logger in ("mlflow", "alembic", "urllib3"):  # an error is reported here, once

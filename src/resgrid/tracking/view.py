@@ -1,4 +1,4 @@
-"""MLflow's pages: how its page of runs shows an experiment, and how they are served.
+"""MLflow's pages: how its page of runs shows an experiment, how they are served, and where a cell's run is.
 
 The page shows the current cells, the best on top, and MLflow's own charts of them. MLflow keeps such a view
 as JSON in a tag of the experiment (its button "Share" makes them) and finds it by the key in the page's
@@ -22,9 +22,6 @@ from resgrid.tracking.store import SETTINGS, Store, is_local, open_store, server
 WORK = "workflowType=machine_learning"  # without it MLflow's pages ask for the kind of work, or show another
 VIEW_QUERY = f"{WORK}&viewStateShareKey=resgrid"
 TAG = "mlflow.sharedViewState.resgrid"
-
-log = logging.getLogger(__name__)
-
 METRICS = ("test_accuracy", "train_accuracy", "test_loss", "train_seconds")
 PARAMS = ("architecture", "optimizer", "learning_rate", "seed", "num_parameters")
 VIEW = {
@@ -34,6 +31,8 @@ VIEW = {
     "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
     "runsHiddenMode": "FIRST_20_RUNS",
 }
+
+log = logging.getLogger(__name__)
 
 
 def save_default_view(store: Store) -> None:
@@ -72,3 +71,25 @@ def serve(port: int, name: str) -> None:
             )
     finally:
         watch.end_group(process, grace_seconds=10)
+
+
+def run_page(address: str, experiment: str, cell: str) -> str | None:
+    """The page of a cell's latest run at the server at `address`; None if it does not answer.
+
+    By the REST interface: to import mlflow would take a process of Prefect's 3 s and 150 MB.
+    """
+    import httpx  # which is not where there is torch alone
+
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+    try:
+        with httpx.Client(base_url=f"{address}/api/2.0/mlflow", auth=auth, timeout=5) as client:
+            answer = client.get("experiments/get-by-name", params={"experiment_name": experiment})
+            number = answer.raise_for_status().json()["experiment"]["experiment_id"]
+            latest = {"order_by": ["attributes.start_time DESC"], "max_results": 1}
+            query = {"experiment_ids": [number], "filter": f"tags.cell = '{cell}'", **latest}
+            answer = client.post("runs/search", json=query)
+            run = answer.raise_for_status().json()["runs"][0]["info"]["run_id"]
+    except (httpx.HTTPError, ValueError, LookupError):
+        return None
+    return f"{shown(address)}/#/experiments/{number}/runs/{run}?{WORK}"

@@ -6,17 +6,13 @@
 
   const chooser = document.getElementById("choose-cell");
   const showMistakes = () => {
-    const mistakes = data.mistakes.cells[chooser.value];
-    const place = document.getElementById("mistakes");
-    place.replaceChildren(...mistakes.map((each) => {
-      const [figure, image, text] = ["figure", "img", "figcaption"].map((name) => document.createElement(name));
-      image.src = data.mistakes.images[each.image];
-      text.textContent = `${each.taken}, ${each.confidence} % sure; is ${each.is}`;
-      image.alt = text.textContent;
+    const figures = data.mistakes.cells[chooser.value].map(([place, text]) => {
+      const [figure, image] = [document.createElement("figure"), new Image()];
+      [image.src, image.alt] = [data.mistakes.images[place], text];
       figure.append(image, text);
       return figure;
-    }));
-    if (!mistakes.length) place.textContent = "It made none.";
+    });
+    document.getElementById("mistakes").replaceChildren(...(figures.length ? figures : ["It made none."]));
   };
 
   const compressed = Uint8Array.from(atob(document.getElementById("vega").textContent), (c) => c.charCodeAt(0));
