@@ -297,13 +297,6 @@ def test_the_images_of_a_folder_are_copied_and_nothing_else(image_folder, tmp_pa
     assert (len(seen), seen[-1]) == (18, sum(map(len, originals.values())))
 
 
-def test_a_folder_with_a_class_missing_is_refused_before_it_is_copied(image_folder, tmp_path):
-    shutil.rmtree(image_folder / "test/two")
-    with pytest.raises(ResgridError, match="class 'two' has no image in test/"):
-        download(images(image_folder), tmp_path / "raw")
-    assert not (tmp_path / "raw").exists()
-
-
 def test_digits_are_stored_as_scikit_learn_has_them_in_the_same_bytes_each_time(tmp_path):
     data = config.Digits(source="digits", test_fraction=0.2, split_seed=0)
     download(data, tmp_path / "a")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickletools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -49,7 +49,7 @@ _CIFAR_FORMS = (
 )
 
 
-def cifar_form(names: Sequence[str]) -> _CifarForm | None:
+def cifar_form(names: Iterable[str]) -> _CifarForm | None:
     """The form whose files are among `names`: two of its three kinds at least."""
     files = {PurePosixPath(name).name for name in names}
     for form in _CIFAR_FORMS:
@@ -63,7 +63,8 @@ class Cifar(Source):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        members = [name for name, _ in archives.files(path)]
+        metas = {form.meta for form in _CIFAR_FORMS}
+        members = dict(archives.files(path, lambda name: -1 if PurePosixPath(name).name in metas else 0))
         self._form = form = cifar_form(members) or _CIFAR_FORMS[0]
         self.files: dict[str, str] = {}  # data_batch_1 -> cifar-10-batches-py/data_batch_1
         for name in members:
@@ -75,7 +76,7 @@ class Cifar(Source):
         needs = (form.meta, form.test, form.train)
         if missing := [batch for batch in needs if batch not in self.files]:
             raise ResgridError(f"{path}: there is no {missing[0]}. Such a CIFAR has {', '.join(needs)}.")
-        [(_, meta)] = archives.contents(path, {self.files[form.meta]})
+        meta = members[self.files[form.meta]] or b""
         names: object = meta.decode("utf-8", "replace").split()
         if not form.label_bytes:
             names = load_pickle(meta, self._origin(form.meta)).get(form.names)

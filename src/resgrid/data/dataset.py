@@ -70,15 +70,14 @@ class Source:
         if split not in self.splits:
             raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
         images = self.read((split,))
-        self.report_reading()
         return images.of(images.splits == split)
 
     def read(self, splits: Sequence[str], on_image: OnImage | None = None) -> Images:
-        """The images of `splits`, with black in place of a broken one."""
-        raise NotImplementedError
+        """The images of `splits`, with black in place of a broken one that is left out.
 
-    def report_reading(self) -> None:
-        """Log remarks on the images that were read; raises ResgridError that lists the broken ones."""
+        Logs remarks on them. Raises ResgridError, which lists the broken ones, if they are not left out.
+        """
+        raise NotImplementedError
 
 
 class EqualImages(Strict):

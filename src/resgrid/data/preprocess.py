@@ -52,12 +52,10 @@ def preprocess(
     try:
         return _process(data, settings, source, out, on_image)
     except MemoryError as error:
-        raise OutOfMemory(f"preprocess: memory is too small, at 3 to 9 kB an image ({error}).") from None
+        raise OutOfMemory(f"preprocess: memory is too small, at some 9 kB an image. {error}") from None
 
 
 def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
-    if not raw.is_dir():
-        raise ResgridError(f"{raw}: no such folder. `dvc repro download` makes it.")
     if isinstance(data, config.Digits):
         return Digits(raw / "digits.safetensors")
     path = raw_path(raw)
@@ -74,7 +72,6 @@ def _process(
     data: config.Data, settings: config.Preprocess, source: Source, out: Path, on_image: OnImage | None
 ) -> Meta:
     images = source.read(source.splits, on_image)
-    source.report_reading()
     part, left_out, duplicates = _arrange(data, settings, source, images)
     splits = {split: images.of(part == split) for split in ORDER if split in part}
     names = {split: [source.class_names[i] for i in each.labels.tolist()] for split, each in splits.items()}

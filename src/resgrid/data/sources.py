@@ -154,7 +154,6 @@ class ImageFolder(Source):
         """
         super().__init__(path)
         self._resize, self._on_broken = resize, on_broken
-        self._remarks: dict[str, list[str]] = defaultdict(list)
         splits = _find_images(path)
         if "validation" in splits and "test" not in splits and not test_fraction:
             splits["test"] = splits.pop("validation")
@@ -184,6 +183,7 @@ class ImageFolder(Source):
         names = [name for _, name, _ in images]
         place = {name: i for i, name in enumerate(names)}
         pixels = np.zeros((len(names), SIDE, SIDE, 3), np.uint8)
+        remarks: dict[str, list[str]] = defaultdict(list)
         done = 0
         for done, (name, picture) in enumerate(read_pictures(self.path, place, self._resize), start=1):
             if isinstance(picture, BrokenPicture):
@@ -191,24 +191,13 @@ class ImageFolder(Source):
             else:
                 pixels[place[name]] = picture.pixels
                 for remark in picture.remarks:
-                    self._remarks[remark].append(name)
+                    remarks[remark].append(name)
             if on_image is not None:
                 on_image(done, len(names))
         if done != len(names):
             raise ResgridError(f"{self.path}: files went while they were read. Run this again.")
-        numbers = {label: i for i, label in enumerate(self.class_names)}
-        return Images(
-            pixels=pixels,
-            labels=np.array([numbers[label] for _, _, label in images]),
-            splits=np.array([split for split, _, _ in images]),
-            names=names,
-        )
-
-    def report_reading(self) -> None:
-        """With `on_broken: skip` the broken ones are logged."""
-        for remark, names in self._remarks.items():
-            log.info(f"{len(names):,} pictures {remark} ({truncate(sorted(names))}).")
-        self._remarks.clear()
+        for remark, remarked in remarks.items():
+            log.info(f"{len(remarked):,} pictures {remark} ({truncate(sorted(remarked))}).")
         if self.broken and self._on_broken == "refuse":
             raise ResgridError(
                 "\n  ".join([f"{self.path}: broken pictures: {len(self.broken):,}.", *by_reason(self.broken)])
@@ -216,6 +205,13 @@ class ImageFolder(Source):
             )
         for line in by_reason(self.broken, 3):
             log.info(f"Left out: {line}")
+        numbers = {label: i for i, label in enumerate(self.class_names)}
+        return Images(
+            pixels=pixels,
+            labels=np.array([numbers[label] for _, _, label in images]),
+            splits=np.array([split for split, _, _ in images]),
+            names=names,
+        )
 
 
 def read_pictures(
