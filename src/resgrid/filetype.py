@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from resgrid import project
 from resgrid.errors import ResgridError
 
 START_BYTES: Final = 4096  # enough for every pattern below
@@ -44,12 +45,12 @@ def first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(START_BYTES)
     except OSError as error:
-        raise ResgridError(f"{path}: cannot be read: {error.strerror}.") from None
+        raise project.unreadable(path, error, "") from None
 
 
 def unreadable(path: Path, wanted: str, error: BaseException | str, way_on: str) -> ResgridError:
     """The error of a reader of `wanted`: what it was given instead, or its library's words and a way on."""
-    known = confusion(first_bytes(path))
+    known = confusion(first_bytes(path)) if path.is_file() else None
     why = f": it is {known}." if known and not known.startswith(wanted) else f" ({reason(error)}). {way_on}"
     return ResgridError(f"{path}: cannot be read as {wanted}{why}")
 

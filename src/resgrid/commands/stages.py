@@ -52,12 +52,7 @@ def preprocess(options: argparse.Namespace) -> None:
 
     params = load_params()
     with Progress("preprocess", None, "images") as progress:
-
-        def on_image(split: str, done: int, total: int) -> None:
-            progress.note = split
-            progress.update(done, total)
-
-        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, on_image)
+        meta = preprocess(params.data, params.preprocess, RAW, PROCESSED, progress.update)
     counts = ", ".join(f"{count:,} {split}" for split, count in meta.num_images.items())
     print(f"{counts} images of {len(meta.class_names)} classes")
     if not known_num_train(params.data):

@@ -1,13 +1,13 @@
-"""Archives read as a stream of names and contents.
+"""The files of a folder, a tar (gzip, xz, bzip2 or plain) or a zip as a stream of names and contents.
 
-Nothing is ever unpacked, so a name from an archive is text and never a path. A folder, a tar (gzip, xz, bzip2
-or plain) and a zip look alike from here: `names` and `contents`.
+Nothing is ever unpacked, so a name from an archive is text and never a path.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import logging
 import lzma
 import os
@@ -16,11 +16,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Container, Iterator
-from functools import cache
+from collections.abc import Callable, Container, Iterator
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import IO, Any, BinaryIO, cast
 
 from resgrid.errors import ResgridError
 from resgrid.filetype import first_bytes, unreadable
@@ -30,73 +30,72 @@ MAX_MEMBER_BYTES = 256 * 2**20  # CIFAR-100's training batch has 155 MB, a photo
 MAX_RATIO = 250  # of all inflated bytes to the packed ones: 5 for JPEGs in a tar.xz, 1,000 for zeros …
 FREE_BYTES = 256 * 2**20  # … and not looked at below this
 
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open, b"": open}
+_INFLATE: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open, b"": open}
 # What tarfile, zipfile and the decompressors raise on an archive that is damaged, or that they do not read.
 _ERRORS = (
     OSError, EOFError, ValueError, OverflowError, IndexError, RuntimeError, tarfile.TarError,
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
 )  # fmt: skip
 
-log = logging.getLogger(__name__)
+_Open = Callable[[], IO[bytes]]  # it works until the next file is asked for
+
+_warn_once = cache(logging.getLogger(__name__).warning)
 
 
-def names(path: Path) -> list[str]:
-    """The files of an archive or a folder as `a/b/c`, in its own order. DVC and JSON refuse
-    names that are no UTF-8: each of their other bytes becomes `%E9`.
+def files(path: Path, num_bytes: Callable[[str], int] = lambda name: 0) -> Iterator[tuple[str, bytes | None]]:
+    """Name, as `a/b/c`, and content of each file in a folder or an archive, in its own order.
+
+    `num_bytes` says how much of a name's content is read: -1 for all of it. A link in a tar is empty; one
+    in a folder that leads nowhere has None. DVC and JSON refuse names that are not UTF-8: each of their other
+    bytes becomes `%E9`.
 
     Raises ResgridError for an archive that cannot be read, is a bomb, or holds a name twice.
     """
-    members = [name for name, _ in _members(path, wanted=())]
-    if twice := [name for name, count in Counter(members).items() if count > 1]:
-        raise ResgridError(f"{path}: holds {twice[0]!r} twice. Make the archive again.")
-    return members
+    kind = _folder if path.is_dir() else _zip if first_bytes(path).startswith(b"PK") else _tar
+    names = set()
+    try:
+        for stored_name, size, opened in kind(path):
+            name = PurePosixPath(stored_name.replace("\\", "/")).as_posix()  # backslashes: from Windows
+            name = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+            if name in names:
+                raise ResgridError(f"{path}: holds {name!r} twice. Make the archive again.")
+            names.add(name)
+            wanted = num_bytes(name)
+            content: bytes | None = None if opened is None else b""
+            if wanted and opened is not None:
+                if wanted < 0:
+                    _limit_member(path, name, size)
+                with opened() as stream:
+                    content = stream.read(size if wanted < 0 else min(wanted, size))
+                if wanted < 0 and len(content) != size:
+                    raise EOFError(f"{name} ends early")
+            yield name, content
+    except _ERRORS as error:
+        wanted_kind = "a folder, a tar or a zip"
+        raise unreadable(path, wanted_kind, error, "Fetch it again, or pack it anew.") from None
 
 
-def contents(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes]]:
-    """Name and content, or its first `size` bytes, of the files in `wanted`, in the archive's order.
-
-    A link in a folder that leads nowhere is left out; one in a tar is empty. Raises as `names` does.
-    """
-    for name, content in _members(path, wanted, size):
-        if content is not None:
+def contents(path: Path, names: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Those of `files` that are in `names`, whole."""
+    for name, content in files(path, lambda name: -1 if name in names else 0):
+        if content is not None and name in names:
             yield name, content
 
 
-def _members(path: Path, wanted: Container[str], size: int = -1) -> Iterator[tuple[str, bytes | None]]:
-    if path.is_dir():
-        yield from _folder_members(path, wanted, size)
-        return
-    read = _zip_members if first_bytes(path).startswith(b"PK") else _tar_members
-    try:
-        yield from read(path, wanted, size)
-    except _ERRORS as error:
-        raise unreadable(path, "a tar or a zip", error, "Fetch it again, or pack it anew.") from None
+def _folder(path: Path) -> Iterator[tuple[str, int, _Open | None]]:
+    def refuse(error: OSError) -> None:
+        raise error
 
-
-def _folder_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
-    def refuse(error: OSError) -> NoReturn:
-        raise ResgridError(f"{error.filename}: cannot be read ({error.strerror}).")
-
-    for folder, subfolders, files in os.walk(path, onerror=refuse, followlinks=True):
+    for folder, subfolders, file_names in os.walk(path, onerror=refuse, followlinks=True):
         here = Path(folder).resolve()
         # a link to a folder that it lies in leads in a circle
         subfolders[:] = sorted(
             name for name in subfolders if not here.is_relative_to((here / name).resolve())
         )
-        for file in sorted(files):
-            whole = Path(folder, file)
-            name = _utf8(whole.relative_to(path).as_posix())
-            if name not in wanted or (whole.is_symlink() and not whole.exists()):
-                yield name, None
-                continue
-            try:
-                if not whole.is_file() or (size < 0 and whole.stat().st_size > MAX_MEMBER_BYTES):
-                    raise ResgridError(f"{whole}: not a file of at most {MAX_MEMBER_BYTES / 2**20:.0f} MiB.")
-                with whole.open("rb") as opened:
-                    content = opened.read(size)
-            except OSError as error:
-                refuse(error)
-            yield name, content
+        for file in (Path(folder, name) for name in sorted(file_names)):
+            is_file = file.is_file()
+            size = file.stat().st_size if is_file else 0
+            yield file.relative_to(path).as_posix(), size, partial(io.FileIO, file) if is_file else None
 
 
 class _Inflated:
@@ -104,8 +103,8 @@ class _Inflated:
 
     def __init__(self, path: Path) -> None:
         start = first_bytes(path)
-        opener = next(opener for magic, opener in _OPENERS.items() if start.startswith(magic))
-        self._file: BinaryIO = opener(path, "rb")
+        inflate = next(opener for magic, opener in _INFLATE.items() if start.startswith(magic))
+        self._file: BinaryIO = inflate(path, "rb")
         self._path = path
         self.last = b""  # what was read last
         self.tell, self.close = self._file.tell, self._file.close
@@ -123,36 +122,23 @@ class _Inflated:
         return self._file.seek(offset)
 
 
-def _tar_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
-    inflated = _Inflated(path)
-    try:
+def _tar(path: Path) -> Iterator[tuple[str, int, _Open]]:
+    with closing(_Inflated(path)) as inflated:
         with tarfile.open(fileobj=cast(BinaryIO, inflated), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps all of them: 1 kB each
-                name = _plain(member.name)
-                if member.isdir():
-                    continue
-                content = b"" if name in wanted else None
-                if not member.isreg():
+                if member.isreg():
+                    yield member.name, member.size, cast(_Open, partial(tar.extractfile, member))
+                elif not member.isdir():
                     _warn_once(f"{path}: its links are read as empty files. Pack the files themselves.")
-                elif name in wanted:
-                    if size < 0:
-                        _limit_member(path, name, member.size)
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    content = stream.read(member.size if size < 0 else min(size, member.size))
-                    if size < 0 and len(content) != member.size:
-                        raise tarfile.ReadError(f"{name} ends early")
-                yield name, content
+                    yield member.name, 0, io.BytesIO
         if inflated.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a bad header for the end
             raise tarfile.ReadError("a header is damaged, or the end is missing")
         while inflated.read(2**20):  # to the very end, where the decompressor compares its checksum
             pass
-    finally:
-        inflated.close()
 
 
-def _zip_members(path: Path, wanted: Container[str], size: int) -> Iterator[tuple[str, bytes | None]]:
+def _zip(path: Path) -> Iterator[tuple[str, int, _Open]]:
     """Names without the flag for UTF-8, as macOS writes them, are UTF-8 where all of them can be."""
     try:
         archive = zipfile.ZipFile(path, metadata_encoding="utf-8")
@@ -162,17 +148,10 @@ def _zip_members(path: Path, wanted: Container[str], size: int) -> Iterator[tupl
     with archive:
         total = 0
         for member in archive.infolist():
-            name = _plain(member.filename)
             total += member.file_size
             _limit_total(path, total)
-            if not member.is_dir() and name in wanted:
-                if size < 0:
-                    _limit_member(path, name, member.file_size)
-                # zipfile stops at the size that the directory claims, and compares the checksum there
-                with archive.open(member) as stream:
-                    yield name, stream.read(size)
-            elif not member.is_dir():
-                yield name, None
+            if not member.is_dir():
+                yield member.filename, member.file_size, partial(archive.open, member)
 
 
 def _limit_member(path: Path, name: str, size: int) -> None:
@@ -185,17 +164,3 @@ def _limit_total(path: Path, total: int) -> None:
     limit = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
     if total > limit:
         raise ResgridError(f"{path}: inflates to more than {limit:,} bytes, as no archive of images does.")
-
-
-def _plain(name: str) -> str:
-    """`name` with single forward slashes and no `./`; backslashes, from Windows, separate as well."""
-    return _utf8(PurePosixPath(name.replace("\\", "/")).as_posix())
-
-
-def _utf8(name: str) -> str:
-    return re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

@@ -1,7 +1,7 @@
-"""The processed form: a file of arrays a split, and `meta.json` with what describes them.
+"""Labelled images: what reads them, and the processed form.
 
-`<split>.safetensors` holds `images`, uint8 (N, 32, 32, 3), and `labels`, int64 (N,). The same images always
-make the same bytes.
+That is a file of arrays a split and `meta.json`, which describes them. `<split>.safetensors` holds `images`,
+uint8 (N, 32, 32, 3), and `labels`, int64 (N,). The same images always make the same bytes.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -28,7 +31,7 @@ SIDE = 32  # pixels
 SPLITS = ("train", "test")
 ORDER = ("train", "validation", "test")
 
-OnImage = Callable[[str, int, int], None]  # the split, its images that are read, all of them
+OnImage = Callable[[int, int], None]  # images that are read, all of them
 
 FIX = "`dvc repro preprocess` makes it anew."
 
@@ -39,34 +42,42 @@ class Split:
     labels: Tensor  # int64 (N,)
 
 
+@dataclass(frozen=True)
+class Images:
+    """Images of one or several splits, each in the source's order."""
+
+    pixels: NDArray[np.uint8]  # (N, 32, 32, 3), RGB
+    labels: NDArray[np.int64]  # (N,)
+    splits: NDArray[np.str_]  # (N,)
+    names: list[str]
+
+    def of(self, rows: NDArray[np.bool_]) -> Split:
+        return Split(torch.from_numpy(self.pixels[rows]), torch.from_numpy(self.labels[rows]))
+
+
 class Source:
-    """Labelled images, read a split at a time."""
+    """Labelled images, of which one or several splits are read at once."""
 
     class_names: tuple[str, ...]  # in the order of the labels
+    splits: tuple[str, ...] = SPLITS
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.splits: tuple[str, ...] = SPLITS
-        self.broken: dict[str, str] = {}  # pictures that cannot be read so far, and why
+        self.broken: dict[str, str] = {}  # pictures that could not be read, and why
 
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
+    def load(self, split: str) -> Split:
         """The images of one split; raises ResgridError if there is none or one is broken."""
         if split not in self.splits:
             raise ResgridError(f"{self.path}: there is no split {split!r}, only {' and '.join(self.splits)}.")
-        loaded = self.read(split, on_image)
-        self.report_reading()
-        return loaded
+        images = self.read((split,))
+        return images.of(images.splits == split)
 
-    def read(self, split: str, on_image: OnImage | None = None) -> Split:
-        """The same, with black in place of a broken image."""
+    def read(self, splits: Sequence[str], on_image: OnImage | None = None) -> Images:
+        """The images of `splits`, with black in place of a broken one that is left out.
+
+        Logs remarks on them. Raises ResgridError, which lists the broken ones, if they are not left out.
+        """
         raise NotImplementedError
-
-    def report_reading(self) -> None:
-        """Log remarks on the images that were read; raises ResgridError that lists the broken ones."""
-
-    def image_names(self, split: str, count: int) -> list[str]:
-        """What to call each of a split's `count` images."""
-        return [f"{split} image {i}" for i in range(count)]
 
 
 class EqualImages(Strict):
@@ -112,13 +123,11 @@ def save(folder: Path, meta: Meta, splits: Mapping[str, Split]) -> None:
     """Write `folder` anew: whole, or not at all."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     for name, split in splits.items():
         tensors = {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
         write_whole(aside / f"{name}.safetensors", save_tensors(tensors))  # with the umask's mode
-    (aside / "meta.json").write_text(
-        meta.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8"
-    )
+    content = meta.model_dump_json(indent=2, exclude_defaults=True)
+    write_whole(aside / "meta.json", f"{content}\n".encode())
     shutil.rmtree(folder, ignore_errors=True)
     aside.replace(folder)
 
@@ -128,10 +137,10 @@ def load_meta(folder: Path) -> Meta:
     path = folder / "meta.json"
     try:
         meta = Meta.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ResgridError(f"{path}: cannot be read ({str(error).splitlines()[0]}). {FIX}") from None
-    if meta.digest != content_digest(meta.class_names, meta.split_digests):
-        raise ResgridError(f"{path}: its digest is not that of its content. {FIX}")
+        if meta.digest != content_digest(meta.class_names, meta.split_digests):
+            raise ValueError("its digest is not that of its content")
+    except (OSError, ValueError) as error:
+        raise ResgridError(f"{path}: cannot be read ({error}). {FIX}") from None
     return meta
 
 

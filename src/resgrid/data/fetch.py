@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -55,71 +55,62 @@ def known_num_train(data: config.Data) -> int | None:
 
 def known_checksum(data: config.Data) -> str | None:
     """`md5:…` or `sha256:…` of the source's archive."""
-    match data:
-        case config.Cifar10():
-            return CIFAR10_CHECKSUM
-        case config.Archive() | config.ImageFolder():
-            return data.checksum
-        case config.Digits():
-            return None
+    return CIFAR10_CHECKSUM if isinstance(data, config.Cifar10) else getattr(data, "checksum", None)
 
 
-def download(data: config.Data, out: Path, on_progress: OnProgress | None = None) -> None:
+def download(data: config.Data, out: Path, on_progress: OnProgress = lambda done, total: None) -> None:
     """Fill the folder `out` with the source's one archive, or its images, or `digits.safetensors`.
 
     A relative location is relative to the current folder, that of params.yaml. Raises ResgridError if the
     source cannot be had or is not what its checksum says; `out` then stays as it was.
     """
-    report: OnProgress = on_progress or (lambda done, total: None)
-    checksum = known_checksum(data)
-    partial = out.parent / ".partial"
-    fresh = partial / out.name
+    checksum, own = known_checksum(data), os.environ.get(OWN_ARCHIVE)
+    fresh = out.parent / ".partial" / out.name
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    own = os.environ.get(OWN_ARCHIVE)
     if isinstance(data, config.Digits):
         _store_digits(fresh / "digits.safetensors")
     elif checksum and own:
-        _copy_archive(Path(own).expanduser(), OWN_ARCHIVE, checksum, fresh, report)
-    elif isinstance(data, config.Cifar10):
-        _fetch_into(fresh, CIFAR10_URLS, CIFAR10_CHECKSUM, report)
-    else:
-        _get_location(data, fresh, report)
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.replace(out)
-    with contextlib.suppress(OSError):  # it holds the beginning of something else
-        partial.rmdir()
-
-
-def _get_location(data: config.Archive | config.ImageFolder, fresh: Path, report: OnProgress) -> None:
-    location, url = data.location, urllib.parse.urlsplit(data.location)
-    if url.scheme in ("http", "https"):
-        if data.checksum is None:
+        _copy_archive(Path(own).expanduser(), OWN_ARCHIVE, checksum, fresh, on_progress)
+    elif isinstance(data, config.Cifar10) or data.location.startswith(("http://", "https://")):
+        if checksum is None:
             raise ResgridError(
                 "data.checksum: null, but what comes from a URL must have one: sha256:… or md5:…"
             )
-        _fetch_into(fresh, (location,), data.checksum, report)
-        return
-    if "://" in location and url.scheme != "file":
-        raise ResgridError(f"data.location: {location!r}: give a path, or a URL with http, https or file.")
-    path = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else location).expanduser()
+        urls = CIFAR10_URLS if isinstance(data, config.Cifar10) else (data.location,)
+        name = _file_name(urllib.parse.urlsplit(urls[0]).path)
+        fetch(urls, fresh.parent, checksum, on_progress).replace(fresh / name)
+    else:
+        _copy(data, fresh, on_progress)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.replace(out)
+    with contextlib.suppress(OSError):  # it holds the beginning of something else
+        fresh.parent.rmdir()
+
+
+def _copy(data: config.Archive | config.ImageFolder, fresh: Path, on_progress: OnProgress) -> None:
+    """Copy an archive, or the images of a folder."""
+    url = urllib.parse.urlsplit(data.location)
+    path = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else data.location).expanduser()
+    names: Collection[str]
     if not path.is_dir():
-        _copy_archive(path, "data.location", data.checksum, fresh, report)
-    elif data.checksum is not None:
+        _copy_archive(path, "data.location", data.checksum, fresh, on_progress)
+        return
+    if data.checksum is not None:
         raise ResgridError(f"data.checksum: {path} is a folder, which has none. Write `checksum: null`.")
-    elif isinstance(data, config.Archive):
-        _copy_files(path, list(Cifar(path).files.values()), fresh, report)
+    if isinstance(data, config.Archive):
+        names = Cifar(path).files.values()
     else:  # finds what is missing before anything is copied
         source = ImageFolder(path, "stretch", test_fraction=data.test_fraction)
-        _copy_files(path, [name for images in source.images.values() for name, _ in images], fresh, report)
+        names = {name for images in source.images.values() for name, _ in images}
+    done = 0
+    for name, content in archives.contents(path, names):
+        write_whole(fresh / name, content)
+        done += len(content)
+        on_progress(done, None)
 
 
-def _fetch_into(fresh: Path, urls: Sequence[str], checksum: str, report: OnProgress) -> None:
-    name = _file_name(urllib.parse.urlsplit(urls[0]).path)
-    fetch(urls, fresh.parent, checksum, report).replace(fresh / name)
-
-
-def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, report: OnProgress) -> None:
+def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, on_progress: OnProgress) -> None:
     if not path.is_file():
         raise ResgridError(f"{key}: {path}: no such file (the current folder is {Path.cwd()}).")
     if checksum:
@@ -127,18 +118,7 @@ def _copy_archive(path: Path, key: str, checksum: str | None, fresh: Path, repor
             path, checksum, f"{key} must name the archive that params.yaml means; it may be cut or altered."
         )
     shutil.copyfile(path, fresh / _file_name(path.name))  # no link: DVC's cache must own its files
-    report(path.stat().st_size, path.stat().st_size)
-
-
-def _copy_files(folder: Path, names: list[str], fresh: Path, report: OnProgress) -> None:
-    """Copy the files `names` of `folder`, as `archives` calls them there."""
-    sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in names}
-    done = 0
-    for name, content in archives.contents(folder, sizes):
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        (fresh / name).write_bytes(content)
-        done += len(content)
-        report(done, sum(sizes.values()))
+    on_progress(path.stat().st_size, path.stat().st_size)
 
 
 def _store_digits(path: Path) -> None:
@@ -162,12 +142,9 @@ def _file_name(path: str) -> str:
 def digest(path: Path, checksum: str) -> str:
     """The file's own, by the algorithm of `checksum`: `md5:…` or `sha256:…`."""
     algorithm = checksum.partition(":")[0]
+    hasher = hashlib.new(algorithm, usedforsecurity=False)  # MD5 is what the official page gives
     with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, lambda: _hash(algorithm)).hexdigest()}"
-
-
-def _hash(algorithm: str) -> hashlib._Hash:
-    return hashlib.new(algorithm, usedforsecurity=False)  # MD5 is what the official page gives
+        return f"{algorithm}:{hashlib.file_digest(file, lambda: hasher).hexdigest()}"
 
 
 def verify(path: Path, checksum: str, advice: str) -> None:
@@ -200,30 +177,28 @@ def fetch(
     Raises ResgridError, with each URL's reason, if none of them gives the whole file.
     """
     part = folder / f"{checksum.partition(':')[2][:16]}.part"
-    waiting: list[tuple[str, float]] = [(url, patience_seconds) for url in urls[:-1]] + [(urls[-1], math.inf)]
+    waiting = [*((url, patience_seconds) for url in urls[:-1]), (urls[-1], math.inf)]
     reasons: dict[str, str] = {}
-    while waiting:
-        url, patience = waiting.pop(0)
-        had = _size(part)
-        try:
-            _resume(url, part, on_progress, timeout_seconds, patience)
-            actual = digest(part, checksum)
-            if actual == checksum:
-                return part
-            part.unlink()
-            reasons[url] = f"what came has the checksum {actual}, not {checksum}; it was removed"
-            again = had > 0  # what it was added to may have been the bad part
-        except _Slow:
-            waiting.append((url, math.inf))
-            reasons[url] = f"less than {SLOW_BYTES_PER_SECOND / 1e3:.0f} kB/s"
-            again = False
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reasons[url] = reason(error)
-            again = _size(part) > had
-        if again:
-            waiting.insert(0, (url, patience))
+    for url, patience in waiting:  # which grows by the slow ones
+        had = -1
+        while _size(part) > had:
+            had = _size(part)
+            try:
+                _resume(url, part, on_progress, timeout_seconds, patience)
+                actual = digest(part, checksum)
+                if actual == checksum:
+                    return part
+                part.unlink()
+                reasons[url] = f"what came has the checksum {actual}, not {checksum}; it was removed"
+                had = -1 if had else 0  # what it was added to may have been the bad part: once more
+            except _Slow:
+                waiting.append((url, math.inf))
+                reasons[url] = f"less than {SLOW_BYTES_PER_SECOND / 1e3:.0f} kB/s"
+                break
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reasons[url] = reason(error)
     lines = [f"  {url}: {why}" for url, why in reasons.items()]
-    goes_on = f" The next run goes on from the {_size(part):,} bytes that came." if part.exists() else ""
+    goes_on = f" The next run goes on from the {_size(part):,} bytes that came." if _size(part) else ""
     raise ConnectionLost(
         "the data could not be downloaded. Tried:\n" + "\n".join(lines) + "\n"
         f"Is this machine online?{goes_on} If you have the archive on this disk, name it: "
@@ -236,38 +211,36 @@ def _resume(
 ) -> None:
     """Bring `part` from what it holds to the whole, overwriting it from the start if the server insists."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": f"resgrid/{__version__}"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+    headers = {"User-Agent": f"resgrid/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_seconds)
+        response: http.client.HTTPResponse = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=timeout_seconds
+        )
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return  # nothing comes after what is there: the checksum tells
         raise
-    with response:
+    with response, part.open("r+b" if have else "wb") as file:
         if response.headers.get_content_type() == "text/html":  # of a network that wants a login, say
             raise ValueError("a web page in place of the file")
         done = have if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        with part.open("r+b" if have else "wb") as file:
-            file.seek(done)
-            since, done_since = time.monotonic(), done
+        total = done + response.length if response.length is not None else None
+        file.seek(done)
+        since, done_since = time.monotonic(), done
+        on_progress(done, total)
+        while piece := response.read1(CHUNK_BYTES):
+            file.write(piece)
+            done += len(piece)
             on_progress(done, total)
-            while piece := response.read1(CHUNK_BYTES):
-                file.write(piece)
-                done += len(piece)
-                on_progress(done, total)
-                seconds = time.monotonic() - since
-                if seconds >= patience_seconds:
-                    if done - done_since < SLOW_BYTES_PER_SECOND * seconds:
-                        raise _Slow
-                    since, done_since = time.monotonic(), done
-            if total is not None and done < total:
-                raise ValueError(f"broke off at {done:,} of {total:,} bytes")
-            file.truncate()
+            seconds = time.monotonic() - since
+            if seconds >= patience_seconds:
+                if done - done_since < SLOW_BYTES_PER_SECOND * seconds:
+                    raise _Slow
+                since, done_since = time.monotonic(), done
+        if total is not None and done < total:
+            raise ValueError(f"broke off at {done:,} of {total:,} bytes")
+        file.truncate()
 
 
 def _size(part: Path) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from resgrid import config
@@ -17,19 +16,17 @@ from resgrid.data.cifar import Cifar
 from resgrid.data.dataset import (
     ORDER,
     EqualImages,
+    Images,
     Meta,
     OnImage,
     Source,
-    Split,
     content_digest,
     save,
     split_digest,
 )
 from resgrid.data.fetch import known_checksum, verify
 from resgrid.data.sources import Digits, ImageFolder, count_classes, raw_path, truncate
-from resgrid.errors import ResgridError
-
-TRAIN, VALIDATION, TEST, UNUSED = range(4)  # where an image goes, as in ORDER
+from resgrid.errors import OutOfMemory, ResgridError
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ def preprocess(
     """Make `out` (see `dataset`) of what `download` put into `raw`; returns its description.
 
     Logs what a person should know of the images. Raises ResgridError for raw data that is missing, damaged or
-    not what `data` says.
+    not what `data` says, and OutOfMemory.
     """
     source = _open(data, settings, raw)
     if settings.validation_fraction > 0 and "validation" in source.splits:
@@ -52,42 +49,13 @@ def preprocess(
             f"preprocess.validation_fraction: {settings.validation_fraction}, but the images have a "
             "validation split of their own. Write 0.0."
         )
-    loaded = {split: source.read(split, on_image) for split in ORDER if split in source.splits}
-    source.report_reading()
-    splits, left_out, duplicates = _arrange(data, settings, source, loaded)
-    classes = [[source.class_names[label] for label in each.labels.tolist()] for each in splits.values()]
-    log.info(f"Classes, as {' + '.join(splits)}: {count_classes(source.class_names, classes)}.")
-    counts = histograms(splits["train"].images.numpy())
-    scalar_mean, scalar_std = moments(counts.sum(axis=0))
-    red, green, blue = (moments(channel) for channel in counts)
-    if constant := [name for name, (_, std) in (("red", red), ("green", green), ("blue", blue)) if std == 0]:
-        log.warning(
-            f"Of the training images the {' and '.join(constant)} never varies, so normalization: "
-            f"{{name: per_channel}} would divide by 0. {{name: scalar}} does not."
-        )
-    digests = {name: split_digest(split) for name, split in splits.items()}
-    meta = Meta(
-        source=data.source,
-        class_names=source.class_names,
-        resize=settings.resize,
-        num_images={name: len(split.labels) for name, split in splits.items()},
-        scalar_mean=scalar_mean,
-        scalar_std=scalar_std,
-        channel_mean=(red[0], green[0], blue[0]),
-        channel_std=(red[1], green[1], blue[1]),
-        split_digests=digests,
-        digest=content_digest(source.class_names, digests),
-        left_out=left_out,
-        duplicates=duplicates,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save(out, meta, splits)
-    return meta
+    try:
+        return _process(data, settings, source, out, on_image)
+    except MemoryError as error:
+        raise OutOfMemory(f"preprocess: memory is too small, at some 9 kB an image. {error}") from None
 
 
 def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
-    if not raw.is_dir():
-        raise ResgridError(f"{raw}: no such folder. `dvc repro download` makes it.")
     if isinstance(data, config.Digits):
         return Digits(raw / "digits.safetensors")
     path = raw_path(raw)
@@ -100,29 +68,73 @@ def _open(data: config.Data, settings: config.Preprocess, raw: Path) -> Source:
     return ImageFolder(path, settings.resize, test_fraction=data.test_fraction, on_broken=data.on_broken)
 
 
+def _process(
+    data: config.Data, settings: config.Preprocess, source: Source, out: Path, on_image: OnImage | None
+) -> Meta:
+    images = source.read(source.splits, on_image)
+    part, left_out, duplicates = _arrange(data, settings, source, images)
+    splits = {split: images.of(part == split) for split in ORDER if split in part}
+    names = {split: [source.class_names[i] for i in each.labels.tolist()] for split, each in splits.items()}
+    for split in splits if left_out else ():
+        if lost := sorted(set(source.class_names) - set(names[split])):
+            raise ResgridError(f"{source.path}: class {lost[0]!r} has no usable picture in {split}.")
+    log.info(f"Classes, as {' + '.join(splits)}: {count_classes(source.class_names, names.values())}.")
+    counts = histograms(splits["train"].images.numpy())
+    scalar_mean, scalar_std = moments(counts.sum(axis=0))
+    red, green, blue = (moments(channel) for channel in counts)
+    if constant := [name for name, (_, std) in (("red", red), ("green", green), ("blue", blue)) if std == 0]:
+        log.warning(
+            f"Of the training images the {' and '.join(constant)} never varies, so normalization: "
+            f"{{name: per_channel}} would divide by 0. {{name: scalar}} does not."
+        )
+    digests = {split: split_digest(each) for split, each in splits.items()}
+    meta = Meta(
+        source=data.source,
+        class_names=source.class_names,
+        resize=settings.resize,
+        num_images={split: len(each.labels) for split, each in splits.items()},
+        scalar_mean=scalar_mean,
+        scalar_std=scalar_std,
+        channel_mean=(red[0], green[0], blue[0]),
+        channel_std=(red[1], green[1], blue[1]),
+        split_digests=digests,
+        digest=content_digest(source.class_names, digests),
+        left_out=left_out,
+        duplicates=duplicates,
+    )
+    save(out, meta, splits)
+    return meta
+
+
 # --- which image goes where -------------------------------------------------------------------------
 
 
 def _arrange(
-    data: config.Data, settings: config.Preprocess, source: Source, loaded: dict[str, Split]
-) -> tuple[dict[str, Split], dict[str, list[str]], dict[str, EqualImages]]:
-    """The splits, with those that are drawn from training; the names left out of each; the equal images.
+    data: config.Data, settings: config.Preprocess, source: Source, images: Images
+) -> tuple[NDArray[np.str_], dict[str, list[str]], dict[str, EqualImages]]:
+    """The split of each image, (N,), with those that are drawn from training, or "unused"; the names left out
+    of each split; the equal images.
 
     Raises ResgridError for an image folder with equal images in two classes, unless they are to be skipped.
     """
-    part = np.concatenate([np.full(len(each.labels), ORDER.index(split)) for split, each in loaded.items()])
-    names = [name for split in loaded for name in source.image_names(split, len(loaded[split].labels))]
-    images = torch.cat([each.images for each in loaded.values()])
-    labels = torch.cat([each.labels for each in loaded.values()]).numpy()
-    loaded.clear()  # or the images would be in memory three times
+    names, labels = images.names, images.labels
+    part = images.splits.astype("U10")  # wide enough for "validation"
     out = np.array([name in source.broken for name in names])
-    first = _first_equal(images.numpy(), out)
+    # of each image the first one with the same pixels; of a broken one itself
+    seen: dict[bytes, int] = {}
+    digests = (hashlib.blake2b(each, digest_size=16).digest() for each in images.pixels)  # 0.3 s for 60,000
+    first = np.array([i if out[i] else seen.setdefault(each, i) for i, each in enumerate(digests)])
 
     duplicates = {}
-    if rows := np.flatnonzero(labels != labels[first]).tolist():
-        pairs = [f"{names[i]} = {names[first[i]]}" for i in rows]
-        duplicates["across_classes"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
-        message = f"{len(pairs):,} images are equal to one of another class: {truncate(pairs)}."
+
+    def note_pairs(kind: str, rows: Sequence[int], others: Sequence[int]) -> str:
+        pairs = [f"{names[i]} = {names[j]}" for i, j in zip(rows, others, strict=True)]
+        duplicates[kind] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
+        return truncate(pairs)
+
+    if (rows := np.flatnonzero(labels != labels[first])).size:
+        pairs = note_pairs("across_classes", rows.tolist(), first[rows].tolist())
+        message = f"{rows.size:,} images are equal to one of another class: {pairs}."
         if not isinstance(data, config.ImageFolder):
             log.warning(message)
         elif data.on_broken == "skip":
@@ -134,61 +146,37 @@ def _arrange(
                 "leaves them out."
             )
 
-    def draw_apart(fraction: float, seed: int) -> NDArray[np.int64]:
-        """Training images, drawn so that equal ones stay on one side."""
-        rows = np.flatnonzero(part == TRAIN)
+    def draw_apart(split: str, fraction: float, seed: int) -> None:
+        """Move training images to `split`, drawn so that equal ones stay on one side."""
+        rows = np.flatnonzero(part == "train")
         distinct, which = np.unique(first[rows], return_inverse=True)
-        return rows[draw(labels[distinct], source.class_names, fraction, seed)[which]]
+        part[rows[draw(labels[distinct], source.class_names, fraction, seed)[which]]] = split
 
     if isinstance(data, config.ImageFolder | config.Digits) and data.test_fraction:
         seed = data.split_seed if isinstance(data, config.Digits) else settings.seed
-        part[draw_apart(data.test_fraction, seed)] = TEST
+        draw_apart("test", data.test_fraction, seed)
     left_out = {
-        split: sorted(names[i] for i in np.flatnonzero(out & (part == code)))
-        for code, split in enumerate(ORDER)
-        if (out & (part == code)).any()
+        split: sorted(names[i] for i in np.flatnonzero(out & (part == split)))
+        for split in ORDER
+        if split in part[out]
     }
-    part[out] = UNUSED  # after the draw, which so remains what it is when a picture is mended
+    part[out] = "unused"  # after the draw, which so remains what it is when a picture is mended
     if settings.validation_fraction > 0:
-        part[draw_apart(settings.validation_fraction, settings.seed)] = VALIDATION
+        draw_apart("validation", settings.validation_fraction, settings.seed)
     if settings.training_fraction < 1:
-        train = np.flatnonzero(part == TRAIN)
+        train = np.flatnonzero(part == "train")
         drawn = draw(labels[train], source.class_names, settings.training_fraction, settings.seed)
-        part[train[~drawn]] = UNUSED
+        part[train[~drawn]] = "unused"
 
-    if pairs := _across_splits(part, first, names):
-        duplicates["across_splits"] = EqualImages(num_images=len(pairs), first=tuple(pairs[:3]))
+    earliest: dict[int, int] = {}  # by the first of equal images: the first of them in the earliest split
+    rows_in_order = [i for split in ORDER for i in np.flatnonzero(part == split).tolist()]
+    repeated = [i for i in rows_in_order if part[earliest.setdefault(first[i], i)] != part[i]]
+    if repeated:
+        pairs = note_pairs("across_splits", repeated, [earliest[first[i]] for i in repeated])
         log.warning(
-            f"{len(pairs):,} images are in two splits, and their scores say little of new images: "
-            f"{truncate(pairs)}."
+            f"{len(repeated):,} images are in two splits, and their scores say little of new images: {pairs}."
         )
-    splits = {}
-    for code in sorted(set(part.tolist()) - {UNUSED}):
-        split, mask = ORDER[code], torch.from_numpy(part == code)
-        splits[split] = Split(images=images[mask], labels=torch.from_numpy(labels)[mask])
-        if left_out and (lost := set(range(len(source.class_names))) - set(splits[split].labels.tolist())):
-            name = source.class_names[min(lost)]
-            raise ResgridError(f"{source.path}: class {name!r} has no picture in {split} that can be used.")
-    return splits, left_out, duplicates
-
-
-def _first_equal(images: NDArray[np.uint8], broken: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """For each image the index of the first one with the same pixels, (N,); for a broken one its own."""
-    seen: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(image.data, digest_size=16).digest() for image in images)  # 0.3 s for 60,000
-    return np.array([i if broken[i] else seen.setdefault(each, i) for i, each in enumerate(digests)])
-
-
-def _across_splits(part: NDArray[np.int64], first: NDArray[np.int64], names: Sequence[str]) -> list[str]:
-    """Each image that equals one of an earlier split, as `test/a/1.png = train/a/2.png`."""
-    pairs = []
-    earlier: dict[int, int] = {}  # by the first of equal images: the first of those in a split
-    for code in (TRAIN, VALIDATION, TEST):
-        rows = np.flatnonzero(part == code).tolist()
-        pairs += [f"{names[i]} = {names[earlier[first[i]]]}" for i in rows if first[i] in earlier]
-        for i in rows:
-            earlier.setdefault(int(first[i]), i)
-    return pairs
+    return part, left_out, duplicates
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""Sources of labelled images, each read a split at a time into uint8 arrays of 32x32x3.
+"""What stands at a path, as a source of labelled images of 32x32x3 uint8.
 
 An image folder is torchvision's layout, with or without splits, in a folder or an archive; only one image is
 ever in memory at its own size. CIFAR's own layouts are in `cifar`.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -23,11 +22,10 @@ from safetensors.numpy import load_file
 from resgrid.config import Resize
 from resgrid.data import archives
 from resgrid.data.cifar import Cifar, cifar_form
-from resgrid.data.dataset import ORDER, SIDE, SPLITS, OnImage, Source, Split, load_meta, load_split
+from resgrid.data.dataset import ORDER, SIDE, SPLITS, Images, OnImage, Source, Split, load_meta, load_split
 from resgrid.data.pictures import (
     BrokenPicture,
     Picture,
-    Remark,
     is_picture,
     picture_suffixes,
     read_picture,
@@ -48,6 +46,20 @@ SHOWN = 20  # pictures that an error names for each reason
 log = logging.getLogger(__name__)
 
 
+def open_source(path: Path, resize: Resize, needs: Sequence[str] = ()) -> Source:
+    """What stands at `path`, by its content: CIFAR batches or an image folder, in a folder or an archive, the
+    folder that `download` made of one, or the processed form.
+
+    Raises ResgridError if it is none of them, or an image folder without a split of `needs`.
+    """
+    if (path / "meta.json").is_file():
+        return Processed(path)
+    path = raw_path(path)
+    if cifar_form([name for name, _ in archives.files(path)]):
+        return Cifar(path)
+    return ImageFolder(path, resize, needs=needs)
+
+
 def raw_path(path: Path) -> Path:
     """The one file in `path`, if that is a folder which holds a file and nothing else; otherwise `path`."""
     if path.is_dir():
@@ -57,6 +69,45 @@ def raw_path(path: Path) -> Path:
     return path
 
 
+class Processed(Source):
+    """What `preprocess` made."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.class_names = load_meta(path).class_names
+
+    def load(self, split: str) -> Split:
+        return load_split(self.path, split)
+
+
+class Digits(Source):
+    """scikit-learn's handwritten digits, as `download` stored them: uint8 (1797, 8, 8) of 0 to 16."""
+
+    class_names = tuple("0123456789")
+    splits = ("train",)
+
+    def read(self, splits: Sequence[str] = ("train",), on_image: OnImage | None = None) -> Images:
+        """Enlarged to 32x32 in grey."""
+        try:
+            arrays = load_file(self.path)
+            images, labels = arrays["images"], arrays["labels"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ResgridError(
+                f"{self.path}: cannot be read ({error}). `dvc repro download` makes it."
+            ) from None
+        grey = (images.astype(np.uint16) * 255 + 8) // 16  # 0..16 -> 0..255, rounded
+        large = [np.asarray(to_square(Image.fromarray(image), "stretch")) for image in grey.astype(np.uint8)]
+        return Images(
+            pixels=np.stack(large)[..., None].repeat(3, axis=3),  # (N, 32, 32) -> (N, 32, 32, 3)
+            labels=labels,
+            splits=np.repeat("train", len(labels)),
+            names=[f"train image {i}" for i in range(len(labels))],
+        )
+
+
+# --- words ------------------------------------------------------------------------------------------
+
+
 def truncate(names: Sequence[str], limit: int = 3) -> str:
     """The first `limit` of `names`."""
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
@@ -64,9 +115,9 @@ def truncate(names: Sequence[str], limit: int = 3) -> str:
 
 def by_reason(broken: Mapping[str, str], limit: int = SHOWN) -> list[str]:
     """A line for each reason, with the first `limit` names: `2 × image file is truncated: a.png, b.png`."""
-    names: dict[str, list[str]] = {}
+    names = defaultdict(list)
     for name, reason in broken.items():
-        names.setdefault(reason, []).append(name)
+        names[reason].append(name)
     return [f"{len(each):,} × {reason}: {truncate(sorted(each), limit)}" for reason, each in names.items()]
 
 
@@ -103,7 +154,6 @@ class ImageFolder(Source):
         """
         super().__init__(path)
         self._resize, self._on_broken = resize, on_broken
-        self._remarks: dict[Remark, list[str]] = {}
         splits = _find_images(path)
         if "validation" in splits and "test" not in splits and not test_fraction:
             splits["test"] = splits.pop("validation")
@@ -112,19 +162,13 @@ class ImageFolder(Source):
             raise ResgridError(
                 f"data.test_fraction: {test_fraction}, but {path} has test images of its own. Write 0.0."
             )
-        for split in needs:
-            if split not in splits and not (split == "test" and test_fraction):
-                draws = split == "test" and "train" in splits
-                way = " Add it, or have data.test_fraction of each class drawn for it." if draws else ""
-                raise ResgridError(f"{path}: there is no image in {split}/: {LAYOUT}.{way}")
         if not splits:
             raise ResgridError(f"{path}: there are no images: {LAYOUT}.")
-        _require_same_classes(path, {split: set(images.values()) for split, images in splits.items()})
-        self.class_names = tuple(sorted({name for images in splits.values() for name in images.values()}))
-        if len(self.class_names) < 2:
-            raise ResgridError(
-                f"{path}: {self.class_names[0]!r} is the only class: it takes two to tell apart."
-            )
+        present = {*splits, "test"} if test_fraction else set(splits)
+        if missing := [split for split in needs if split not in present]:
+            draws = missing == ["test"]
+            way = " Add it, or have data.test_fraction of each class drawn for it." if draws else ""
+            raise ResgridError(f"{path}: there is no image in {missing[0]}/: {LAYOUT}.{way}")
         # by split: the image's name in the archive, and its class; ordered by both
         self.images = {
             split: sorted(splits[split].items(), key=lambda item: (item[1], item[0]))
@@ -132,31 +176,28 @@ class ImageFolder(Source):
             if split in splits
         }
         self.splits = tuple(self.images)
+        self.class_names = _same_classes(path, {split: set(each.values()) for split, each in splits.items()})
 
-    def read(self, split: str, on_image: OnImage | None = None) -> Split:
-        place = {name: i for i, (name, _) in enumerate(self.images[split])}
-        images = np.zeros((len(place), SIDE, SIDE, 3), np.uint8)
+    def read(self, splits: Sequence[str], on_image: OnImage | None = None) -> Images:
+        images = [(split, name, label) for split in splits for name, label in self.images[split]]
+        names = [name for _, name, _ in images]
+        place = {name: i for i, name in enumerate(names)}
+        pixels = np.zeros((len(names), SIDE, SIDE, 3), np.uint8)
+        remarks: dict[str, list[str]] = defaultdict(list)
         done = 0
         for done, (name, picture) in enumerate(read_pictures(self.path, place, self._resize), start=1):
             if isinstance(picture, BrokenPicture):
                 self.broken[name] = picture.reason
             else:
-                images[place[name]] = picture.pixels
+                pixels[place[name]] = picture.pixels
                 for remark in picture.remarks:
-                    self._remarks.setdefault(remark, []).append(name)
+                    remarks[remark].append(name)
             if on_image is not None:
-                on_image(split, done, len(place))
-        if done != len(place):
+                on_image(done, len(names))
+        if done != len(names):
             raise ResgridError(f"{self.path}: files went while they were read. Run this again.")
-        label = {name: i for i, name in enumerate(self.class_names)}
-        labels = torch.tensor([label[name] for _, name in self.images[split]])
-        return Split(images=torch.from_numpy(images), labels=labels)
-
-    def report_reading(self) -> None:
-        """With `on_broken: skip` the broken ones are logged."""
-        for remark, names in self._remarks.items():
-            log.info(f"{len(names):,} pictures {remark} ({truncate(sorted(names))}).")
-        self._remarks.clear()
+        for remark, remarked in remarks.items():
+            log.info(f"{len(remarked):,} pictures {remark} ({truncate(sorted(remarked))}).")
         if self.broken and self._on_broken == "refuse":
             raise ResgridError(
                 "\n  ".join([f"{self.path}: broken pictures: {len(self.broken):,}.", *by_reason(self.broken)])
@@ -164,9 +205,13 @@ class ImageFolder(Source):
             )
         for line in by_reason(self.broken, 3):
             log.info(f"Left out: {line}")
-
-    def image_names(self, split: str, count: int) -> list[str]:
-        return [name for name, _ in self.images[split]]
+        numbers = {label: i for i, label in enumerate(self.class_names)}
+        return Images(
+            pixels=pixels,
+            labels=np.array([numbers[label] for _, _, label in images]),
+            splits=np.array([split for split, _, _ in images]),
+            names=names,
+        )
 
 
 def read_pictures(
@@ -183,159 +228,88 @@ def read_pictures(
 def _find_images(path: Path) -> dict[str, dict[str, str]]:
     """By split: name -> class, of every picture. Logs what is passed over or may surprise."""
     suffixes = picture_suffixes()
-    passed: dict[str, list[str]] = {}
-    pictures: list[str] = []
-    unknown: list[str] = []
-    for name in archives.names(path):
+    passed: dict[str, list[str]] = defaultdict(list)
+    pictures = []
+
+    def has_suffix(name: str) -> bool:
+        return PurePosixPath(name).suffix.lower() in suffixes
+
+    for name, start in archives.files(path, lambda name: 0 if has_suffix(name) else START_BYTES):
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
-            passed.setdefault("hidden files", []).append(name)
-        elif path.is_dir() and (path / name).is_symlink() and not (path / name).exists():
-            passed.setdefault("links that lead nowhere", []).append(name)
-        else:
-            (pictures if PurePosixPath(name).suffix.lower() in suffixes else unknown).append(name)
-    for name, start in archives.contents(path, set(unknown), START_BYTES) if unknown else ():
-        if is_picture(start):
+            passed["hidden files"].append(name)
+        elif start is None:
+            passed["links that lead nowhere"].append(name)
+        elif has_suffix(name) or is_picture(start):
             pictures.append(name)
         else:
-            passed.setdefault("files that Pillow cannot identify as pictures", []).append(name)
-    splits, outside, nested = _arrange(path, pictures)
-    if outside:
-        passed["pictures outside of the splits and classes"] = outside
+            passed["files that Pillow cannot identify as pictures"].append(name)
+    splits: dict[str, dict[str, str]] = defaultdict(dict)
+    class_at = _class_places(path, pictures)
+    for name in pictures:
+        if name in class_at:
+            split, at = class_at[name]
+            splits[split][name] = name.split("/")[at]
+        else:
+            passed["pictures outside of the splits and classes"].append(name)
     if passed:
         kinds = "; ".join(f"{len(each):,} {kind} ({truncate(each)})" for kind, each in passed.items())
         log.info(f"Passed over: {kinds}.")
-    if nested:
+    if nested := [name for name, (_, at) in class_at.items() if name.count("/") > at + 1]:
         log.info(
             f"{len(nested):,} pictures in folders within a class belong to that class ({truncate(nested)})."
         )
     return splits
 
 
-def _arrange(path: Path, pictures: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-    """By split: name -> class; the pictures beside all classes; and those in folders within a class's folder.
+def _class_places(path: Path, pictures: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Of each picture that belongs to a class: its split, and which part of its name is its class.
 
     A split is a folder that is called so and holds folders. Without splits all pictures are `train`, and the
     classes are the topmost folders that lie side by side. All that lies below a class belongs to it.
     """
-    parts = {name: tuple(name.split("/")) for name in pictures}
-    # where the class's folder stands in a picture's path
-    class_at = {name: at for name, each in parts.items() if (at := _below_split(each))}
-    roots = {parts[name][: at - 1] for name, at in class_at.items()}
-    if len(roots) > 1:
-        several = truncate(sorted({"/".join(parts[name][:at]) for name, at in class_at.items()}))
-        raise ResgridError(f"{path}: there are splits in several places: {several}. Keep one: {LAYOUT}.")
-    has_splits = bool(roots)
-    root = roots.pop() if has_splits else _common_folder(parts.values())
-    if not has_splits:
-        class_at = {name: len(root) for name, each in parts.items() if len(each) > len(root) + 1}
-    folders: dict[str, str] = {}  # by split
-    splits: dict[str, dict[str, str]] = {}
-    outside, nested = [], []
+    parts = {name: name.split("/") for name in pictures}
+    places: dict[str, tuple[str, int]] = {}
     for name, each in parts.items():
-        at = class_at.get(name)
-        if at is None:
-            if has_splits and each[: len(root)] == root and each[len(root)].lower() in SPLIT_NAMES:
-                raise ResgridError(f"{path}: {name} lies in no class: {LAYOUT}. Take it out, if it has none.")
-            outside.append(name)
-            continue
-        folder = each[at - 1] if has_splits else "train"
-        split = SPLIT_NAMES[folder.lower()]
-        if folders.setdefault(split, folder) != folder:
-            raise ResgridError(
-                f"{path}: holds both {folders[split]}/ and {folder}/. Put all {split} images into one."
-            )
-        splits.setdefault(split, {})[name] = each[at]
-        if len(each) > at + 2:
-            nested.append(name)
-    classes = {parts[name][at] for name, at in class_at.items()}
-    inner = {parts[name][class_at[name] + 1] for name in nested}
+        lowest = (i for i in range(len(each) - 3, -1, -1) if each[i].lower() in SPLIT_NAMES)
+        if (i := next(lowest, None)) is not None:
+            places[name] = SPLIT_NAMES[each[i].lower()], i + 1
+    splits = {"/".join(parts[name][:at]) for name, (_, at) in places.items()}
+    if len({split.rpartition("/")[0] for split in splits}) > 1:
+        several = truncate(sorted(splits))
+        raise ResgridError(f"{path}: there are splits in several places: {several}. Keep one: {LAYOUT}.")
+    if not places:
+        at = _first_fork(parts.values())
+        places = {name: ("train", at) for name, each in parts.items() if len(each) > at + 1}
+    folders = [parts[name][at:-1] for name, (_, at) in places.items()]
+    classes, inner = {each[0] for each in folders}, {each[1] for each in folders if len(each) > 1}
     for level, what in ((classes, "the classes"), (inner, "the folders within classes")):
         if level and all(_LIKE_SPLIT.fullmatch(name) for name in level):
             raise ResgridError(
                 f"{path}: {what} are called {truncate(sorted(level))}, as splits are: {LAYOUT}."
             )
-    return splits, outside, nested
+    return places
 
 
-def _below_split(parts: Sequence[str]) -> int | None:
-    """Where the folder right below the lowest split stands in a picture's path."""
-    return next((i for i in range(len(parts) - 2, 0, -1) if parts[i - 1].lower() in SPLIT_NAMES), None)
+def _first_fork(pictures: Iterable[list[str]]) -> int:
+    """How many folders all pictures in folders have in common, before the one that they lie in."""
+    folders = [each[:-1] for each in pictures if len(each) > 1]
+    at = 0
+    while len({each[at] for each in folders}) == 1 and any(len(each) > at + 1 for each in folders):
+        at += 1
+        folders = [each for each in folders if len(each) > at]
+    return at
 
 
-def _common_folder(pictures: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """The lowest folder below which all pictures in folders lie, with folders of its own."""
-    root: tuple[str, ...] = ()
-    while True:
-        below = [each for each in pictures if len(each) > len(root) + 1]
-        tops = {each[len(root)] for each in below}
-        if len(tops) != 1 or all(len(each) == len(root) + 2 for each in below):
-            return root
-        root = (*root, *tops)
-
-
-def _require_same_classes(path: Path, classes: dict[str, set[str]]) -> None:
+def _same_classes(path: Path, classes: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """The classes, by name; raises ResgridError if one is not in every split, or there is only one."""
     everything = set[str]().union(*classes.values())
     for split, present in classes.items():
-        if not (missing := sorted(everything - present)):
-            continue
-        several = f" (and {len(missing) - 1} more classes)" if len(missing) > 1 else ""
-        alone = [name for name in present if any(name not in other for other in classes.values())]
-        raise ResgridError(
-            f"{path}: class {missing[0]!r} has no image in {split}/, but in the other split{several}"
-            f"{suggest(missing[0], alone)} Every class needs images in both."
-        )
-
-
-# --- scikit-learn's digits --------------------------------------------------------------------------
-
-
-class Digits(Source):
-    """scikit-learn's handwritten digits, as `download` stored them: uint8 (1797, 8, 8) of 0 to 16."""
-
-    class_names = tuple("0123456789")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.splits = ("train",)
-
-    def read(self, split: str, on_image: OnImage | None = None) -> Split:
-        """Enlarged to 32x32 in grey."""
-        try:
-            arrays = load_file(self.path)
-            images, labels = arrays["images"], arrays["labels"]
-        except (OSError, SafetensorError, KeyError) as error:
+        if missing := sorted(everything - present):
+            others = {name for name in present if any(name not in each for each in classes.values())}
             raise ResgridError(
-                f"{self.path}: cannot be read ({error}). `dvc repro download` makes it."
-            ) from None
-        grey = (images.astype(np.uint16) * 255 + 8) // 16  # 0..16 -> 0..255, rounded
-        large = [np.asarray(to_square(Image.fromarray(image), "stretch")) for image in grey.astype(np.uint8)]
-        images = np.stack(large)[..., None].repeat(3, axis=3)  # (N, 32, 32) -> (N, 32, 32, 3)
-        return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
-
-
-# --- what stands at a path ---------------------------------------------------------------------------
-
-
-def open_source(path: Path, resize: Resize, needs: Sequence[str] = ()) -> Source:
-    """What stands at `path`, by its content: CIFAR batches or an image folder, in a folder or an archive, the
-    folder that `download` made of one, or the processed form.
-
-    Raises ResgridError if it is none of them, or an image folder without a split of `needs`.
-    """
-    if (path / "meta.json").is_file():
-        return Processed(path)
-    path = raw_path(path)
-    if cifar_form(archives.names(path)):
-        return Cifar(path)
-    return ImageFolder(path, resize, needs=needs)
-
-
-class Processed(Source):
-    """What `preprocess` made."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.class_names = load_meta(path).class_names
-
-    def load(self, split: str, on_image: OnImage | None = None) -> Split:
-        return load_split(self.path, split)
+                f"{path}: class {missing[0]!r} has no image in {split}/{suggest(missing[0], others)} "
+                "Every class needs images in every split."
+            )
+    if len(everything) < 2:
+        raise ResgridError(f"{path}: {everything.pop()!r} is the only class: it takes two to tell apart.")
+    return tuple(sorted(everything))
