@@ -55,8 +55,8 @@ up: install  ## Start Prefect, MLflow and a worker here; Ctrl-C ends them
 	@resgrid up
 
 POOL ?= pool
-worker: install  ## Train cells of a work pool on this machine (POOL=pool SLOTS=4)
-	@resgrid worker --pool "$(POOL)" $(if $(SLOTS),--slots $(SLOTS))
+worker: install  ## Train cells of a work pool on this machine (POOL=pool SLOTS=4 NAME=node-7)
+	@resgrid worker --pool "$(POOL)" $(if $(SLOTS),--slots $(SLOTS)) $(if $(NAME),--name "$(NAME)")
 
 PIPELINE ?= .
 ui: install  ## Serve MLflow's pages (PIPELINE=examples/digits for the demo's)
