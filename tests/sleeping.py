@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 
@@ -136,8 +137,15 @@ def ask(url: str, content: dict[str, Any] | None = None) -> Any:
     """The answer of a REST interface."""
     data = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.load(response)
+        except HTTPError as error:
+            if error.code != 503:  # Prefect's SQLite is busy: its own clients ask again, too
+                raise
+            time.sleep(0.5)
+    raise TimeoutError(url)
 
 
 def answers(url: str) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +100,8 @@ DIGITS = PARAMS.format(
 )
 GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
 
+CELL = "resnet20-sgd-0"
+
 ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be done
 
 
@@ -122,8 +125,8 @@ class Project:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
         environment |= extra
-        if command[0] == "resgrid" and command[1] != "train" and set(extra) <= {"MLFLOW_TRACKING_URI"}:
-            return self._run_here(command, environment)
+        if command[0] == "resgrid" and set(extra) <= {"MLFLOW_TRACKING_URI", "RESGRID_THREADS"}:
+            return resgrid_here(self.root, command, environment)
         return subprocess.run(
             command,
             cwd=self.root,
@@ -133,24 +136,6 @@ class Project:
             timeout=600,
             check=False,
         )
-
-    def _run_here(
-        self, command: tuple[str, ...], environment: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        """The same in this process, which has imported torch and MLflow already: 4 s of CPU less each time."""
-        handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-        with (
-            chdir(self.root), patch.dict(os.environ, environment, clear=True),
-            redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
-        ):  # fmt: skip
-            try:
-                code = main(command[1:])
-            except SystemExit as left:  # argparse's
-                code = int(left.code or 0)
-            finally:
-                signal.signal(signal.SIGTERM, handler)
-                torch.set_num_threads(threads)
-        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     def stale(self) -> set[str]:
         """The stages that `dvc status` calls changed, less those whose outputs were never made."""
@@ -182,6 +167,25 @@ class Project:
         text = file.read_text()
         assert old in text
         file.write_text(text.replace(old, new))
+
+
+def resgrid_here(
+    root: Path, command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """A `resgrid` in this process, which has imported torch and MLflow already: 4 s of CPU less each time."""
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    with (
+        chdir(root), patch.dict(os.environ, environment, clear=True),
+        redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
+    ):  # fmt: skip
+        try:
+            code = main(command[1:])
+        except SystemExit as left:  # argparse's
+            code = int(left.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def trained(root: Path) -> Project:
