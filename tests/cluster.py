@@ -24,16 +24,16 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian has them 
 
 FLOW = """
 import json, sys
-from flows.{0} import {0}
-state = {0}(**json.loads(sys.argv[1]), return_state=True)
+from flows.train_all import train_all
+state = train_all(**json.loads(sys.argv[1]), return_state=True)
 print(json.dumps([state.name, state.message]))
 """
 
 
-def begin_flow(flow: str, root: Path, env: dict[str, str], **parameters: Any) -> subprocess.Popen[str]:
-    """A flow in a process of its own; the last line that it prints is its state's name and message."""
+def begin_flow(root: Path, env: dict[str, str], **parameters: Any) -> subprocess.Popen[str]:
+    """A train-all in a process of its own; the last line that it prints is its state's name and message."""
     return subprocess.Popen(
-        [sys.executable, "-c", FLOW.format(flow), json.dumps(parameters)], cwd=root, env=env, text=True,
+        [sys.executable, "-c", FLOW, json.dumps(parameters)], cwd=root, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

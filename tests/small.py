@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,10 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
+from sleeping import ROOT, Checkout
 
 from resgrid.cli import main
-from resgrid.edit import assign, rewritten
-
-ROOT = Path(__file__).parents[1]
+from resgrid.edit import rewritten
 
 RECIPE = """
     epochs: {epochs}
@@ -99,17 +97,15 @@ DIGITS = PARAMS.format(
     studies="{}",
 )
 GRID = ["resnet20-sgd-0", "resnet20-sgd-1", "resnet20-adam-0", "resnet20-adam-1"]
-
 CELL = "resnet20-sgd-0"
 
 ALWAYS = {"train-study@no-weights"}  # it has no outputs, so it is always to be done
 
 
 @dataclass
-class Project:
-    """A checkout with a pipeline in it."""
+class Project(Checkout):
+    """A pipeline of the project itself."""
 
-    root: Path
     trained: subprocess.CompletedProcess[str] | None = None
     evaluated: subprocess.CompletedProcess[str] | None = None
 
@@ -121,21 +117,34 @@ class Project:
             assert done.returncode == 0, done.stderr
         return project
 
+    @property
+    def env(self) -> dict[str, str]:
+        here = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return here | {"PATH": path, "RESGRID_THREADS": "1"}
+
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RESGRID_THREADS": "1"}
-        environment |= extra
-        if command[0] == "resgrid" and set(extra) <= {"MLFLOW_TRACKING_URI", "RESGRID_THREADS"}:
-            return resgrid_here(self.root, command, environment)
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        if command[0] == "resgrid" and set(extra) <= {"MLFLOW_TRACKING_URI"}:
+            return self.run_here(command, self.env | extra)
+        return super().run(*command, **extra)
+
+    def run_here(
+        self, command: tuple[str, ...], environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """The same in this process, which has imported torch and MLflow already: 4 s of CPU less each time."""
+        handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+        with (
+            chdir(self.root), patch.dict(os.environ, environment, clear=True),
+            redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
+        ):  # fmt: skip
+            try:
+                code = main(command[1:])
+            except SystemExit as left:  # argparse's
+                code = int(left.code or 0)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+                torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     def stale(self) -> set[str]:
         """The stages that `dvc status` calls changed, less those whose outputs were never made."""
@@ -156,36 +165,6 @@ class Project:
             | {f"tags.{key}": value for key, value in run.data.tags.items()}
             for run in self.mlflow.search_runs([experiment.experiment_id])
         )
-
-    def set(self, *assignments: str) -> None:
-        """As `resgrid set` does."""
-        path = self.root / "params.yaml"
-        path.write_text(assign(path.read_text(), assignments))
-
-    def edit(self, path: str, old: str, new: str) -> None:
-        file = self.root / path
-        text = file.read_text()
-        assert old in text
-        file.write_text(text.replace(old, new))
-
-
-def resgrid_here(
-    root: Path, command: Sequence[str], environment: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """A `resgrid` in this process, which has imported torch and MLflow already: 4 s of CPU less each time."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    with (
-        chdir(root), patch.dict(os.environ, environment, clear=True),
-        redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
-    ):  # fmt: skip
-        try:
-            code = main(command[1:])
-        except SystemExit as left:  # argparse's
-            code = int(left.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            torch.set_num_threads(threads)
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def trained(root: Path) -> Project:
@@ -210,14 +189,8 @@ def digits(root: Path) -> Project:
 
 def _checkout(root: Path, params: str) -> Project:
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
+    shutil.copy(ROOT / "dvc.yaml", root)
     (root / "params.yaml").write_text(rewritten(params))
     project = Project(root)
-    for command in (
-        "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",
-    ):  # fmt: skip
-        done = project.run(*command.split())
-        assert done.returncode == 0, done.stderr
-    shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
+    project.initialize()
     return project

@@ -11,27 +11,22 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import SmallDisks
 from ruamel.yaml import YAML
-from small import CELL, ROOT, resgrid_here
+from small import CELL, ROOT, Project
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
 from resgrid import checkpoint, tracking
 from resgrid.checkpoint import Checkpoints
 from resgrid.config import load_params
 from resgrid.data.dataset import load_meta
-from resgrid.edit import assign
 from resgrid.errors import ResgridError
 from resgrid.gc import checkpoint_folder, delete, find_leftovers
 from resgrid.grid import Cell, find_cell
@@ -48,7 +43,7 @@ LIVELY = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def data(folder, tmp_path_factory):  # noqa: F811
     return smaller(folder, tmp_path_factory.mktemp("few") / "processed", train=32, test=16, validation=16)
 
 
@@ -84,7 +79,7 @@ def same_files(out: Path, reference: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
+def processes():
     """Real processes, from a server that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "resgrid.tracking", __name__])
@@ -101,8 +96,8 @@ def _train(trained: Cell, data: Path, kept: Path, out: Path) -> None:
     ("kills", "epochs"), [(1, 4), pytest.param(50, 100, marks=pytest.mark.long, id="50-100")]
 )
 def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
-    data: Path, tmp_path: Path, processes: ForkServerContext, kills: int, epochs: int
-) -> None:
+    data, tmp_path, processes, kills, epochs
+):
     trained = cell("resnet20-adam-0", epochs=epochs, **LIVELY)
     began = time.monotonic()
     train(trained, data, tmp_path / "alone")
@@ -129,9 +124,7 @@ def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
     assert same_files(tmp_path / "killed", tmp_path / "alone")
 
 
-def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
-    data: Path, tmp_path: Path, processes: ForkServerContext
-) -> None:
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(data, tmp_path, processes):
     trained = cell("resnet10-adam-0", epochs=3, batch_size=8, **LIVELY)  # 59 MB: time to be hit
     train(trained, data, tmp_path / "alone")
     kept = tmp_path / "kept"
@@ -159,7 +152,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adagrad"])
-def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Path, optimizer: str) -> None:
+def test_in_pieces_every_optimizer_gives_the_same_bytes(data, tmp_path, optimizer):
     trained = cell(f"resnet20-{optimizer}-0", epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
     pieces = [go_on(trained, data, tmp_path / "kept", tmp_path / "pieces", stop_after=n) for n in (1, 2, 9)]
@@ -170,7 +163,7 @@ def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Pa
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
 
 
-def test_a_finished_training_whose_results_are_gone_writes_them_alone(data: Path, tmp_path: Path) -> None:
+def test_a_finished_training_whose_results_are_gone_writes_them_alone(data, tmp_path):
     trained = cell(epochs=2, **LIVELY)
     train(trained, data, tmp_path / "alone")
     go_on(trained, data, tmp_path / "kept", tmp_path / "run")
@@ -181,7 +174,7 @@ def test_a_finished_training_whose_results_are_gone_writes_them_alone(data: Path
     assert (tmp_path / "run/timing.json").read_bytes() == timing  # it is the same training
 
 
-def test_a_training_that_goes_on_began_when_it_began(data: Path, tmp_path: Path) -> None:
+def test_a_training_that_goes_on_began_when_it_began(data, tmp_path):
     trained = cell(epochs=2, **LIVELY)
     began = start(trained, data, tmp_path / "kept").started
     go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
@@ -192,9 +185,7 @@ def test_a_training_that_goes_on_began_when_it_began(data: Path, tmp_path: Path)
     assert json.loads((tmp_path / "run/timing.json").read_text())["started"] == started
 
 
-def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(data, tmp_path):
     explosion = {"name": "piecewise", "boundaries": (4,), "factors": (1.0, 1e30)}  # in the third epoch
     trained = cell(epochs=5, schedule=explosion)
     _, alone = train(trained, data, tmp_path / "alone")
@@ -204,9 +195,7 @@ def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
     assert same_files(tmp_path / "pieces", tmp_path / "alone")
 
 
-def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_anew(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_anew(data, tmp_path, caplog):
     trained, kept = cell(epochs=2, **LIVELY), tmp_path / "kept"
     train(trained, data, tmp_path / "alone")
     go_on(trained, data, kept, tmp_path / "run", stop_after=1)
@@ -225,7 +214,7 @@ def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_an
     assert same_files(tmp_path / "run", tmp_path / "alone")
 
 
-def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path) -> None:
+def test_only_the_same_cell_data_and_execution_go_on(data, tmp_path):
     trained = cell(epochs=3, **LIVELY)
     go_on(trained, data, tmp_path, tmp_path / "run", stop_after=1)
     digest = load_meta(data).digest
@@ -247,7 +236,7 @@ def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path)
     assert found(cell(epochs=4, **LIVELY)) == 0
 
 
-def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -> None:
+def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path):
     shutil.copytree(ROOT / "src/resgrid", tmp_path / "resgrid", ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "resgrid"
     before = code_digest(package)
@@ -263,13 +252,13 @@ def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -
         before = code_digest(package)
 
 
-def test_the_code_that_it_belongs_to_is_that_of_the_stage() -> None:
+def test_the_code_that_it_belongs_to_is_that_of_the_stage():
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for deps in (stages["train"]["deps"], stages["train-study"]["do"]["deps"]):
         assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in CODE)]
 
 
-def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
+def test_the_number_of_threads_is_kept(data, tmp_path):
     trained = cell(epochs=2, **LIVELY)
     go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
     torch.set_num_threads(2)
@@ -277,7 +266,7 @@ def test_the_number_of_threads_is_kept(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/timing.json").read_text())["threads"] == 1
 
 
-def test_no_more_threads_are_taken_over_than_there_are_cores(data: Path, tmp_path: Path) -> None:
+def test_no_more_threads_are_taken_over_than_there_are_cores(data, tmp_path):
     trained = cell(epochs=2, **LIVELY)
     torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
     go_on(trained, data, tmp_path / "kept", tmp_path / "run", stop_after=1)
@@ -286,8 +275,8 @@ def test_no_more_threads_are_taken_over_than_there_are_cores(data: Path, tmp_pat
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
-    data: Path, tmp_path: Path, disks: SmallDisks
-) -> None:
+    data, tmp_path, disks
+):
     trained = cell(epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
     disk = disks.mount(tmp_path / "disk", "3m")  # room for one checkpoint, and not for a second one
@@ -326,43 +315,12 @@ dvc.kill()
 """
 
 
-class Project:
-    """A DVC repository with one cell of 24 epochs, whose MLflow is one SQLite file."""
+class Killed(Project):
+    """A pipeline with one cell of 24 epochs, whose processes are killed."""
 
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root = root
+    def __post_init__(self) -> None:
         self.begun: list[subprocess.Popen[str]] = []
-        shutil.copytree(data, root / "data/processed")
-        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-        params["grid"] = {"architectures": ["resnet20"], "optimizers": ["sgd"], "seeds": [0]}
-        params["studies"] = {}
-        params["engine"] = {"precision": "fp32", "compile": "never", "scored_epochs": "all"}
-        params["recipes"]["resnet20"] |= {"epochs": 24, "batch_size": 16}
-        with (root / "params.yaml").open("w") as file:
-            YAML(typ="safe").dump(params, file)
-        (root / "dvc.yaml").write_text(STAGES)
-        (root / "after.py").write_text("")
-        for name in (".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, root / name)
-        for command in ("git init -q", "dvc init -q"):
-            assert self.run(*command.split()).returncode == 0
-        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
-        self.kept = root / ".resgrid/checkpoints"
-
-    @property
-    def env(self) -> dict[str, str]:
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "RESGRID"))
-        }
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return kept | {"PATH": path, "RESGRID_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        if command[0] == "resgrid":
-            return resgrid_here(self.root, command, self.env)
-        return subprocess.run(
-            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=300, check=False
-        )
+        self.kept = self.root / ".resgrid/checkpoints"
 
     def begin(self, *command: str) -> subprocess.Popen[str]:
         begun = subprocess.Popen(
@@ -379,10 +337,6 @@ class Project:
             process.wait()
             assert process.stdout
             process.stdout.close()
-
-    def edit(self, *assignments: str) -> None:
-        path = self.root / "params.yaml"
-        path.write_text(assign(path.read_text(), assignments))
 
     def repro(self, *options: str) -> str:
         """What `dvc repro` says."""
@@ -415,18 +369,25 @@ class Project:
 
 
 @pytest.fixture
-def project(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+def project(data, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "ein Projekt, größer").mkdir()
-    made = Project(tmp_path / "ein Projekt, größer", data)
+    made = Killed(tmp_path / "ein Projekt, größer")
+    shutil.copytree(data, made.root / "data/processed")
+    shutil.copy(ROOT / "params.yaml", made.root)
+    made.set(
+        "grid.architectures=[resnet20]", "grid.optimizers=[sgd]", "grid.seeds=[0]", "studies={}",
+        "engine={precision: fp32, compile: never, scored_epochs: all}", "recipes.resnet20.epochs=24",
+        "recipes.resnet20.batch_size=16",
+    )  # fmt: skip
+    (made.root / "dvc.yaml").write_text(STAGES)
+    (made.root / "after.py").touch()
+    made.initialize()
     yield made
     made.end()
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
-    project: Project, data: Path, tmp_path: Path
-) -> None:
+def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(project, data, tmp_path):
     """SIGTERM, then SIGKILL of trainer and DVC, then of DVC alone before it records what was trained."""
     trained = find_cell(load_params(project.root / "params.yaml"), CELL)
     train(trained, data, tmp_path / "alone")
@@ -488,9 +449,9 @@ def test_killed_by_every_means_and_started_again_it_is_one_training_and_one_run(
 
 
 @pytest.fixture
-def short(project: Project) -> Project:
+def short(project):
     """With six epochs, and DVC's run cache left out where a test says so."""
-    project.edit("recipes.resnet20.epochs=6")
+    project.set("recipes.resnet20.epochs=6")
     return project
 
 
@@ -498,7 +459,7 @@ def epochs_of(said: str) -> int:
     return len([line for line in said.splitlines() if re.match(rf"{CELL}  epoch +\d+/", line)])
 
 
-def test_forced_a_recorded_training_begins_anew_and_one_that_was_cut_off_goes_on(short: Project) -> None:
+def test_forced_a_recorded_training_begins_anew_and_one_that_was_cut_off_goes_on(short):
     """Under `dvc repro`, whose command cannot see `--force`."""
     assert epochs_of(short.repro()) == 6
     started = short.timing()["started"]
@@ -510,7 +471,7 @@ def test_forced_a_recorded_training_begins_anew_and_one_that_was_cut_off_goes_on
 
 
 @pytest.mark.long
-def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short: Project) -> None:
+def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short):
     cache = short.root / ".dvc/cache/files/md5"
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("in the way")  # so that DVC can store no output
@@ -525,7 +486,7 @@ def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short:
     assert md5 in (short.root / "dvc.lock").read_text()
 
 
-def test_without_dvc_a_finished_cell_is_finished(short: Project) -> None:
+def test_without_dvc_a_finished_cell_is_finished(short):
     for expected, arguments in ((6, ()), (0, ()), (6, ("--afresh",)), (0, ())):
         done = short.run("resgrid", "train", CELL, *arguments)
         assert done.returncode == 0, done.stderr
@@ -537,9 +498,7 @@ def aged(path: Path, days: float) -> None:
     os.utime(path, (moment, moment))
 
 
-def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(data, tmp_path, monkeypatch):
     pipeline, lock = tmp_path / "examples/small", tmp_path / "examples/small/dvc.lock"
     kept = checkpoint_folder(tmp_path, pipeline)
     assert kept == tmp_path / ".resgrid/checkpoints/examples/small"
@@ -605,7 +564,7 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
     assert list(found().values()) == [age]
 
 
-def test_only_what_dvc_has_recorded_trains_anew(data: Path, tmp_path: Path) -> None:
+def test_only_what_dvc_has_recorded_trains_anew(data, tmp_path):
     kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
 
     def left(afresh: bool = False) -> int:

@@ -50,7 +50,7 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(tmp_path_factory):
     """The digits, preprocessed; no cell is trained."""
     made = digits(tmp_path_factory.mktemp("offline") / "project")
     done = made.run("dvc", "repro", "preprocess")
@@ -59,12 +59,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="module")
-def node(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Node:
+def node(project, tmp_path_factory):
     return Node(project, tmp_path_factory.mktemp("node") / "project")
 
 
 @pytest.fixture(scope="module")
-def trained(node: Node) -> Path:
+def trained(node):
     """The machine's folder: both cells, trained side by side."""
     code, out, err = node.run("train", *CELLS, "--slots", "2")
     assert code == 0, out + err

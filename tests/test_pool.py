@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,10 +21,9 @@ import pytest
 from cluster import BUCKET, Cluster, begin_flow, end_tree
 from mlflow import MlflowClient
 from prefect.automations import AutomationCore
-from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists
-from sleeping import ROOT, WORK, Sleeping, left_over, sleeping, wait_until
+from sleeping import ROOT, WORK, Checkout, Sleeping, left_over, sleeping, wait_until
 from small import digits
 
 from resgrid.dvc import remote
@@ -83,10 +81,7 @@ class Project:
         return self.origin.root
 
     def run(self, *command: str, cwd: Path | None = None, **more: str) -> str:
-        done = subprocess.run(
-            command, cwd=cwd or self.root, env=self.cluster.env | more, capture_output=True, text=True,
-            timeout=1200, check=False,
-        )  # fmt: skip
+        done = Checkout(cwd or self.root).run(*command, **self.cluster.env | more)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -108,7 +103,7 @@ class Project:
         return self.workers[-1]
 
     def train_all(self, **parameters: Any) -> subprocess.Popen[str]:
-        self.coordinator = begin_flow("train_all", self.root, self.cluster.env, where="pool", **parameters)
+        self.coordinator = begin_flow(self.root, self.cluster.env, where="pool", **parameters)
         return self.coordinator
 
     def ended(self) -> Counter[str]:
@@ -122,8 +117,7 @@ class Project:
             "flows": {"name": {"any_": ["train-cell"]}},
             "flow_runs": {"expected_start_time": {"after_": self.began.isoformat()}},
         }
-        runs: list[dict[str, Any]] = self.cluster.ask("flow_runs/filter", of_project)
-        return runs
+        return self.cluster.ask("flow_runs/filter", of_project)
 
     def states(self) -> list[list[str]]:
         """The names of the states of each of them, one after the other."""
@@ -153,7 +147,7 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory):
     """With the deployments of prefect.yaml, which name no folder."""
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
@@ -167,7 +161,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def client(cluster: Cluster) -> Iterator[SyncPrefectClient]:
+def client(cluster):
     """Of Prefect's server."""
     with server.prefect_client(cluster.env["PREFECT_API_URL"]) as client:
         yield client
@@ -185,13 +179,13 @@ def commit(project: Project) -> None:
     for command in (
         f"dvc remote add --default storage {remote}",
         f"dvc remote modify storage endpointurl {cluster.url('s3')}",
-        "git config user.name t", "git config user.email t@t.invalid", "git add -A", "git commit -qm start",
+        "git add -A", "git commit -qm start",
     ):  # fmt: skip
         project.run(*command.split())
 
 
 @pytest.fixture
-def project(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Project]:
+def project(cluster, tmp_path, request):
     """Two cells that sleep, or one for each of the optimizers that a test names."""
     origin = sleeping(tmp_path / "origin", "resnet20", getattr(request, "param", "sgd, adam"))
     (origin.root / "work.sh").write_text(NAPPING)
@@ -203,9 +197,7 @@ def project(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) ->
     made.end()
 
 
-def test_the_server_sets_runs_without_heartbeats_to_crashed_and_forgets_the_former_automations(
-    client: SyncPrefectClient,
-) -> None:
+def test_the_server_sets_runs_without_heartbeats_to_crashed_and_forgets_the_former_automations(client):
     server.watch_runs(client)
     made = client.read_automations()
     former = made[0].model_copy(update={"name": "ResGrid's cells: no heartbeat for 60 s"})
@@ -216,7 +208,7 @@ def test_the_server_sets_runs_without_heartbeats_to_crashed_and_forgets_the_form
     assert [(action.state, action.name) for action in actions] == [(StateType.CRASHED, None)] * 2
 
 
-def test_cells_that_the_version_before_has_placed_are_cancelled(client: SyncPrefectClient) -> None:
+def test_cells_that_the_version_before_has_placed_are_cancelled(client):
     server.make_pool(client, "former")
     deployment = _deploy(client, "former")
     runs = {}
@@ -233,7 +225,7 @@ def test_cells_that_the_version_before_has_placed_are_cancelled(client: SyncPref
     }  # fmt: skip
 
 
-def test_empty_queues_of_former_checkouts_are_deleted(client: SyncPrefectClient, monkeypatch) -> None:
+def test_empty_queues_of_former_checkouts_are_deleted(client, monkeypatch):
     monkeypatch.setattr(server, "FORMER_SECONDS", 0.0)
     empty, used, current = "a" * 16, "b" * 16, "c" * 16
     server.make_pool(client, "queues", [empty, f"{empty}-cpu", used, current, "people's own"])
@@ -247,9 +239,7 @@ def test_empty_queues_of_former_checkouts_are_deleted(client: SyncPrefectClient,
     assert left == {used, current, "people's own", "default"}
 
 
-def test_a_cancelled_coordinator_cancels_its_cells_and_a_killed_one_with_a_killed_worker_costs_none(
-    project: Project,
-) -> None:
+def test_a_cancelled_coordinator_cancels_its_cells_and_a_killed_one_with_a_killed_worker_costs_none(project):
     grid = project.train_all()
     # Before any worker has made the queue, which PostgreSQL refuses to all but one that make it at once.
     wait_until(lambda: len(project.runs()) == 2, 120, "not every cell was placed")
@@ -285,7 +275,7 @@ def test_a_cancelled_coordinator_cancels_its_cells_and_a_killed_one_with_a_kille
 
 @pytest.mark.long
 @pytest.mark.parametrize("project", ["sgd, adam, rmsprop, adagrad"], indirect=True)
-def test_killed_and_stopped_workers_and_a_killed_coordinator_cost_no_cell(project: Project) -> None:
+def test_killed_and_stopped_workers_and_a_killed_coordinator_cost_no_cell(project):
     """Four cells over three workers, of which two go away with their flows; the server sees that by itself."""
     naps = {"leaves": "60", "hangs": "60", "stays": "1"}
     first, second, _ = (project.work(name, NAP=nap) for name, nap in naps.items())
@@ -321,7 +311,7 @@ def trainers(worker: Worker) -> list[str]:
 
 
 @pytest.mark.long
-def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Project) -> None:
+def test_services_that_are_started_again_in_the_middle_cost_no_cell(project):
     workers = [project.work(name, NAP="5") for name in ("one", "two")]
     grid = project.train_all()
     wait_until(lambda: all(worker.has_begun() for worker in workers), 120, "no cell has begun")
@@ -339,7 +329,7 @@ def test_services_that_are_started_again_in_the_middle_cost_no_cell(project: Pro
 
 
 @pytest.mark.long
-def test_each_cell_ends_recorded_though_prefects_server_is_away_for_two_minutes(real: Project) -> None:
+def test_each_cell_ends_recorded_though_prefects_server_is_away_for_two_minutes(real):
     """The automations may set the living runs to Crashed when the server is back: so that it happens each
     time, it is done here as well."""
     real.origin.edit(
@@ -362,7 +352,7 @@ def test_each_cell_ends_recorded_though_prefects_server_is_away_for_two_minutes(
 
 
 @pytest.mark.long
-def test_a_worker_killed_before_its_flow_begins_loses_no_cell(real: Project) -> None:
+def test_a_worker_killed_before_its_flow_begins_loses_no_cell(real):
     commit(real)
     first = real.work("first")
     grid = real.train_all()
@@ -377,9 +367,7 @@ def test_a_worker_killed_before_its_flow_begins_loses_no_cell(real: Project) -> 
 
 
 @pytest.mark.long
-def test_a_worker_with_changed_files_does_not_start_and_one_at_another_commit_takes_no_cell(
-    project: Project,
-) -> None:
+def test_a_worker_with_changed_files_does_not_start_and_one_at_another_commit_takes_no_cell(project):
     elsewhere = project.clone("elsewhere")
     (elsewhere / "code/net.py").write_text("depth = 56\n")
     changed = project.work("elsewhere", NAP="1")
@@ -396,7 +384,7 @@ def test_a_worker_with_changed_files_does_not_start_and_one_at_another_commit_ta
 
 
 @pytest.mark.long
-def test_git_pull_in_a_workers_clone_in_the_middle_of_a_grid_costs_no_cell(project: Project) -> None:
+def test_git_pull_in_a_workers_clone_in_the_middle_of_a_grid_costs_no_cell(project):
     pulled, stays = project.work("pulled", NAP="60"), project.work("stays", NAP="1")
     grid = project.train_all()
     wait_until(pulled.has_begun, 300, "no cell has begun")
@@ -413,7 +401,7 @@ def test_git_pull_in_a_workers_clone_in_the_middle_of_a_grid_costs_no_cell(proje
 
 
 @pytest.mark.long
-def test_a_worker_with_other_data_leaves_and_its_cell_goes_to_another(project: Project) -> None:
+def test_a_worker_with_other_data_leaves_and_its_cell_goes_to_another(project):
     clone = project.clone("other")
     (clone / "behave").mkdir()
     Sleeping(clone).behave("preprocess", "echo other > $2/other")
@@ -430,7 +418,7 @@ def test_a_worker_with_other_data_leaves_and_its_cell_goes_to_another(project: P
 
 
 @pytest.mark.long
-def test_cells_that_need_a_gpu_do_not_go_to_a_worker_without_one(project: Project) -> None:
+def test_cells_that_need_a_gpu_do_not_go_to_a_worker_without_one(project):
     plain = project.work("plain", NAP="1", RESGRID_DEVICE="cpu")
     grid = project.train_all(device="cuda")
     assert "and the device cuda" in wait_for_line(grid, "No worker of the pool 'pool' takes these cells")
@@ -461,7 +449,7 @@ def commit_all(project: Project, clone: Path) -> None:
 
 
 @pytest.fixture
-def real(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
+def real(cluster, tmp_path):
     """The project itself on the digits, to be committed by the test."""
     made = Project(cluster, Sleeping(digits(tmp_path / "origin").root))
     made.origin.set(f"name={experiment_name(tmp_path)}")
@@ -470,7 +458,7 @@ def real(cluster: Cluster, tmp_path: Path) -> Iterator[Project]:
 
 
 @pytest.mark.long
-def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project, tmp_path: Path) -> None:
+def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real, tmp_path):
     real.origin.set("grid.optimizers=[sgd, adam, rmsprop, adagrad]", "grid.seeds=[0, 1, 2, 3, 4, 5]")
     commit(real)
     for name in ("one", "two", "three"):
@@ -505,14 +493,13 @@ def test_24_cells_on_three_workers_have_the_weights_of_one_machine(real: Project
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory):
     """A coordinator's folder and a worker's clone, and beside them the folder that is their DVC remote."""
     folder = tmp_path_factory.mktemp("clones")
     origin = sleeping(folder / "origin", "resnet20", "sgd, adam, rmsprop, adagrad")
     (origin.root / "work.sh").write_text(NAPPING)
     for command in (
-        "dvc remote add --default storage ../storage", "git add -A",
-        "git -c user.name=t -c user.email=t@t.invalid commit -qm start",
+        "dvc remote add --default storage ../storage", "git add -A", "git commit -qm start",
         f"git clone -q {origin.root} {folder}/clone",
     ):  # fmt: skip
         assert origin.run(*command.split()).returncode == 0
@@ -522,7 +509,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def clones(made: Path, tmp_path: Path) -> tuple[Sleeping, Sleeping]:
+def clones(made, tmp_path):
     """Copies of both, of this test's own; the data are everywhere."""
     shutil.copytree(made, tmp_path / "of its own", symlinks=True)
     return Sleeping(tmp_path / "of its own/origin"), Sleeping(tmp_path / "of its own/clone")
@@ -531,10 +518,8 @@ def clones(made: Path, tmp_path: Path) -> tuple[Sleeping, Sleeping]:
 SGD, ADAM, RMSPROP, ADAGRAD = (f"resnet20-{name}-0" for name in ("sgd", "adam", "rmsprop", "adagrad"))
 
 
-def recorded(origin: Sleeping, *cells: str) -> list[Fault | None]:
-    """For each of these cells, what `record` returns."""
-    here, stop = Pipeline.find(origin.root), threading.Event()
-    return [remote.record(here, [f"train@{cell}"], {}, stop) for cell in cells]
+def record(origin: Sleeping, cell: str) -> Fault | None:
+    return remote.record(Pipeline.find(origin.root), [f"train@{cell}"], {}, threading.Event())
 
 
 def push(clone: Sleeping, stage: str) -> None:
@@ -543,21 +528,19 @@ def push(clone: Sleeping, stage: str) -> None:
         remote.push(Pipeline.find(clone.root), what, threading.Event())
 
 
-def test_what_the_remote_has_is_recorded_at_once_and_nothing_is_trained_for_the_rest(
-    clones, monkeypatch
-) -> None:
+def test_what_the_remote_has_is_recorded_at_once_and_nothing_is_trained_for_the_rest(clones, monkeypatch):
     origin, clone = clones
     cells = [f"train@{cell}" for cell in (SGD, ADAM, RMSPROP)]
     assert clone.run("dvc", "repro", "--single-item", *cells).returncode == 0
     # A worker that was cut off in the middle of its push: the outputs without their entry in the run cache.
     assert clone.run("dvc", "push", f"train@{ADAM}").returncode == 0
-    assert recorded(origin, ADAM) == [Fault.NO_RESULT]
+    assert record(origin, ADAM) == Fault.NO_RESULT
     # The next push brings what is left of the one before as well.
     push(clone, f"train@{SGD}")
 
     monkeypatch.setattr("tasks.pool._deploy", lambda client, name: None)
-    begun, record = [], remote.record
-    monkeypatch.setattr(remote, "record", lambda *given: begun.append(given[1]) or record(*given))
+    begun, real = [], remote.record
+    monkeypatch.setattr(remote, "record", lambda *given: begun.append(given[1]) or real(*given))
     pool = Pool(None, "pool", Pipeline.find(origin.root), None, {}, threading.Event())
     for together, results in (((SGD, ADAM), [True, True]), ((RMSPROP, ADAGRAD), [True, False])):
         with ThreadPoolExecutor() as threads:
@@ -572,18 +555,17 @@ def test_what_the_remote_has_is_recorded_at_once_and_nothing_is_trained_for_the_
     assert "resnet20" not in (origin.root / "trained").read_text()
 
 
-def test_a_push_that_the_remote_does_not_take_is_a_transient_fault(clones) -> None:
+def test_a_push_that_the_remote_does_not_take_is_a_transient_fault(clones):
     _, clone = clones
-    assert clone.run("dvc", "repro", "--single-item", f"train@{SGD}").returncode == 0
     runs = clone.root.parent / "storage/runs"  # DVC ends well although it has not pushed the run cache
     runs.parent.mkdir()
     runs.touch()
     with pytest.raises(StageFailed) as failed:
-        push(clone, f"train@{SGD}")
+        push(clone, "preprocess")
     assert failed.value.fault == Fault.CONNECTION
 
 
-def test_a_remote_that_is_away_is_not_one_without_the_result(clones) -> None:
+def test_a_remote_that_is_away_is_not_one_without_the_result(clones):
     origin, clone = clones
     push(clone, "preprocess")
     here = Pipeline.find(origin.root)
@@ -591,13 +573,16 @@ def test_a_remote_that_is_away_is_not_one_without_the_result(clones) -> None:
     origin.run("dvc", "remote", "modify", "storage", "url", "s3://nobody/there")
     origin.run("dvc", "remote", "modify", "storage", "endpointurl", "http://127.0.0.1:9")
     assert not remote.answers(here, "preprocess")
-    assert recorded(origin, SGD) != [None]
+    assert record(origin, SGD) is not None
 
 
-def test_another_commit_other_packages_and_changed_files_are_named(clones, monkeypatch) -> None:
+def test_a_queue_is_one_commits_and_versions_and_devices_and_what_differs_is_named(clones, monkeypatch):
     origin, clone = clones
-    wanted = RunSpec.of(Pipeline.find(origin.root), None)
-    here = Pipeline.find(clone.root)
+    here, there = Pipeline.find(clone.root), Pipeline.find(origin.root)
+    wanted = RunSpec.of(there, None)
+    assert wanted.queue == RunSpec.of(here, None).queue == wanted.digest
+    assert RunSpec.of(there, "cuda").queue == f"{wanted.digest}-cuda"
+    assert spec.QUEUE.fullmatch(wanted.queue)
     assert difference(here, wanted.commit, wanted.digest) is None  # though dvc.lock is new there
     assert set(spec.installed()) >= {"resgrid", "torch", "numpy", "dvc"}
     assert "pytest" not in spec.installed()
@@ -609,14 +594,6 @@ def test_another_commit_other_packages_and_changed_files_are_named(clones, monke
     assert "code/net.py differ" in (difference(here, wanted.commit, wanted.digest) or "")
     clone.run("git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qam", "other")
     assert f"`git checkout {wanted.commit[:10]}`" in (difference(here, wanted.commit, wanted.digest) or "")
-    (origin.root / "params.yaml").write_text((origin.root / "params.yaml").read_text() + "\n")
+    origin.set("preprocess.seed=1")
     with pytest.raises(ResgridError, match=r"params\.yaml differ from the commit"):
-        RunSpec.of(Pipeline.find(origin.root), None)
-
-
-def test_queues_have_the_digest_of_commit_and_versions_and_the_device(made) -> None:
-    origin, clone = Sleeping(made / "origin"), Sleeping(made / "clone")
-    any_device = RunSpec.of(Pipeline.find(origin.root), None)
-    assert any_device.queue == RunSpec.of(Pipeline.find(clone.root), None).queue == any_device.digest
-    assert RunSpec.of(Pipeline.find(origin.root), "cuda").queue == f"{any_device.digest}-cuda"
-    assert spec.QUEUE.fullmatch(any_device.queue)
+        RunSpec.of(there, None)

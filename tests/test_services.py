@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ import psutil
 import pytest
 from ports import free_port
 from ruamel.yaml import YAML
-from sleeping import ROOT, ask, clean_env, wait_until
+from sleeping import ROOT, Checkout, ask, clean_env, wait_until
 
 from resgrid import tracking
 from resgrid.errors import ResgridError
@@ -73,11 +72,11 @@ def FUNCTION(pipeline: str = "", cells: list[str] | None = None, slots: int = 1,
 """
 
 
-class Project:
-    """A checkout whose flows only sleep."""
+class Project(Checkout):
+    """Its flows only sleep."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        super().__init__(root)
         self.home = root.parent / "home"
         self.home.mkdir()
         (root / "flows").mkdir(parents=True)
@@ -87,30 +86,18 @@ class Project:
             function = name.replace("-", "_")
             text = FLOW.replace("NAME", name).replace("FUNCTION", function)
             (root / "flows" / f"{function}.py").write_text(text)
-        for command in ("git init -q -b main", "dvc init -q"):
-            subprocess.run(command.split(), cwd=root, env=self.env(), check=True)
-        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
+        self.initialize()
 
-    def env(self, **more: str) -> dict[str, str]:
-        return clean_env(HOME=str(self.home), **more)
-
-    def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.env(**more),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+    @property
+    def env(self) -> dict[str, str]:
+        return clean_env(HOME=str(self.home))
 
     def up(self, ports: tuple[int, int], **more: str) -> None:
         """Begin `resgrid up`, as a shell starts it with `&`: with SIGINT ignored."""
         with (self.root / "up.txt").open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", UP, *map(str, ports)],
-                cwd=self.root, env=self.env(**more), stdout=out, stderr=subprocess.STDOUT,
+                cwd=self.root, env=self.env | more, stdout=out, stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
             )  # fmt: skip
 
@@ -172,7 +159,7 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def taken() -> Iterator[tuple[int, int]]:
+def taken():
     with ExitStack() as stack:
         ports = free_port(), free_port()
         for port in ports:
@@ -181,7 +168,7 @@ def taken() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, taken: tuple[int, int]) -> Iterator[Project]:
+def project(tmp_path_factory, taken):
     project = Project(tmp_path_factory.mktemp("services") / "a project")  # with a space in its path
     try:
         project.start(taken)
@@ -247,7 +234,7 @@ def test_only_prefects_command_line_is_led_to_the_server(project):
 
 
 @pytest.fixture(scope="module")
-def restarted(project: Project) -> Project:
+def restarted(project):
     """Services that were started again, after `up` was killed in the middle of a flow run."""
     project.child = project.start_sleeping()
     project.process.kill()
@@ -287,7 +274,7 @@ def test_an_interrupt_cancels_runs_and_ends_everything_though_a_shell_had_it_ign
 
 
 @pytest.fixture
-def starting(project: Project) -> Iterator[Project]:
+def starting(project):
     """One whose servers were just begun."""
     project.close()
     project.up((free_port(), free_port()))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +21,7 @@ from ports import free_port
 from prefect.flows import Flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from sleeping import ROOT, Sleeping, answers, ask, clean_env, left_over, sleeping, wait_until
-from small import CELL, Project, digits
+from small import CELL, Project
 
 from flows.prepare_data import prepare_data
 from flows.train_all import train_all
@@ -70,10 +69,10 @@ class Server:
     def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
         return ask(f"{self.url}/api/{path}", content)
 
-    def begin(self, repository: Sleeping, flow: str = "train_all", /, nap: float = 0, **parameters) -> Begun:
-        """In a process of its own, as a worker starts it."""
+    def begin(self, repository: Sleeping, nap: float = 0, **parameters: Any) -> Begun:
+        """A train-all in a process of its own, as a worker starts it."""
         env = self.env | {"NAP": str(nap)}
-        return Begun(begin_flow(flow, ROOT, env, pipeline=str(repository.root), **parameters))
+        return Begun(begin_flow(ROOT, env, pipeline=str(repository.root), **parameters))
 
     def run(self, flow: Flow, repository: Sleeping | Project, /, **parameters) -> Any:
         """The state in which a flow ends that runs in this process, which has imported all that it needs."""
@@ -117,14 +116,14 @@ class Begun:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("prefect"))
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def deployment(server: Server) -> str:
+def deployment(server):
     """The id of `train-all`, registered as `make up` does it."""
     with prefect_client(f"{server.url}/api") as client:
         make_pool(client, "resgrid")
@@ -133,7 +132,7 @@ def deployment(server: Server) -> str:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
+def workers():
     begun: list[subprocess.Popen[bytes]] = []
     yield begun
     for process in begun:
@@ -142,7 +141,7 @@ def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 @pytest.fixture
-def worker(server: Server, deployment: str, workers: list[subprocess.Popen[bytes]]) -> Any:
+def worker(server, deployment, workers):
     """A process worker in the project's folder, as `make up` starts it; that of the test before, if it lives."""
     if not workers or workers[-1].poll() is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, which would be inherited
@@ -151,12 +150,12 @@ def worker(server: Server, deployment: str, workers: list[subprocess.Popen[bytes
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Sleeping:
+def repository(tmp_path_factory):
     return sleeping(tmp_path_factory.mktemp("a repository"), "resnet20, resnet10", "sgd, adam")
 
 
 @pytest.fixture
-def plain(repository: Sleeping) -> Iterator[Sleeping]:
+def plain(repository):
     """The repository, with no cell made to behave in another way."""
     yield repository
     for pattern in ("behave/*", "begun*", "closed*"):
@@ -165,7 +164,7 @@ def plain(repository: Sleeping) -> Iterator[Sleeping]:
 
 
 @pytest.fixture
-def webhook() -> Iterator[tuple[str, list[str]]]:
+def webhook():
     """An address on loopback, and the texts that were posted there."""
     texts: list[str] = []
 
@@ -335,7 +334,7 @@ def test_of_two_forced_runs_at_once_the_second_waits_and_trains_nothing_twice(se
 
 
 @pytest.fixture
-def endless(plain: Sleeping) -> Sleeping:
+def endless(plain):
     """Two cells that train for minutes, in processes that end as `resgrid train` does."""
     for cell in RESNET20:
         plain.behave(cell, f"exec {sys.executable} trainer.py {cell} 300")
@@ -476,19 +475,3 @@ def test_both_doors_give_the_same_weights_at_the_same_number_of_threads(server, 
     assert read("run.json")["weights_sha256"] == by_hand
     [current] = real.runs().query("`tags.grid` == 'current' and `tags.cell` == @CELL")["tags.flow_run_id"]
     assert current == str(flow.state_details.flow_run_id)
-
-
-@pytest.mark.long
-def test_the_mlflow_run_of_a_cancelled_cell_is_killed_and_leads_back_to_its_flow(server, tmp_path):
-    real = digits(tmp_path / "project")
-    real.set("recipes.resnet20.epochs=1000")
-    flow = server.begin(Sleeping(real.root), "train_cell", cell=CELL)
-    log = real.root / f".resgrid/logs/train@{CELL}.log"
-    try:
-        wait_until(lambda: log.exists() and "epoch   2/1000" in log.read_text(), 120)
-    finally:
-        flow.process.terminate()
-    assert wait_until(lambda: not left_over(Sleeping(real.root))) < 10
-    flow.end()
-    run = real.runs().set_index("tags.cell").loc[CELL]
-    assert (run["status"], run["tags.flow_run_id"]) == ("KILLED", flow.id)
