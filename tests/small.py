@@ -168,7 +168,10 @@ class Project(Checkout):
 
 
 def trained(root: Path) -> Project:
-    """A pipeline on 240 real digits as PNG files in `root`, of which every cell but one can be trained."""
+    """A pipeline on 240 real digits as PNG files in `root`, of which every cell but one can be trained.
+
+    The stages that end well run in this process and are then committed: half a minute of CPU less.
+    """
     project = _checkout(root, SMALL)
     found = load_digits()
     for i, (pixels, label) in enumerate(zip(found.images[:240], found.target[:240], strict=True)):
@@ -177,6 +180,14 @@ def trained(root: Path) -> Project:
         Image.fromarray((pixels * 15.9375).astype("uint8")).save(folder / f"{i:04}.png")
     for command in ("git add -A", "git commit -qm start"):
         assert project.run(*command.split()).returncode == 0
+    cells = {f"train@{cell}": cell for cell in GRID} | {"train-study@too-fast": "too-fast"}
+    commands = {"download": ["download"], "preprocess": ["preprocess"]}
+    commands |= {stage: ["train", cell] for stage, cell in cells.items()}
+    for stage, command in commands.items():
+        environment = project.env | {"DVC_ROOT": str(root), "DVC_STAGE": stage}  # as DVC sets them
+        done = project.run_here(("resgrid", *command), environment)
+        assert done.returncode == 0, done.stderr
+    assert project.run("dvc", "commit", "--force", *commands).returncode == 0
     project.trained = project.run("dvc", "repro", "-k")
     project.evaluated = project.run("dvc", "repro", "--single-item", "evaluate")
     return project

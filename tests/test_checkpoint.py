@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -315,12 +316,15 @@ dvc.kill()
 """
 
 
+@dataclass
 class Killed(Project):
     """A pipeline with one cell of 24 epochs, whose processes are killed."""
 
-    def __post_init__(self) -> None:
-        self.begun: list[subprocess.Popen[str]] = []
-        self.kept = self.root / ".resgrid/checkpoints"
+    begun: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> Path:
+        return self.root / ".resgrid/checkpoints"
 
     def begin(self, *command: str) -> subprocess.Popen[str]:
         begun = subprocess.Popen(

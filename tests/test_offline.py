@@ -193,9 +193,3 @@ def test_a_folder_without_results_is_refused(project, tmp_path):
 def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
     code, _, err = node.run("plan")
     assert (code, err) == (1, "resgrid: this command needs the package tasks: `make install`.\n")
-
-
-def test_a_pattern_that_matches_no_cell_is_refused(node):
-    code, _, err = node.run("train", "resnet21-*")
-    assert code == 1
-    assert err.startswith("resgrid: no cell is called 'resnet21-*'")

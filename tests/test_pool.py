@@ -210,7 +210,7 @@ def test_the_server_sets_runs_without_heartbeats_to_crashed_and_forgets_the_form
 
 def test_cells_that_the_version_before_has_placed_are_cancelled(client):
     server.make_pool(client, "former")
-    deployment = _deploy(client, "former")
+    deployment = _deploy(client, "former", "default")
     runs = {}
     for queue in ("default", "cpu", "0123456789abcdef"):
         with suppress(ObjectAlreadyExists):
@@ -218,7 +218,7 @@ def test_cells_that_the_version_before_has_placed_are_cancelled(client):
         runs[queue] = client.create_flow_run_from_deployment(
             deployment, work_queue_name=queue, parameters={"cell": "resnet20-sgd-0"}
         )
-    _deploy(client, "former")
+    _deploy(client, "former", "default")
     states = {queue: client.read_flow_run(run.id).state for queue, run in runs.items()}
     assert {queue: state and state.type for queue, state in states.items()} == {
         "default": StateType.CANCELLED, "cpu": StateType.CANCELLED, "0123456789abcdef": StateType.SCHEDULED,
@@ -229,7 +229,7 @@ def test_empty_queues_of_former_checkouts_are_deleted(client, monkeypatch):
     monkeypatch.setattr(server, "FORMER_SECONDS", 0.0)
     empty, used, current = "a" * 16, "b" * 16, "c" * 16
     server.make_pool(client, "queues", [empty, f"{empty}-cpu", used, current, "people's own"])
-    deployment = _deploy(client, "queues")
+    deployment = _deploy(client, "queues", used)
     client.create_flow_run_from_deployment(deployment, work_queue_name=used, parameters={"cell": "a"})
     deleted = server.delete_former_queues(client, current, dry_run=True)
     assert {empty, f"{empty}-cpu"} <= set(deleted)
@@ -538,10 +538,11 @@ def test_what_the_remote_has_is_recorded_at_once_and_nothing_is_trained_for_the_
     # The next push brings what is left of the one before as well.
     push(clone, f"train@{SGD}")
 
-    monkeypatch.setattr("tasks.pool._deploy", lambda client, name: None)
+    monkeypatch.setattr("tasks.pool._deploy", lambda *given: None)
     begun, real = [], remote.record
     monkeypatch.setattr(remote, "record", lambda *given: begun.append(given[1]) or real(*given))
-    pool = Pool(None, "pool", Pipeline.find(origin.root), None, {}, threading.Event())
+    here = Pipeline.find(origin.root)
+    pool = Pool(None, "pool", here, RunSpec.of(here, None), {}, threading.Event())
     for together, results in (((SGD, ADAM), [True, True]), ((RMSPROP, ADAGRAD), [True, False])):
         with ThreadPoolExecutor() as threads:
             with pool._recording:  # as another's `dvc` does
