@@ -25,9 +25,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 # These begin first, so that no worker is left alone with minutes of work at the end. Those without the small
 # trained pipeline come before those with it: while one worker makes it, the others need not wait for it.
 LONGEST = (
-    "train_all", "pool", "services", "checkpoint", "faults", "offline", "pages", "plan", "engine", "lockfile",
-    "experiments", "extending", "init", "pipeline", "run_status", "tracking", "stage", "registry", "predict",
-    "export", "graph", "convert",
+    "train_all", "pool", "services", "checkpoint", "offline", "engine", "rates", "faults", "pages", "plan",
+    "lockfile", "experiments", "extending", "init", "pipeline", "run_status", "tracking", "stage", "registry",
+    "report", "predict", "export", "graph", "convert",
 )  # fmt: skip
 
 

@@ -474,22 +474,6 @@ def test_forced_a_recorded_training_begins_anew_and_one_that_was_cut_off_goes_on
     assert short.timing()["started"] > started
 
 
-@pytest.mark.long
-def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short):
-    cache = short.root / ".dvc/cache/files/md5"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text("in the way")  # so that DVC can store no output
-    done = short.run("dvc", "repro")
-    assert done.returncode != 0
-    assert epochs_of(done.stderr) == 6
-    timing = short.timing()
-    cache.unlink()
-    assert epochs_of(short.repro()) == 0
-    assert short.timing() == timing
-    md5 = hashlib.md5((short.root / "runs" / CELL / "timing.json").read_bytes()).hexdigest()
-    assert md5 in (short.root / "dvc.lock").read_text()
-
-
 def test_without_dvc_a_finished_cell_is_finished(short):
     for expected, arguments in ((6, ()), (0, ()), (6, ("--afresh",)), (0, ())):
         done = short.run("resgrid", "train", CELL, *arguments)

@@ -19,7 +19,7 @@ import pytest
 from cluster import begin_flow, end_tree
 from ports import free_port
 from prefect.flows import Flow
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from sleeping import ROOT, Sleeping, answers, ask, clean_env, left_over, sleeping, wait_until
 from small import CELL, Project
 
@@ -76,10 +76,9 @@ class Server:
 
     def run(self, flow: Flow, repository: Sleeping | Project, /, **parameters) -> Any:
         """The state in which a flow ends that runs in this process, which has imported all that it needs."""
-        with (
-            patch.dict(os.environ, self.env, clear=True),
-            temporary_settings({PREFECT_API_URL: f"{self.url}/api"}),
-        ):
+        # No log goes to the server, which is gone when this process ends and sends the last ones.
+        settings = {PREFECT_API_URL: f"{self.url}/api", PREFECT_LOGGING_TO_API_ENABLED: False}
+        with patch.dict(os.environ, self.env, clear=True), temporary_settings(settings):
             return flow(pipeline=str(repository.root), return_state=True, **parameters)
 
     def tasks(self, flow_run: object) -> dict[str, str]:
