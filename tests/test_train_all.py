@@ -229,6 +229,7 @@ def test_the_grid_is_trained_in_parallel_and_what_dvc_repro_has_trained_is_not_t
 
 
 def test_only_what_was_asked_for_is_trained(server, plain):
+    assert server.run(prepare_data, plain).name == "Completed"
     plain.change_code()
     before = len(plain.trained())
     assert server.run(train_all, plain, cells=["resnet20-*"], slots=1).message == "2 cells: 2 trained"
