@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -19,6 +20,22 @@ from sleeping import answers, ask, clean_env, wait_until
 
 BUCKET = "resgrid"
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian has them outside of the PATH
+
+
+FLOW = """
+import json, sys
+from flows.train_all import train_all
+state = train_all(**json.loads(sys.argv[1]), return_state=True)
+print(json.dumps([state.name, state.message]))
+"""
+
+
+def begin_flow(root: Path, env: dict[str, str], **parameters: Any) -> subprocess.Popen[str]:
+    """A train-all in a process of its own; the last line that it prints is its state's name and message."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FLOW, json.dumps(parameters)], cwd=root, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def end_tree(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
@@ -84,6 +101,8 @@ class Cluster:
         self.env = clean_env(
             PREFECT_HOME=str(root / "prefect"),
             PREFECT_API_URL=f"{self.url('prefect')}/api",
+            PREFECT_WORKER_QUERY_SECONDS="1",
+            PREFECT_LOGGING_EXTRA_LOGGERS="resgrid,tasks",  # as prefect.yaml sets it
             MLFLOW_TRACKING_URI=self.url("mlflow"),
             AWS_ACCESS_KEY_ID="key",
             AWS_SECRET_ACCESS_KEY="secret",

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 # These begin first, so that no worker is left alone with minutes of work at the end. Those without the small
 # trained pipeline come before those with it: while one worker makes it, the others need not wait for it.
 LONGEST = (
-    "train_all", "pool", "services", "checkpoint", "faults", "offline", "pages", "plan", "engine", "lockfile",
-    "experiments", "extending", "init", "pipeline", "run_status", "tracking", "stage", "registry", "predict",
-    "export", "graph", "convert",
+    "train_all", "pool", "services", "checkpoint", "offline", "engine", "rates", "faults", "pages", "plan",
+    "lockfile", "experiments", "extending", "init", "pipeline", "run_status", "tracking", "stage", "registry",
+    "report", "predict", "export", "graph", "convert",
 )  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def reference_data() -> Path:
+def reference_data():
     """The folder of published weights and real CIFAR-10 images that RESGRID_REFERENCE_DATA names."""
     folder = os.environ.get("RESGRID_REFERENCE_DATA")
     if not folder:
@@ -50,7 +49,7 @@ def reference_data() -> Path:
 
 
 @pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def image_folder(tmp_path):
     """Handwritten digits as PNG and JPEG: train/ has 4 of each of "one", "three" and "two", test/ has 2."""
     digits = load_digits()
     for number, class_name in ((1, "one"), (2, "two"), (3, "three")):
@@ -63,7 +62,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cifar_archive(tmp_path_factory):
     """Two batches and a test batch of 20 drawn images in 4 classes, pickled and packed as CIFAR-10 is."""
     path = tmp_path_factory.mktemp("cifar") / "tiny.tar.gz"
     values = np.random.default_rng(0)
@@ -83,7 +82,7 @@ def cifar_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def small(tmp_path_factory):
     """A small pipeline, trained and compared once: a test that changes anything works on a copy."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -129,7 +128,7 @@ class SmallDisks:
 
 
 @pytest.fixture
-def disks() -> Iterator[SmallDisks]:
+def disks():
     made = SmallDisks()
     yield made
     for place in reversed(made.mounted):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 
@@ -136,8 +137,15 @@ def ask(url: str, content: dict[str, Any] | None = None) -> Any:
     """The answer of a REST interface."""
     data = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.load(response)
+        except HTTPError as error:
+            if error.code != 503:  # Prefect's SQLite is busy: its own clients ask again, too
+                raise
+            time.sleep(0.5)
+    raise TimeoutError(url)
 
 
 def answers(url: str) -> bool:
@@ -148,39 +156,54 @@ def answers(url: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Sleeping:
-    """A DVC repository in `root`, its pipeline in the root itself."""
+@dataclass
+class Checkout:
+    """A repository of git's and DVC's in `root`, with a pipeline in the root itself."""
 
     root: Path
 
     @property
     def env(self) -> dict[str, str]:
-        return clean_env(PYTHONPATH=str(ROOT))
+        return clean_env()
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.env | extra,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            command, cwd=self.root, env=self.env | extra, capture_output=True, text=True, timeout=600,
             check=False,
-        )
+        )  # fmt: skip
 
-    def behave(self, cell: str, commands: str) -> None:
-        (self.root / "behave" / cell).write_text(commands + "\n")
+    def initialize(self) -> None:
+        """Make it a repository, with the project's settings."""
+        for name in (".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, self.root / name)
+        for command in (
+            "git init -q -b main", "git config user.name t", "git config user.email t@t.invalid", "dvc init -q",
+        ):  # fmt: skip
+            done = self.run(*command.split())
+            assert done.returncode == 0, done.stderr
+        shutil.copy(ROOT / ".dvc/config", self.root / ".dvc/config")
 
     def edit(self, path: str, old: str, new: str) -> None:
-        text = (self.root / path).read_text()
+        file = self.root / path
+        text = file.read_text()
         assert old in text
-        (self.root / path).write_text(text.replace(old, new))
+        file.write_text(text.replace(old, new))
 
     def set(self, *assignments: str) -> None:
         """As `resgrid set` does."""
         path = self.root / "params.yaml"
         path.write_text(assign(path.read_text(), assignments))
+
+
+class Sleeping(Checkout):
+    """Its stages sleep."""
+
+    @property
+    def env(self) -> dict[str, str]:
+        return clean_env(PYTHONPATH=str(ROOT))
+
+    def behave(self, cell: str, commands: str) -> None:
+        (self.root / "behave" / cell).write_text(commands + "\n")
 
     def change_code(self, to: str | None = None) -> None:
         """Make every cell stale; unless `to` is given, in a way that no run cache knows."""
@@ -204,22 +227,12 @@ def sleeping(root: Path, architectures: str, optimizers: str, seeds: str = "0") 
     (root / "work.sh").write_text(WORK)
     (root / "trainer.py").write_text(TRAINER)
     (root / "code/net.py").write_text("depth = 20\n")
-    return repository_in(root)
-
-
-def repository_in(root: Path) -> Sleeping:
-    """Make `root`, which has a params.yaml and a dvc.yaml, a repository of git's and DVC's."""
-    for name in (".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, root / name)
     pipeline = Sleeping(root)
-    for command in ("git init -q -b main", "dvc init -q"):
-        done = pipeline.run(*command.split())
-        assert done.returncode == 0, done.stderr
-    shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
+    pipeline.initialize()
     return pipeline
 
 
-def left_over(repository: Sleeping) -> list[str]:
+def left_over(repository: Checkout) -> list[str]:
     """The command lines of all processes that work in the repository."""
     commands = []
     for process in psutil.process_iter():

@@ -16,16 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import SmallDisks
 from ruamel.yaml import YAML
-from small import Project, digits
+from small import ROOT, Project, digits
 from test_run import CPU, cell, folder, smaller, train  # noqa: F401  # `folder` is a fixture
 
 from resgrid import checkpoint, tracking
@@ -38,7 +36,6 @@ from resgrid.provenance import CODE, code_digest
 from resgrid.train_cell import train_cell
 from resgrid.training.engine import Epoch
 
-ROOT = Path(__file__).parents[1]
 SAME = ["history.csv", "run.json", "summary.txt", "weights.safetensors"]  # the bytes of each run
 # Augmentation and a schedule: the streams of random numbers and the counters are in use.
 LIVELY = {
@@ -48,7 +45,7 @@ LIVELY = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def data(folder, tmp_path_factory):  # noqa: F811
     return smaller(folder, tmp_path_factory.mktemp("few") / "processed", train=32, test=16, validation=16)
 
 
@@ -84,7 +81,7 @@ def same_files(out: Path, reference: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
+def processes():
     """Real processes, from a server that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "resgrid.tracking", __name__])
@@ -98,11 +95,11 @@ def _train(trained: Cell, data: Path, kept: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(6, 12), pytest.param(50, 100, marks=pytest.mark.long, id="50-100")]
+    ("kills", "epochs"), [(1, 4), pytest.param(50, 100, marks=pytest.mark.long, id="50-100")]
 )
 def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
-    data: Path, tmp_path: Path, processes: ForkServerContext, kills: int, epochs: int
-) -> None:
+    data, tmp_path, processes, kills, epochs
+):
     trained = cell("resnet20-adam-0", epochs=epochs, **LIVELY)
     began = time.monotonic()
     train(trained, data, tmp_path / "alone")
@@ -129,10 +126,8 @@ def test_a_cell_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
     assert same_files(tmp_path / "killed", tmp_path / "alone")
 
 
-def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
-    data: Path, tmp_path: Path, processes: ForkServerContext
-) -> None:
-    trained = cell("resnet10-adam-0", epochs=4, batch_size=8, **LIVELY)  # 59 MB: time to be hit
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(data, tmp_path, processes):
+    trained = cell("resnet10-adam-0", epochs=3, batch_size=8, **LIVELY)  # 59 MB: time to be hit
     train(trained, data, tmp_path / "alone")
     kept = tmp_path / "kept"
     for _ in range(10):
@@ -151,7 +146,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
             break
     assert torn
     assert start(trained, data, kept).num_epochs == 1
-    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "killed")] == [2, 3, 4]
+    assert [epoch.epoch for epoch in go_on(trained, data, kept, tmp_path / "killed")] == [2, 3]
     assert same_files(tmp_path / "killed", tmp_path / "alone")
 
 
@@ -159,7 +154,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adagrad"])
-def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Path, optimizer: str) -> None:
+def test_in_pieces_every_optimizer_gives_the_same_bytes(data, tmp_path, optimizer):
     trained = cell(f"resnet20-{optimizer}-0", epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
     before, after = time.time_ns() // 1000, 0
@@ -175,7 +170,7 @@ def test_in_pieces_every_optimizer_gives_the_same_bytes(data: Path, tmp_path: Pa
     assert timing["train_seconds"] == sum(timing["epoch_seconds"])
 
 
-def test_a_finished_training_whose_results_are_gone_writes_them_alone(data: Path, tmp_path: Path) -> None:
+def test_a_finished_training_whose_results_are_gone_writes_them_alone(data, tmp_path):
     trained = cell(epochs=2, **LIVELY)
     train(trained, data, tmp_path / "alone")
     go_on(trained, data, tmp_path / "kept", tmp_path / "run")
@@ -198,9 +193,7 @@ def test_a_divergence_after_an_interruption_brings_back_the_weights_before_it(
     assert same_files(tmp_path / "pieces", tmp_path / "alone")
 
 
-def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_anew(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_anew(data, tmp_path, caplog):
     trained, kept = cell(epochs=2, **LIVELY), tmp_path / "kept"
     train(trained, data, tmp_path / "alone")
     go_on(trained, data, kept, tmp_path / "run", stop_after=1)
@@ -219,7 +212,7 @@ def test_a_torn_or_altered_checkpoint_is_refused_once_and_the_training_begins_an
     assert same_files(tmp_path / "run", tmp_path / "alone")
 
 
-def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path) -> None:
+def test_only_the_same_cell_data_and_execution_go_on(data, tmp_path):
     trained = cell(epochs=3, **LIVELY)
     go_on(trained, data, tmp_path, tmp_path / "run", stop_after=1)
     digest = load_meta(data).digest
@@ -241,7 +234,7 @@ def test_only_the_same_cell_data_and_execution_go_on(data: Path, tmp_path: Path)
     assert found(cell(epochs=4, **LIVELY)) == 0
 
 
-def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -> None:
+def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path):
     shutil.copytree(ROOT / "src/resgrid", tmp_path / "resgrid", ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "resgrid"
     before = code_digest(package)
@@ -257,7 +250,7 @@ def test_a_change_of_the_code_that_trains_makes_another_digest(tmp_path: Path) -
         before = code_digest(package)
 
 
-def test_the_code_that_it_belongs_to_is_that_of_the_stage() -> None:
+def test_the_code_that_it_belongs_to_is_that_of_the_stage():
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for deps in (stages["train"]["deps"], stages["train-study"]["do"]["deps"]):
         assert deps == ["data/processed", *(f"src/resgrid/{name}" for name in CODE)]
@@ -281,8 +274,8 @@ def test_the_number_of_threads_is_kept_as_far_as_there_are_cores(data: Path, tmp
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_and_training_goes_on_from_there_with_room(
-    data: Path, tmp_path: Path, disks: SmallDisks
-) -> None:
+    data, tmp_path, disks
+):
     trained = cell(epochs=4, **LIVELY)
     train(trained, data, tmp_path / "alone")
     disk = disks.mount(tmp_path / "disk", "3m")  # room for one checkpoint, and not for a second one
@@ -444,6 +437,18 @@ def epochs_of(said: str) -> int:
     return len([line for line in said.splitlines() if re.match(rf"{CELL}  epoch +\d+/", line)])
 
 
+def test_forced_a_recorded_training_begins_anew_and_one_that_was_cut_off_goes_on(short):
+    """Under `dvc repro`, whose command cannot see `--force`."""
+    assert epochs_of(short.repro()) == 6
+    started = short.timing()["started"]
+    done = short.kill_after_an_epoch(short.begin("dvc", "repro", "--force"))
+    said = short.repro("--force")
+    assert f"goes on after epoch {done}/6" in said
+    assert epochs_of(said) == 6 - done
+    assert short.timing()["started"] > started
+
+
+@pytest.mark.long
 def test_which_start_trains_and_which_takes_what_is_there(short: Repository) -> None:
     """Each by `dvc repro`, whose stage cannot see `--force`."""
     assert epochs_of(short.repro()) == 6
@@ -485,6 +490,7 @@ def test_which_start_trains_and_which_takes_what_is_there(short: Repository) -> 
     assert epochs_of(done.stderr) == 6
 
 
+@pytest.mark.long
 def test_a_training_whose_commit_failed_is_recorded_without_another_epoch(short: Repository) -> None:
     cache = short.root / ".dvc/cache/files/md5"
     cache.mkdir(parents=True)
@@ -578,3 +584,23 @@ def test_gc_takes_what_is_of_no_use_and_leaves_what_will_go_on(
     assert [each.why for each in find_leftovers(tmp_path, pipeline, cache)] == [
         "nobody has gone on from it for a month"
     ]
+
+
+def test_only_what_dvc_has_recorded_trains_anew(data, tmp_path):
+    kept, lock, trained = tmp_path / "kept", tmp_path / "dvc.lock", cell(epochs=2, **LIVELY)
+
+    def left(afresh: bool = False) -> int:
+        made = Checkpoints(kept, trained, load_meta(data).digest, CPU, PLAIN, lock, afresh)
+        return made.num_epochs
+
+    go_on(trained, data, kept, tmp_path / "run")
+    assert left() == 2  # there is no dvc.lock yet
+    lock.write_text("md5: 0123456789abcdef0123456789abcdef\n")
+    assert left() == 2  # it lists an earlier training
+    md5 = hashlib.md5((tmp_path / "run/timing.json").read_bytes()).hexdigest()
+    lock.write_text(f"stages: {{train: {{outs: [{{path: timing.json, md5: {md5}}}]}}}}\n")
+    assert left() == 0
+    assert list(kept.iterdir()) == []
+    go_on(trained, data, kept, tmp_path / "run", stop_after=1)
+    assert left() == 1
+    assert left(afresh=True) == 0

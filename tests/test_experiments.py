@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from small import GRID, Project
+from small import CELL, GRID, Project
 
-CELL = "resnet20-sgd-0"
 STAGE = f"train@{CELL}"
 
 
 @pytest.fixture(scope="module")
-def committed(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def committed(small, tmp_path_factory):
     """A copy in which dvc.lock is committed."""
-    copy = small.copy(tmp_path_factory.mktemp("committed") / "a project", mirrored=True)
+    copy = small.copy(tmp_path_factory.mktemp("committed") / "a project")
     # Of a stage that was never run DVC's `apply` misses the outputs, and says that it failed.
     copy.set("studies={too-fast: {architecture: resnet20, optimizer: sgd, seed: 0, lr: 1.0e+9}}")
     assert copy.run("dvc", "repro", "--single-item", "evaluate").returncode == 0
-    commit(copy, "dvc.lock", "params.yaml")
+    for command in (["add", "dvc.lock", "params.yaml"], ["commit", "-qm", "record"]):
+        assert copy.run("git", *command).returncode == 0
     return copy
 
 
 @pytest.fixture
-def project(committed: Project, tmp_path: Path) -> Project:
-    return committed.copy(tmp_path / "a project", mirrored=True)
+def project(committed, tmp_path):
+    return committed.copy(tmp_path / "a project")
 
 
-def commit(project: Project, *paths: str) -> None:
-    for command in (["add", *paths], ["commit", "-qm", "record"]):
-        done = project.run("git", *command)
-        assert done.returncode == 0, done.stderr
+def queue(project: Project, rate: str) -> None:
+    done = project.run("dvc", "exp", "run", "--queue", "-S", f"tuning.resnet20.sgd.lr={rate}", STAGE)
+    assert done.returncode == 0, done.stderr
 
 
-def epochs(project: Project, cell: str = CELL) -> int:
-    return int(json.loads((project.root / f"runs/{cell}/run.json").read_text())["epochs"])
-
-
-def experiments(project: Project) -> dict[str, str]:
-    """Names of the finished experiments, by their commits."""
-    lines = project.run("dvc", "exp", "list").stdout.splitlines()
-    return {line.split()[1].strip("[]"): line.split()[0] for line in lines if line.startswith("\t")}
-
-
-def test_a_number_set_in_the_workspace_changes_one_line_and_retrains_one_cell(project: Project) -> None:
+def test_a_number_set_in_the_workspace_changes_one_line_and_retrains_one_cell(project):
+    assert project.run("resgrid", "sync", "--rebuild").returncode == 0
     done = project.run("dvc", "exp", "run", "-S", "recipes.resnet20.epochs=1", STAGE)
     assert done.returncode == 0, done.stderr
     stat = project.run("git", "diff", "--stat", "params.yaml").stdout
     assert "1 insertion(+), 1 deletion(-)" in stat, stat
-    assert epochs(project) == 1
+    assert json.loads((project.root / f"runs/{CELL}/run.json").read_text())["epochs"] == 1
     others = {f"train@{cell}" for cell in GRID if cell != CELL} | {"train-study@too-fast"}
     assert project.stale() - {"evaluate"} == others
     runs = project.runs().set_index("tags.cell").loc[CELL]
@@ -57,9 +46,8 @@ def test_a_number_set_in_the_workspace_changes_one_line_and_retrains_one_cell(pr
     assert "tags.dvc_experiment" not in runs  # what runs in the workspace is the workspace's
 
 
-def test_an_experiment_in_a_copy_has_its_run_and_leaves_the_workspaces_until_it_is_applied(
-    project: Project,
-) -> None:
+def test_an_experiment_in_a_copy_has_its_run_and_leaves_the_workspaces_until_it_is_applied(project):
+    assert project.run("resgrid", "sync", "--rebuild").returncode == 0
     cell = "resnet20-adam-0"  # whose accuracies after one and two epochs differ
     before = project.runs().set_index("run_id")["tags.grid"]
     done = project.run("dvc", "exp", "run", "--temp", "-S", "recipes.resnet20.epochs=1", f"train@{cell}")
@@ -91,10 +79,8 @@ def test_an_experiment_in_a_copy_has_its_run_and_leaves_the_workspaces_until_it_
     assert (of_cell["tags.grid"] == "current").sum() == 1
 
 
-def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(
-    small: Project, tmp_path: Path
-) -> None:
-    project = small.copy(tmp_path / "a project", mirrored=True)
+def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(small, tmp_path):
+    project = small.copy(tmp_path / "a project")
     lock, runs = (project.root / "dvc.lock").read_text(), len(project.runs())
     done = project.run("dvc", "exp", "run", "--temp", "-S", "tuning.resnet20.sgd.lr=0.02", STAGE)
     assert done.returncode != 0
@@ -104,9 +90,7 @@ def test_without_a_committed_lock_a_copy_trains_nothing_and_says_what_to_do(
     assert len(project.runs()) == runs
 
 
-def test_in_a_shallow_clone_an_experiment_trains_nothing_and_says_what_to_do(
-    project: Project, tmp_path: Path
-) -> None:
+def test_in_a_shallow_clone_an_experiment_trains_nothing_and_says_what_to_do(project, tmp_path):
     """DVC would train it, end with 0, and record nothing."""
     clone = Project(tmp_path / "clone")
     done = project.run("git", "clone", "-q", "--depth", "1", f"file://{project.root}", str(clone.root))
@@ -121,9 +105,7 @@ def test_in_a_shallow_clone_an_experiment_trains_nothing_and_says_what_to_do(
     assert not (clone.root / "mlflow.db").exists()  # nothing began to train
 
 
-def test_a_folder_of_results_that_is_a_link_is_refused_before_anything_trains(
-    project: Project, tmp_path: Path
-) -> None:
+def test_a_folder_of_results_that_is_a_link_is_refused_before_anything_trains(project, tmp_path):
     """DVC would refuse its outputs after the training."""
     (project.root / "runs").rename(tmp_path / "other disk")
     (project.root / "runs").symlink_to(tmp_path / "other disk")
@@ -139,31 +121,23 @@ def test_a_folder_of_results_that_is_a_link_is_refused_before_anything_trains(
 
 
 @pytest.mark.long
-def test_queued_experiments_are_kept_apart_and_none_runs_other_code_than_dvc_records(
-    project: Project,
-) -> None:
+def test_queued_experiments_are_kept_apart_and_none_runs_other_code_than_dvc_records(project):
+    assert project.run("resgrid", "sync", "--rebuild").returncode == 0
     code = {"PYTHONPATH": str(project.root / "src")}  # the workspace's is the installed one
     for rate in ("0.01", "0.02", "0.03"):
-        assert (
-            project.run(
-                "dvc", "exp", "run", "--queue", "-S", f"tuning.resnet20.sgd.lr={rate}", STAGE
-            ).returncode
-            == 0
-        )
+        queue(project, rate)
     done = project.run("dvc", "exp", "run", "--run-all", **code)
     assert done.returncode == 0, done.stderr
     runs = project.runs()
     made = runs[runs["tags.grid"] == "experiment"]
     assert sorted(made["params.learning_rate"]) == ["0.01", "0.02", "0.03"]
-    assert set(made["tags.dvc_experiment"]) == set(experiments(project))
+    lines = project.run("dvc", "exp", "list").stdout.splitlines()
+    names = {line.split()[1].strip("[]") for line in lines if line.startswith("\t")}
+    assert set(made["tags.dvc_experiment"]) == names
 
-    assert (
-        project.run("dvc", "exp", "run", "--queue", "-S", "tuning.resnet20.sgd.lr=0.04", STAGE).returncode
-        == 0
-    )
+    queue(project, "0.04")
     project.edit("src/resgrid/training/optimizers.py", '"""', '"""Edited. ')
     project.run("dvc", "exp", "run", "--run-all", **code)
-    assert len(experiments(project)) == 3
     said = project.run("dvc", "queue", "status").stdout
     assert "Failed" in said
     assert len(project.runs()) == len(runs)

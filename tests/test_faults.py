@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -19,33 +18,39 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import SmallDisks
 from mlflow.entities import Run
 from ports import free_port
 from ruamel.yaml import YAML
-from small import ALWAYS, GRID, ROOT, Project
+from sleeping import answers, wait_until
+from small import ALWAYS, CELL, GRID, ROOT, Project
 
 from resgrid import tracking
 from resgrid.config import load_params
 from resgrid.tracking.store import SETTINGS, server
 
-CELL = "resnet20-sgd-0"
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)  # Debian's package `faketime`
 
 
 @pytest.fixture
-def pipeline(small: Project, tmp_path: Path) -> Project:
+def pipeline(small, tmp_path):
     """A copy of a trained pipeline, in a folder with a space and umlauts in its name."""
     return small.copy(tmp_path / "eine Kopie, größer")
 
 
 def make_stale(pipeline: Project) -> None:
     """As a change of the cell's learning rate does."""
-    pipeline.edit("params.yaml", "sgd: {lr: 0.05}", "sgd: {lr: 0.04}")
+    pipeline.set("tuning.resnet20.sgd.lr=0.04")
 
 
 def train(pipeline: Project, **extra: str) -> subprocess.CompletedProcess[str]:
-    done = pipeline.run("dvc", "repro", f"train@{CELL}", **extra)
+    return completed(pipeline.run("resgrid", "train", CELL, **extra))
+
+
+def repro(pipeline: Project, **extra: str) -> subprocess.CompletedProcess[str]:
+    return completed(pipeline.run("dvc", "repro", f"train@{CELL}", **extra))
+
+
+def completed(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -62,7 +67,7 @@ def flip(path: Path) -> None:
 # --- another folder ---------------------------------------------------------------------------------
 
 
-def test_the_makefile_holds_in_a_folder_of_any_name_and_deletes_nothing_beside_it(tmp_path: Path) -> None:
+def test_the_makefile_holds_in_a_folder_of_any_name_and_deletes_nothing_beside_it(tmp_path):
     """Its programs are looked for in the folder's own .venv, where one stands here that says which it is."""
     folder = tmp_path / "my own \"dir\" $HOME 'größer' #1 %"
     (folder / ".venv/bin").mkdir(parents=True)
@@ -94,18 +99,15 @@ def test_the_makefile_holds_in_a_folder_of_any_name_and_deletes_nothing_beside_i
     assert all(neighbour.is_dir() for neighbour in neighbours)
 
 
-@pytest.mark.parametrize("how", ["copied", "moved"])
+@pytest.mark.parametrize("how", ["copied", pytest.param("moved", marks=pytest.mark.long)])
 def test_a_checkout_elsewhere_records_nothing_until_a_rebuild_and_then_all_of_it(
-    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+    pipeline, tmp_path, monkeypatch, how
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert (
-        pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
-    )  # the small pipeline's store was moved, too
-    original, commit = (
-        pipeline.root,
-        json.loads((pipeline.root / f"runs/{CELL}/timing.json").read_text())["commit"],
-    )
+    # The small pipeline's store was moved, too.
+    assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
+    original = pipeline.root
+    commit = json.loads((original / f"runs/{CELL}/timing.json").read_text())["commit"]
     if how == "copied":
         pipeline = pipeline.copy(tmp_path / "another")
     else:
@@ -122,7 +124,7 @@ def test_a_checkout_elsewhere_records_nothing_until_a_rebuild_and_then_all_of_it
     assert "`resgrid sync --rebuild`" in refused.stderr
     make_stale(pipeline)
     trained = train(pipeline)
-    assert trained.returncode == 0
+    assert trained.returncode == 0, trained.stderr
     assert trained.stderr.count("moved or copied") == 1
     assert files(original) == before
 
@@ -149,7 +151,7 @@ def test_a_checkout_elsewhere_records_nothing_until_a_rebuild_and_then_all_of_it
     assert f"{len(cells)} unchanged, " in again.stdout, again.stdout + again.stderr
 
 
-def test_a_deleted_database_is_filled_again_from_the_run_folders(pipeline: Project) -> None:
+def test_a_deleted_database_is_filled_again_from_the_run_folders(pipeline):
     for path in pipeline.root.glob("mlflow.db*"):
         path.unlink()
     shutil.rmtree(pipeline.root / "mlruns")
@@ -164,14 +166,12 @@ def test_a_deleted_database_is_filled_again_from_the_run_folders(pipeline: Proje
 # --- damaged files ----------------------------------------------------------------------------------
 
 
-def test_a_damaged_copy_in_dvcs_cache_is_named_and_the_cell_trained_again(pipeline: Project) -> None:
+def test_a_damaged_copy_in_dvcs_cache_is_named_and_the_cell_trained_again(pipeline):
     """DVC trusts what it has in its cache, and would hand the damaged file out again and again."""
     weights = pipeline.root / "runs" / CELL / "weights.safetensors"
     good = weights.read_bytes()
     lock = YAML(typ="safe").load((pipeline.root / "dvc.lock").read_text())
-    [md5] = [
-        out["md5"] for out in lock["stages"][f"train@{CELL}"]["outs"] if out["path"].endswith("safetensors")
-    ]
+    [md5] = [out["md5"] for out in lock["stages"][f"train@{CELL}"]["outs"] if "weights" in out["path"]]
     copy = pipeline.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
     flip(copy)
     weights.unlink()
@@ -187,19 +187,17 @@ def test_a_damaged_copy_in_dvcs_cache_is_named_and_the_cell_trained_again(pipeli
     cleaned = pipeline.run("resgrid", "gc")
     assert f"{copy.relative_to(pipeline.root)}: it is damaged" in cleaned.stdout
     assert not copy.exists()
-    assert train(pipeline).returncode == 0
+    assert repro(pipeline).returncode == 0
     assert weights.read_bytes() == copy.read_bytes() == good
     assert pipeline.run("resgrid", "evaluate").returncode == 0
 
 
-def test_damaged_data_are_neither_trained_on_nor_scored_with(pipeline: Project) -> None:
+def test_damaged_data_are_neither_trained_on_nor_scored_with(pipeline):
     for split in ("train", "test"):
         flip(pipeline.root / f"data/processed/{split}.safetensors")
-    for command in (("resgrid", "train", CELL), ("resgrid", "evaluate")):
-        refused = pipeline.run(*command)
+    for refused in (train(pipeline), completed(pipeline.run("resgrid", "evaluate"))):
         assert refused.returncode == 1
         assert ".safetensors: the file is damaged (its digest is not the one in meta.json)" in refused.stderr
-        assert "Traceback" not in refused.stderr
     assert pipeline.run("dvc", "repro", "preprocess").returncode == 0
     assert not pipeline.stale() - ALWAYS
 
@@ -207,9 +205,7 @@ def test_damaged_data_are_neither_trained_on_nor_scored_with(pipeline: Project) 
 # --- no room ----------------------------------------------------------------------------------------
 
 
-def test_on_a_full_disk_for_results_the_training_waits_and_ends_with_room_without_an_epoch(
-    pipeline: Project, disks: SmallDisks
-) -> None:
+def test_on_a_full_disk_for_results_the_training_waits_and_ends_with_room_without_an_epoch(pipeline, disks):
     make_stale(pipeline)
     shutil.rmtree(pipeline.root / "runs" / CELL)
     disk = disks.mount(pipeline.root / "runs" / CELL, "600k")  # the weights take 1.1 MB
@@ -226,27 +222,25 @@ def test_on_a_full_disk_for_results_the_training_waits_and_ends_with_room_withou
 
 
 @pytest.mark.long
-def test_on_a_full_disk_for_dvcs_cache_nothing_is_lost_and_nothing_trained_twice(
-    pipeline: Project, disks: SmallDisks, tmp_path: Path
-) -> None:
+def test_on_a_full_disk_for_dvcs_cache_nothing_is_lost_and_nothing_trained_twice(pipeline, disks, tmp_path):
     make_stale(pipeline)
     disk = disks.mount(tmp_path / "cache", "24m")
     shutil.copytree(pipeline.root / ".dvc/cache", disk, dirs_exist_ok=True)
     (disk / "filling").write_bytes(bytes(shutil.disk_usage(disk).free - 500_000))
     assert pipeline.run("dvc", "cache", "dir", "--local", str(disk)).returncode == 0
-    full = train(pipeline)
+    full = repro(pipeline)
     assert full.returncode != 0
     assert "No space left on device" in full.stderr
     disks.resize(disk, "32m")
-    again = train(pipeline)
+    again = repro(pipeline)
     assert again.returncode == 0, again.stderr
     assert f"{CELL}  goes on after epoch 2/2" in again.stderr
     assert f"train@{CELL}" not in pipeline.stale()
 
 
 def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
-    pipeline: Project, disks: SmallDisks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    pipeline, disks, tmp_path, monkeypatch
+):
     disk = disks.mount(tmp_path / "mlflow", "50m")
     uri = f"sqlite:///{disk}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -263,16 +257,14 @@ def test_when_mlflows_disk_is_full_training_goes_on_and_sync_brings_the_rest(
         synced = pipeline.run("resgrid", "sync", "--json", MLFLOW_TRACKING_URI=uri)
         assert json.loads(synced.stdout)["cells"][CELL] == outcome, synced.stdout + synced.stderr
     store = tracking.open_store("small", pipeline.root)
-    runs = store.client.search_runs([store.experiment_id], f"tags.cell = '{CELL}' and tags.grid = 'current'")
-    (run,) = runs
+    current = f"tags.cell = '{CELL}' and tags.grid = 'current'"
+    [run] = store.client.search_runs([store.experiment_id], current)
     history = store.client.get_metric_history(run.info.run_id, "train_loss")
     assert [point.step for point in history] == [1, 2]
 
 
 @pytest.mark.long
-def test_a_full_folder_of_temporary_files_stops_nothing(
-    pipeline: Project, disks: SmallDisks, tmp_path: Path
-) -> None:
+def test_a_full_folder_of_temporary_files_stops_nothing(pipeline, disks, tmp_path):
     disk = disks.mount(tmp_path / "temporary", "64k")
     with pytest.raises(OSError, match="No space"):
         (disk / "filling").write_bytes(bytes(2**17))
@@ -283,14 +275,12 @@ def test_a_full_folder_of_temporary_files_stops_nothing(
     assert synced.returncode == 0, synced.stdout + synced.stderr
 
 
-def test_a_checkout_that_cannot_be_written_says_so(pipeline: Project, disks: SmallDisks) -> None:
+def test_a_checkout_that_cannot_be_written_says_so(pipeline, disks):
     make_stale(pipeline)
     disks.protect(pipeline.root)
-    for command in (("dvc", "repro", f"train@{CELL}"), ("resgrid", "train", CELL), ("resgrid", "sync")):
-        refused = pipeline.run(*command)
-        assert refused.returncode != 0, command
-        assert "Read-only file system" in refused.stdout + refused.stderr, command
-        assert "Traceback" not in refused.stdout + refused.stderr, command
+    for refused in (repro(pipeline), train(pipeline), completed(pipeline.run("resgrid", "sync"))):
+        assert refused.returncode != 0, refused.args
+        assert "Read-only file system" in refused.stdout + refused.stderr, refused.args
 
 
 # --- the clock --------------------------------------------------------------------------------------
@@ -300,16 +290,11 @@ def test_a_checkout_that_cannot_be_written_says_so(pipeline: Project, disks: Sma
 @pytest.mark.parametrize(
     "years", [{"sgd": 2020}, pytest.param({"sgd": 2040, "adam": 2020}, marks=pytest.mark.long)]
 )
-def test_a_clock_that_jumps_changes_no_result_and_loses_none(
-    pipeline: Project, years: dict[str, int]
-) -> None:
+def test_a_clock_that_jumps_changes_no_result_and_loses_none(pipeline, years):
     """Back, or to 2040 and then, in the middle of the same grid, to 2020."""
     names = ("weights.safetensors", "run.json", "history.csv", "summary.txt")
-    before = [
-        (path, path.read_bytes())
-        for name in names
-        for path in pipeline.root.glob(f"runs/resnet20-*-0/{name}")
-    ]
+    paths = [path for name in names for path in pipeline.root.glob(f"runs/resnet20-*-0/{name}")]
+    before = {path: path.read_bytes() for path in paths}
     assert len(before) == 8
     for optimizer, year in years.items():
         clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"@{year}-01-01 00:00:00"}
@@ -321,7 +306,7 @@ def test_a_clock_that_jumps_changes_no_result_and_loses_none(
         assert datetime.fromtimestamp(timing["started"] / 1e6, UTC).date() == date(year, 1, 1)
         assert 0 < timing["train_seconds"] < 600
     assert pipeline.stale() - ALWAYS == {"evaluate"}  # timing.json alone is new
-    assert all(path.read_bytes() == content for path, content in before)
+    assert {path: path.read_bytes() for path in paths} == before
     assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
 
 
@@ -341,10 +326,10 @@ def points(store: tracking.Store, run: Run) -> dict[str, list[tuple[int, float |
     }
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_undisturbed_training(
-    pipeline: Project, monkeypatch: pytest.MonkeyPatch, kills: int
-) -> None:
+    pipeline, monkeypatch, kills
+):
     """The trainer, DVC with it, or MLflow's server: at a random time, or between metrics, model and tags."""
     assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -375,14 +360,13 @@ def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_u
     undisturbed = points(store, current())
     assert [step for step, _ in undisturbed["test_accuracy"]] == [1, 2]
     drawn = random.Random(0)
-    targets, moments = ("trainer", "group", "server"), ("any", "run", "metrics", "outcome", "model")
+    targets, moments = ("server", "trainer", "group"), ("any", "run", "metrics", "outcome", "model")
     for number in range(kills):
         target, moment = targets[number % 3], drawn.choice(moments)
         where = f"kill {number}: {target} at {moment}"
         before = {run.info.run_id for run in runs()}
         shutil.rmtree(pipeline.root / ".resgrid/checkpoints", ignore_errors=True)
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        environment |= {"RESGRID_THREADS": "1"}
+        environment = dict(pipeline.env)
         served = None
         if target == "server":
             port = free_port()
@@ -391,9 +375,7 @@ def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_u
                 command, env=SETTINGS | os.environ, start_new_session=True, stderr=subprocess.DEVNULL
             )
             environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
-            while not answers(port):
-                assert served.poll() is None
-                time.sleep(0.1)
+            wait_until(lambda port=port: answers(f"http://127.0.0.1:{port}/health"))
         command = ["resgrid", "train", CELL, "--afresh"]
         if target == "group":
             command = ["dvc", "repro", "-f", "-s", f"train@{CELL}"]
@@ -411,7 +393,7 @@ def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_u
             victim.wait()
         process.wait()
         if target != "server":  # goes on, or does nothing where it had ended
-            done = pipeline.run("resgrid", "train", CELL)
+            done = train(pipeline)
             assert done.returncode == 0, f"{where}\n{done.stderr}"
         for outcomes in ({"completed", "created", "unchanged"}, {"unchanged"}):
             report = tracking.sync(params, pipeline.root)
@@ -424,11 +406,3 @@ def test_killed_at_any_moment_a_cell_has_one_current_run_with_the_points_of_an_u
         )
         assert (model.status, len(run.outputs.model_outputs)) == ("READY", 1), where
         assert all(each.info.status != "RUNNING" for each in runs()), where
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

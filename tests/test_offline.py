@@ -49,7 +49,7 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(tmp_path_factory):
     """The digits, preprocessed; no cell is trained."""
     made = digits(tmp_path_factory.mktemp("offline") / "project")
     done = made.run("dvc", "repro", "preprocess")
@@ -58,12 +58,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="module")
-def node(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Node:
+def node(project, tmp_path_factory):
     return Node(project, tmp_path_factory.mktemp("node") / "project")
 
 
 @pytest.fixture(scope="module")
-def trained(node: Node) -> Path:
+def trained(node):
     """The machine's folder: both cells, trained side by side."""
     code, out, err = node.resgrid("train", *CELLS, "--slots", "2")
     assert code == 0, out + err
@@ -177,8 +177,6 @@ def test_a_folder_without_results_is_refused(project, tmp_path):
     assert done.stderr.startswith(f"resgrid: {tmp_path}: holds no results")
 
 
-def test_what_cannot_be_done_there_is_said_in_one_line(node):
-    assert node.resgrid("plan") == (1, "", "resgrid: this command needs the package tasks: `make install`.\n")
-    code, _, err = node.resgrid("train", "resnet21-*")
-    assert code == 1
-    assert err.startswith("resgrid: no cell is called 'resnet21-*'")
+def test_a_command_that_needs_more_packages_names_the_first_that_is_missing(node):
+    code, _, err = node.resgrid("plan")
+    assert (code, err) == (1, "resgrid: this command needs the package tasks: `make install`.\n")

@@ -13,24 +13,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from ports import free_port
 from ruamel.yaml import YAML
-from sleeping import clean_env, wait_until
+from sleeping import ROOT, Checkout, ask, clean_env, wait_until
 
 from resgrid import tracking
 from resgrid.errors import ResgridError
 from tasks import services
-from tasks.prefect_plugin import DEPLOYMENTS, _complete
+from tasks.prefect_plugin import DEPLOYMENTS, _complete, setup_environment
 from tasks.server import prefect_client
 
-ROOT = Path(__file__).parents[1]
 START_SECONDS = 240  # 15 on two idle cores
 
 UP = """
@@ -73,11 +72,11 @@ def FUNCTION(pipeline: str = "", cells: list[str] | None = None, slots: int = 1,
 """
 
 
-class Project:
-    """A checkout whose flows only sleep."""
+class Project(Checkout):
+    """Its flows only sleep."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        super().__init__(root)
         self.home = root.parent / "home"
         self.home.mkdir()
         (root / "flows").mkdir(parents=True)
@@ -87,39 +86,32 @@ class Project:
             function = name.replace("-", "_")
             text = FLOW.replace("NAME", name).replace("FUNCTION", function)
             (root / "flows" / f"{function}.py").write_text(text)
-        for command in ("git init -q -b main", "dvc init -q"):
-            subprocess.run(command.split(), cwd=root, env=self.env(), check=True)
-        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
+        self.initialize()
 
-    def env(self, **more: str) -> dict[str, str]:
-        return clean_env(HOME=str(self.home), **more)
+    @property
+    def env(self) -> dict[str, str]:
+        return clean_env(HOME=str(self.home))
 
-    def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.env(**more),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def up(self, ports: tuple[int, int], **more: str) -> subprocess.Popen[bytes]:
-        """`resgrid up`, as a shell starts it with `&`: with SIGINT ignored."""
+    def up(self, ports: tuple[int, int], **more: str) -> None:
+        """Begin `resgrid up`, as a shell starts it with `&`: with SIGINT ignored."""
         with (self.root / "up.txt").open("wb") as out:
-            return subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", UP, *map(str, ports)],
-                cwd=self.root, env=self.env(**more), stdout=out, stderr=subprocess.STDOUT,
+                cwd=self.root, env=self.env | more, stdout=out, stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
             )  # fmt: skip
 
-    def wait_up(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-        """What services.json says once everything is up."""
-        wait_until(lambda: "Ctrl-C here" in self.output or process.poll() is not None, START_SECONDS)
-        assert process.poll() is None, self.output
-        services: dict[str, Any] = json.loads((self.root / ".resgrid/services.json").read_text())
-        return services
+    def start(self, ports: tuple[int, int], **more: str) -> None:
+        """The same, and wait until everything is up; `services` is then what services.json says."""
+        self.up(ports, **more)
+        wait_until(lambda: "Ctrl-C here" in self.output or self.process.poll() is not None, START_SECONDS)
+        assert self.process.poll() is None, self.output
+        self.services: dict[str, Any] = json.loads((self.root / ".resgrid/services.json").read_text())
+
+    def children(self) -> dict[str, str]:
+        """What services.json says of them while they start."""
+        file = self.root / ".resgrid/services.json"
+        return json.loads(file.read_text())["children"] if file.exists() else {}
 
     @property
     def output(self) -> str:
@@ -127,13 +119,12 @@ class Project:
 
     def start_sleeping(self) -> psutil.Process:
         """The child of a flow run that would sleep for 10 minutes."""
-        (self.root / "child.txt").unlink(missing_ok=True)
-        done = self.run("prefect", "deployment", "run", "train-all", "-p", "force=true")
-        assert done.returncode == 0, done.stdout + done.stderr
-        wait_until(
-            lambda: (self.root / "child.txt").exists() and bool((self.root / "child.txt").read_text()), 60
-        )
-        return psutil.Process(int((self.root / "child.txt").read_text()))
+        child, deployments = self.root / "child.txt", f"{self.services['prefect']}/api/deployments"
+        child.unlink(missing_ok=True)
+        deployment = ask(f"{deployments}/name/train-all/train-all")["id"]
+        ask(f"{deployments}/{deployment}/create_flow_run", {"parameters": {"force": True}})
+        wait_until(lambda: child.exists() and bool(child.read_text()), 60)
+        return psutil.Process(int(child.read_text()))
 
     def left(self) -> list[psutil.Process]:
         """Every process that works in this folder."""
@@ -153,23 +144,22 @@ class Project:
                 )
             )
 
-
-def close(process: subprocess.Popen[bytes], project: Project) -> None:
-    """For the end of a test that may have failed."""
-    with suppress(subprocess.TimeoutExpired):
-        process.terminate()
-        process.wait(60)
-    for left in project.left():
-        with suppress(psutil.Error):
-            left.kill()
-    process.wait()
+    def close(self) -> None:
+        """End all of it, also where a test has failed."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.terminate()
+            self.process.wait(60)
+        for left in self.left():
+            with suppress(psutil.Error):
+                left.kill()
+        self.process.wait()
 
 
 # --- one start, with both ports taken -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def taken() -> Iterator[tuple[int, int]]:
+def taken():
     with ExitStack() as stack:
         ports = free_port(), free_port()
         for port in ports:
@@ -178,15 +168,13 @@ def taken() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, taken: tuple[int, int]) -> Iterator[Project]:
+def project(tmp_path_factory, taken):
     project = Project(tmp_path_factory.mktemp("services") / "a project")  # with a space in its path
-    process = project.up(taken)
     try:
-        project.services = project.wait_up(process)  # type: ignore[attr-defined]
-        project.process = process  # type: ignore[attr-defined]
+        project.start(taken)
         yield project
     finally:
-        close(process, project)
+        project.close()
 
 
 def test_a_taken_port_gives_way_to_a_free_one_and_this_is_said(project, taken):
@@ -224,10 +212,13 @@ def test_a_second_start_says_where_the_first_one_answers(project):
     assert project.process.poll() is None
 
 
-def test_the_bare_name_runs_the_deployment_in_the_projects_folder(project):
-    done = project.run("prefect", "deployment", "run", "train-all", "-p", 'cells=["resnet20-*"]', "--watch")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Flow run finished successfully" in done.stdout
+def test_the_bare_name_runs_the_deployment_in_the_projects_folder_and_the_exit_status_says_that_it_failed(
+    project,
+):
+    parameters = ("-p", 'cells=["resnet20-*"]', "-p", "slots=0")
+    done = project.run("prefect", "deployment", "run", "train-all", *parameters, "--watch")
+    assert done.returncode == 1
+    assert "Flow run finished in state 'Failed'" in done.stdout + done.stderr
     ran = json.loads((project.root / "ran.json").read_text())
     assert ran == {"folder": str(project.root), "cells": ["resnet20-*"], "pipeline": "."}
 
@@ -239,58 +230,26 @@ def test_only_prefects_command_line_is_led_to_the_server(project):
     assert f"PREFECT_API_URL='{project.services['prefect']}/api' (from env)" in shown
 
 
-def test_the_exit_status_of_watch_tells_that_a_flow_failed(project):
-    done = project.run("prefect", "deployment", "run", "train-all", "-p", "slots=0", "--watch")
-    assert done.returncode == 1
-    assert "Flow run finished in state 'Failed'" in done.stdout + done.stderr
-
-
-def test_an_interrupt_cancels_runs_and_ends_everything_though_a_shell_had_it_ignored(project):
-    child = project.start_sleeping()
-    began = time.monotonic()
-    project.process.send_signal(signal.SIGINT)
-    wait_until(lambda: not child.is_running(), 10)
-    assert project.process.wait(60) == 0
-    assert time.monotonic() - began < 30
-    assert project.left() == []
-    assert ("CANCELLED", "Flow run was cancelled successfully.") in project.states()
-    assert not (project.root / ".resgrid/services.json").exists()
-    assert "All ended." in project.output
-
-
-def test_the_users_home_stays_as_it_was(project):
-    assert [path for path in project.home.rglob("*") if path.is_file()] == []
-
-
 # --- killed hard, and started again -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def restarted(project):
     """Services that were started again, after `up` was killed in the middle of a flow run."""
-    project = Project(tmp_path_factory.mktemp("restarted") / "project")
-    ports = free_port(), free_port()
-    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # a server elsewhere, so none of ours
-    process = project.up(ports, **away)
-    try:
-        project.wait_up(process)
-        project.child = project.start_sleeping()  # type: ignore[attr-defined]
-        process.kill()
-        process.wait()
-        assert len(project.left()) >= 4  # Prefect, the worker, the flow, its child
-        process = project.up(ports, **away)
-        project.services = project.wait_up(process)  # type: ignore[attr-defined]
-        project.process = process  # type: ignore[attr-defined]
-        yield project
-    finally:
-        close(process, project)
+    project.child = project.start_sleeping()
+    project.process.kill()
+    project.process.wait()
+    assert len(project.left()) >= 5  # Prefect, MLflow, the worker, the flow, its child
+    # Now with a server elsewhere, so that none of ours is needed.
+    project.start((free_port(), free_port()), MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    return project
 
 
 def test_the_next_start_ends_what_a_killed_one_left_and_records_its_runs_as_crashed(restarted):
-    assert "Ending what an earlier start left running: prefect, worker\n" in restarted.output
+    assert "Ending what an earlier start left running: prefect, mlflow, worker\n" in restarted.output
     assert "Flow runs of an earlier time that had no end, now recorded as crashed: 1" in restarted.output
     assert not restarted.child.is_running()
-    assert restarted.states() == {("CRASHED", "The services ended while it ran.")}
+    assert ("CRASHED", "The services ended while it ran.") in restarted.states()
 
 
 def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(restarted):
@@ -298,30 +257,53 @@ def test_a_server_that_the_environment_names_is_used_instead_of_one_of_ours(rest
     assert set(restarted.services["children"]) == {"prefect", "worker"}
 
 
-def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(restarted):
-    log = restarted.root / ".resgrid/logs/worker.log"
-    wait_until(lambda: "Worker 'resgrid' started!" in log.read_text(), 60)
-    worker = psutil.Process(int(restarted.services["children"]["worker"].partition(":")[0]))
-    worker.kill()
-    assert restarted.process.wait(60) == 1
-    assert "resgrid: worker ended by itself (killed by SIGKILL). The end of its log:" in restarted.output
-    assert "Worker 'resgrid' started!" in restarted.output
+def test_an_interrupt_cancels_runs_and_ends_everything_though_a_shell_had_it_ignored(restarted):
+    child = restarted.start_sleeping()
+    began = time.monotonic()
+    restarted.process.send_signal(signal.SIGINT)
+    wait_until(lambda: not child.is_running(), 10)
+    assert restarted.process.wait(60) == 0
+    assert time.monotonic() - began < 30
     assert restarted.left() == []
+    assert ("CANCELLED", "Flow run was cancelled successfully.") in restarted.states()
+    assert not (restarted.root / ".resgrid/services.json").exists()
+    assert "All ended." in restarted.output
+
+
+# --- starts that come to nothing ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def starting(project):
+    """One whose servers were just begun."""
+    project.close()
+    project.up((free_port(), free_port()))
+    wait_until(lambda: {"prefect", "mlflow"} <= set(project.children()), 60)
+    yield project
+    project.close()
+
+
+def test_a_service_that_dies_is_named_with_the_end_of_its_log_and_the_others_end(starting):
+    log = starting.root / ".resgrid/logs/prefect.log"
+    wait_until(lambda: "Configure Prefect" in log.read_text(), 60)
+    psutil.Process(int(starting.children()["prefect"].partition(":")[0])).kill()
+    assert starting.process.wait(60) == 1
+    assert "resgrid: prefect ended by itself (killed by SIGKILL). The end of its log:" in starting.output
+    assert log.read_text().splitlines()[-1] in starting.output
+    assert starting.left() == []
 
 
 @pytest.mark.long
-def test_stopped_while_it_starts_it_ends_what_it_has_begun(tmp_path):
-    project = Project(tmp_path / "project")
-    process = project.up((free_port(), free_port()))
-    try:
-        wait_until(lambda: (project.root / ".resgrid/services.json").exists(), 60)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert project.left() == []
-        assert "Ctrl-C here" not in project.output
-        assert "All ended." in project.output
-    finally:
-        close(process, project)
+def test_stopped_while_it_starts_it_ends_what_it_has_begun(starting):
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.process.wait(60) == 0
+    assert starting.left() == []
+    assert "Ctrl-C here" not in starting.output
+    assert "All ended." in starting.output
+
+
+def test_the_users_home_stays_as_it_was(project):
+    assert [path for path in project.home.rglob("*") if path.is_file()] == []
 
 
 # --- without any service ------------------------------------------------------------------------------
@@ -358,13 +340,16 @@ def test_no_proxy_keeps_what_it_has_in_either_spelling(monkeypatch):
     assert environment["NO_PROXY"] == environment["no_proxy"] == expected
 
 
-def test_without_a_server_the_message_says_to_start_one(tmp_path):
+def test_without_a_server_the_message_says_to_start_one(tmp_path, monkeypatch):
     project = Project(tmp_path / "project")
     done = project.run("prefect", "deployment", "run", "train-all", "--watch")
     assert done.returncode == 1
     assert done.stderr.startswith("prefect: no server of this project is running. Start it with `make up`")
     assert len(done.stderr.splitlines()) == 1
-    assert project.run("prefect", "config", "view").returncode == 0
+    monkeypatch.chdir(project.root)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(sys, "argv", ["prefect", "config", "view"])
+    assert setup_environment(ctx=SimpleNamespace(api_url=None)) is None  # which needs none
 
 
 def test_each_deployment_is_called_like_its_flow():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from sleeping import ROOT, Sleeping, repository_in
+from sleeping import ROOT, Sleeping
 from small import GRID, Project
 
 from resgrid.config import load_params
@@ -40,7 +40,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     (root / "params.yaml").write_text(text)
     with (root / "dvc.yaml").open("w") as file:
         YAML().dump(stages, file)
-    repository = repository_in(root)
+    repository = Sleeping(root)
+    repository.initialize()
     done = repository.run("dvc", "repro")
     assert done.returncode == 0, done.stderr
     return repository

@@ -23,7 +23,7 @@ from resgrid.errors import ResgridError
 from resgrid.grid import Cell, expand
 from resgrid.models import ARCHITECTURES, gflop_of
 from resgrid.progress import duration
-from resgrid.project import read_json, read_meta
+from resgrid.project import read_json
 from resgrid.stage_record import read_records
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def expect(
     """
     records = read_records(root, pipeline)
     lasted = {each.stage: each.seconds for each in records if each.seconds}
-    cells, meta = expand(params), read_meta(pipeline)
-    num_train: int | None = meta["num_images"]["train"] if meta else None
+    cells, meta = expand(params), pipeline / "data/processed/meta.json"
+    num_train: int | None = read_json(meta)["num_images"]["train"] if meta.exists() else None
     speeds = recorded_speeds(cells, pipeline, threads, sharing)
     if measure:
         from resgrid.data.fetch import known_num_train  # not above: it imports torch, which takes 2 s
