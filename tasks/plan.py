@@ -98,8 +98,9 @@ class Plan:
         if self.seconds is not None:
             time = f"{duration(self.seconds)}, less what DVC's run cache restores"
         lines += [
-            f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date.",
-            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}.",
+            f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date, "
+            f"{num['after']} depend on what runs.",
+            f"By train-all: {len(self.slots)} at a time ({names}; threads each: {threads}). Expected: {time}.",
         ]
         return "\n".join(lines)
 

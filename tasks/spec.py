@@ -89,8 +89,8 @@ def difference(pipeline: Pipeline, commit: str, digest: str) -> str | None:
         return None
     what = "its packages have other versions: `make install`"
     if here[0] != commit:
-        what = f"it is at commit {here[0][:10]}: `git checkout {commit[:10]}`"
-    return f"{pipeline.root}: this clone is not the one that the cells were placed for; {what}."
+        what = f"it is at commit {here[0][:10]}, they are for {commit[:10]}"
+    return f"{pipeline.root}: this clone is not the one that the cells were placed for: {what}."
 
 
 def recorded_data(pipeline: Pipeline) -> str | None:

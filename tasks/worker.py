@@ -57,6 +57,12 @@ def train_for(cell: str, folder: str, spec: RunSpec) -> State:
 
     That is Crashed, by which the cell is placed again, where this clone does not match; its worker then ends.
     """
+    worker = os.environ.get(watch.VARIABLE, "")
+    if worker and not watch.alive(worker):  # somebody has killed it alone, and nobody compares any more
+        os.kill(os.getppid(), signal.SIGKILL)  # Prefect's worker, which it would have ended
+        return Crashed(
+            message=f"{gethostname()}: its `resgrid worker` is gone, and now Prefect's worker too."
+        )
     pipeline = Pipeline.find(folder)
     begin_flow()
     if spec.device and not os.environ.get("RESGRID_DEVICE", "").startswith(spec.device):
@@ -65,7 +71,6 @@ def train_for(cell: str, folder: str, spec: RunSpec) -> State:
         state = _train(cell, pipeline, spec, slot, return_state=True)
     error = state.result(raise_on_failure=False)
     if isinstance(error, Mismatch):
-        worker = os.environ.get(watch.VARIABLE)
         if worker and watch.alive(worker):  # its next cell would be no better
             os.kill(int(worker.partition(":")[0]), signal.SIGTERM)
         return Crashed(message=f"{gethostname()}: {error}")
@@ -140,9 +145,15 @@ def work(root: Path, pool: str, slots: int | None, name: str | None) -> int:
     commit, digest = ("", "") if is_coordinator else checkout(pipeline)
     devices = ["cpu", *(["cuda"] if mps.cards() else []), *(["mps"] if sys.platform == "darwin" else [])]
     queues = ["default"] if is_coordinator else [digest, *(f"{digest}-{device}" for device in devices)]
-    log.info("Worker of the work pool %s, with %d slots", pool, len(shares))
+    for name in ("resgrid", "tasks"):  # or Prefect, which has the root's, prints each line once more
+        logging.getLogger(name).propagate = False
+    if is_coordinator:
+        log.info("Coordinator: it runs train-all, and trains nothing itself. Ctrl-C ends it.")
+    else:
+        log.info("Worker of the work pool %s, slots: %d", pool, len(shares))
+        log.info("Ctrl-C ends it: its cells then go to other workers.")
     log.info("Prefect %s, MLflow %s", *(tracking.shown(env[variable]) for variable in SERVERS))
-    log.info("DVC remote %s. Ctrl-C ends it: its cells then go to other workers.", storage)
+    log.info("DVC remote %s", storage)
     env |= {SLOTS: str(len(shares)), watch.VARIABLE: watch.describe(os.getpid())}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     command += ["--name", name or gethostname(), "--limit", str(len(shares))]

@@ -111,7 +111,7 @@ def test_a_result_of_other_params_is_refused_and_nothing_is_touched(project, tra
     ("key", "why"),
     [
         ("data_digest", "trained on other data than sha256:"),
-        ("code_digest", "trained by other code in models/, training/ or data/batches.py"),
+        ("code_digest", "trained by other code in models/, optimizers.py, training/ or data/batches.py"),
         ("weights_sha256", "its weights are damaged: copy the folder once more"),
     ],
 )

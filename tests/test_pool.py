@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from sleeping import ROOT, WORK, Checkout, Sleeping, left_over, sleeping, wait_until
 from small import digits
 
+from resgrid import watch
 from resgrid.dvc import ask
 from resgrid.dvc.pipeline import Pipeline
 from resgrid.dvc.process import StageFailed
@@ -574,6 +576,16 @@ def test_a_remote_that_is_away_is_not_one_without_the_result(clones):
     assert record(origin, SGD) is not None
 
 
+def test_a_cell_taken_by_prefects_worker_after_resgrids_was_killed_alone_is_placed_again_and_ends_it():
+    flow = "from tasks.worker import train_for; print(train_for('resnet20-sgd-0', '.', None).name)"
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])"
+    env = os.environ | {"PYTHONPATH": str(ROOT), watch.VARIABLE: "999999999:1"}  # no process has this id
+    done = subprocess.run(
+        [sys.executable, "-c", worker], env=env, stdout=subprocess.PIPE, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "Crashed\n")
+
+
 def test_a_queue_is_one_commits_and_versions_and_devices_and_what_differs_is_named(clones, monkeypatch):
     origin, clone = clones
     here, there = Pipeline.find(clone.root), Pipeline.find(origin.root)
@@ -591,7 +603,7 @@ def test_a_queue_is_one_commits_and_versions_and_devices_and_what_differs_is_nam
     (clone.root / "code/net.py").write_text("depth = 56\n")
     assert "code/net.py differ" in (difference(here, wanted.commit, wanted.digest) or "")
     clone.run("git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qam", "other")
-    assert f"`git checkout {wanted.commit[:10]}`" in (difference(here, wanted.commit, wanted.digest) or "")
+    assert f"they are for {wanted.commit[:10]}" in (difference(here, wanted.commit, wanted.digest) or "")
     origin.set("preprocess.seed=1")
     with pytest.raises(ResgridError, match=r"params\.yaml differ from the commit"):
         RunSpec.of(there, None)

@@ -146,7 +146,7 @@ def base_of_a_study(project: Project) -> None:
     ("change", "expected", "reason"),
     [
         (other_data, dict.fromkeys([*GRID, "too-fast"], "other data"), "trained on other data than sha256:"),
-        (edited_code, dict.fromkeys([*GRID, "too-fast"], "stale"), "other code in models/, training/"),
+        (edited_code, dict.fromkeys([*GRID, "too-fast"], "stale"), "other code in models/, optimizers.py"),
         (copied_in, {"resnet20-sgd-0": "other data"}, "sha256:000"),
         (without_a_file, {"resnet20-sgd-0": "missing"}, "history.csv is gone: `dvc checkout --force`"),
         (base_of_a_study, dict.fromkeys([*GRID, "too-fast"], "stale"), "batch_size 16 → 8"),

@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "stopped. The same command goes on.", 130
     except ModuleNotFoundError as error:  # where there is torch and little else
-        message, status = f"this command needs the package {error.name}: `make install`.", 1
+        ours = (error.name or "").startswith(
+            "resgrid."
+        )  # a family's module that an entry in models/ misspells
+        message = str(error) if ours else f"this command needs the package {error.name}: `make install`."
+        status = 1
     except BrokenPipeError:  # `resgrid cells | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -106,7 +106,7 @@ def run_in(folder: Path, cell: Cell, data: str | None, code: str) -> Run:
     if other_code:
         file = own_file(cell.architecture)
         own = f"{file}, " if file else ""
-        reasons.append(f"trained by other code in {own}models/, training/ or data/batches.py")
+        reasons.append(f"trained by other code in {own}models/, optimizers.py, training/ or data/batches.py")
     if other_data:
         reasons.insert(0, f"trained on other data than {data}: {record['data_digest']}")
     if reasons:

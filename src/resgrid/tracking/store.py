@@ -186,8 +186,8 @@ def fetch(model: str, what: str) -> Path:
                 Path(client.download_artifacts(run_id, WEIGHTS, part)).replace(path)
     except Exception as error:
         raise ResgridError(
-            f"{what} gives no {WEIGHTS} in MLflow at {shown(asked)} ({reason(error)}). `resgrid sync` brings "
-            "there what is trained here, and `resgrid ui` shows it."
+            f"{what} gives no {WEIGHTS} in MLflow at {shown(asked)} ({reason(error)}). After `dvc repro`, "
+            "`resgrid sync` brings there what is trained here and names the champion; `resgrid ui` shows it."
         ) from None
     return path
 
