@@ -100,7 +100,7 @@ class Plan:
         lines += [
             f"{num['stale']} of {len(self.steps)} stages would run, {num['up to date']} are up to date, "
             f"{num['after']} depend on what runs.",
-            f"By train-all: {len(self.slots)} at a time ({names}; threads each: {threads}). Expected: {time}.",
+            f"By train-all: {len(self.slots)} at a time ({names}; {threads} threads each). Expected: {time}.",
         ]
         return "\n".join(lines)
 

@@ -60,9 +60,7 @@ def train_for(cell: str, folder: str, spec: RunSpec) -> State:
     worker = os.environ.get(watch.VARIABLE, "")
     if worker and not watch.alive(worker):  # somebody has killed it alone, and nobody compares any more
         os.kill(os.getppid(), signal.SIGKILL)  # Prefect's worker, which it would have ended
-        return Crashed(
-            message=f"{gethostname()}: its `resgrid worker` is gone, and now Prefect's worker too."
-        )
+        return Crashed(message=f"{gethostname()}: its `resgrid worker` is gone, now Prefect's too.")
     pipeline = Pipeline.find(folder)
     begin_flow()
     if spec.device and not os.environ.get("RESGRID_DEVICE", "").startswith(spec.device):

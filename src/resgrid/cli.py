@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "stopped. The same command goes on.", 130
     except ModuleNotFoundError as error:  # where there is torch and little else
-        ours = (error.name or "").startswith(
-            "resgrid."
-        )  # a family's module that an entry in models/ misspells
+        ours = (error.name or "").startswith("resgrid.")
+        # Ours: a family whose module an entry in models/ misspells.
         message = str(error) if ours else f"this command needs the package {error.name}: `make install`."
         status = 1
     except BrokenPipeError:  # `resgrid cells | head`
