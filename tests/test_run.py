@@ -37,9 +37,9 @@ PLAIN = {
 }  # fmt: skip
 
 
-def cell(lr: float | None = None, **recipe: Any) -> Cell:
-    """The first cell of the grid, at another rate or with another recipe, in exact arithmetic."""
-    first = find_cell(PARAMS, "resnet20-sgd-0")
+def cell(cell_id: str = "resnet20-sgd-0", lr: float | None = None, **recipe: Any) -> Cell:
+    """A cell of the grid, at another rate or with another recipe, in exact arithmetic."""
+    first = find_cell(PARAMS, cell_id)
     changes = {
         "recipe": Recipe.model_validate(first.recipe.model_dump() | PLAIN | recipe),
         "optimizer": first.optimizer.model_copy(update={"lr": lr or first.optimizer.lr}),
