@@ -105,7 +105,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     ),
     "png": (lambda path: _good_image(path, "PNG"), _read_image),
     "jpeg": (lambda path: _good_image(path, "JPEG"), _read_image),
-    "keras": (lambda path: _keras_file(path, "resnet20", _random_model("resnet20")), _import),
+    "keras": (lambda path: _keras_file(path, _random_model("resnet20")), _import),
     "torch": (lambda path: torch.save(build_model("resnet20", 10).state_dict(), path), _import),
     "weights": (_good_weights, load_weights),
     "checkpoint": (_good_checkpoint, _read_checkpoint),

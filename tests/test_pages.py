@@ -11,7 +11,7 @@ import httpx
 import pytest
 from ports import free_port
 from small import Project as Pipeline
-from test_services import ROOT, Project, close
+from test_services import ROOT, Project
 
 from resgrid.tracking.view import VIEW_QUERY
 
@@ -35,9 +35,8 @@ def project(small, tmp_path_factory):
     pipeline = Pipeline(project.root)
     pipeline.set("grid.seeds=[0]", "tuning.resnet20.adam.lr=0.002", "studies={}")
     assert pipeline.run("resgrid", "sync", "--rebuild").returncode == 0
-    process = project.up((free_port(), free_port()))
     try:
-        project.services = project.wait_up(process)
+        project.start((free_port(), free_port()))
         done = project.run("prefect", "deployment", "run", "train-all", "--watch")
         assert done.returncode == 0, done.stdout + done.stderr
         page = re.search(r"URL: (http\S+)", done.stdout)
@@ -45,7 +44,7 @@ def project(small, tmp_path_factory):
         project.page = page[1]
         yield project
     finally:
-        close(process, project)
+        project.close()
 
 
 def browse(url, folder):

@@ -270,7 +270,7 @@ def test_a_diverged_cell_is_refused_unless_its_file_is_named(pipeline, copied, c
 def test_score_prepares_images_as_those_that_the_weights_were_trained_on(tmp_path):
     numbers = np.random.default_rng(0)
     for split in ("train", "test"):
-        for name in ("a", "b"):
+        for name in ("class 0", "class 1"):
             (tmp_path / f"images/{split}/{name}").mkdir(parents=True)
             for i in range(4):
                 wide = numbers.integers(0, 256, (40, 90, 3), dtype=np.uint8)
