@@ -33,7 +33,7 @@ from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Pending, Running  # noqa: E402
 from sleeping import Sleeping, sleeping  # noqa: E402
-from test_pool import NAPPING, Project, commit  # noqa: E402
+from test_pool import NAPPING, Project, commit, deploy  # noqa: E402
 
 from resgrid.dvc.pipeline import DVC_COMMAND  # noqa: E402
 
@@ -51,6 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder))
         try:
+            deploy(cluster)
             coordinator(cluster, Path(folder), options.cells)
             workers(cluster, Path(folder))
         finally:

@@ -148,15 +148,19 @@ class Project:
             worker.process.wait()
 
 
+def deploy(cluster: Cluster) -> None:
+    """Register the deployments of prefect.yaml, which name no folder."""
+    with server.prefect_client(cluster.env["PREFECT_API_URL"]) as client:
+        server.make_pool(client, "resgrid")
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    subprocess.run(command, cwd=ROOT, env=cluster.env, check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """With the deployments of prefect.yaml, which name no folder."""
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        with server.prefect_client(made.env["PREFECT_API_URL"]) as client:
-            server.make_pool(client, "resgrid")
-        deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        subprocess.run(deploy, cwd=ROOT, env=made.env, check=True, capture_output=True)
+        deploy(made)
         yield made
     finally:
         made.end()
