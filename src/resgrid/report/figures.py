@@ -46,6 +46,7 @@ def _theme(ink: str, soft: str, line: str) -> dict[str, Any]:
         "axis": {
             "labelColor": ink, "titleColor": soft, "gridColor": line, "domainColor": line, "tickColor": line,
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
+            "labelFlush": False, "labelOverlap": True,
         },
         "legend": {
             "labelColor": ink, "orient": "bottom", "columns": 4, "title": None, "labelFontSize": 12,
