@@ -115,6 +115,9 @@ def up(root: Path, *, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
                 services.pause()
         except Stopped:
             log.info("\nStopping: the worker, then MLflow, then Prefect")
+        except ResgridError:
+            services.check()  # that one has ended says more than that it does not answer
+            raise
         finally:
             services.end()
     log.info("All ended.")
@@ -192,12 +195,16 @@ class _Services:
         self._spawn("mlflow", *server(uri, port))
         return f"http://{HOST}:{port}"
 
-    def pause(self) -> None:
-        """Sleep a little. Raises ResgridError if a child has ended by itself, and Stopped."""
+    def check(self) -> None:
+        """Raises ResgridError if a child has ended by itself."""
         for name, process in self.children.items():
             if (code := process.poll()) is not None:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
                 self._fail(name, f"{name} ended by itself ({how})")
+
+    def pause(self) -> None:
+        """Check, and sleep a little. Raises ResgridError, and Stopped."""
+        self.check()
         pause(self.stop, POLL_SECONDS)
 
     def end(self) -> None:
