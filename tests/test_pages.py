@@ -104,4 +104,4 @@ def test_mlflows_pages_show_every_cell_as_a_run_and_in_the_view_of_the_grid_the_
     page += VIEW_QUERY
     text = read(page, tmp_path, *CELLS, "test_accuracy", "test_loss")  # columns that fit on the page
     assert "2 matching runs" in re.sub(r"\s+", " ", text)  # without the comparison
-    read(f"{page}&compareRunsMode=CHART", tmp_path, "The grid", "train_loss")
+    read(f"{page}&compareRunsMode=CHART", tmp_path, "Model metrics")
