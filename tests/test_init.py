@@ -202,16 +202,6 @@ def test_a_validation_folder_is_used_as_it_is(
     assert "There is no test split: the validation images stand for it." in caplog.messages
 
 
-def test_an_unpacked_cifar_folder_is_a_source(cifar_archive: Path, tmp_path: Path) -> None:
-    with tarfile.open(cifar_archive) as archive:
-        archive.extractall(tmp_path, filter="data")
-    init(tmp_path / "mine", tmp_path / "cifar-10-batches-py")
-    data = load_params(tmp_path / "mine" / "params.yaml").data
-    assert (data.source, data.checksum) == ("archive", None)  # type: ignore[union-attr]
-    download(data, tmp_path / "raw")
-    assert open_source(tmp_path / "raw", "stretch").class_names == ("ant", "bee", "cow", "dog")
-
-
 def test_images_may_lie_in_the_pipelines_folder_but_not_where_it_writes(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
